@@ -1,0 +1,470 @@
+"""Face geometry: templates, the fit of a photo to them, the warp, and crops turned into others.
+
+Coordinates are pixels, `(x, y)`, with the centre of the first pixel at (0, 0), as in OpenCV. The
+five points are the left eye, the right eye, the tip of the nose and the left and right corners of
+the mouth, left and right as seen in the photo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, Literal, TypeAlias, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from idloss.errors import did_you_mean
+from idloss.resample import Mode
+
+Point: TypeAlias = tuple[float, float]
+Fill: TypeAlias = float | Literal["edge"]
+# One number, or a batch of them [B]: the least-squares fit is written once for both.
+_Number: TypeAlias = float | Tensor
+_Points: TypeAlias = Sequence[tuple[_Number, _Number]]
+
+_MIN_EXTENT = 1.0  # pixels; a face smaller than that is normalised coordinates or one point
+_MIN_FLATNESS = 0.05  # smaller over larger spread; 0.41 or more on LFW, 0.34 or more on CelebA
+_ASPECT_SLACK = 0.75  # pixels by which rounding (18x16 from 112x96) may change an aspect
+_WHOLE = 1e-4  # pixels; a translation this close to whole numbers is a pad or a crop
+
+
+@dataclass(frozen=True)
+class Template:
+    """Where the five points of a face lie in a crop, and how large the crop is.
+
+    Args:
+        name: Name for messages and look-ups.
+        size: Rows and columns of the crop, `(H, W)`.
+        points: Five `(x, y)` in pixels of the crop.
+
+    Raises:
+        ValueError: The size is not two positive numbers or there are not five points.
+    """
+
+    name: str
+    size: tuple[int, int]
+    points: tuple[Point, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise ValueError(f"size of template {self.name!r} must be (H, W), got {self.size}")
+        if len(self.points) != 5 or any(len(point) != 2 for point in self.points):
+            raise ValueError(
+                f"template {self.name!r} must have five (x, y) points, got {self.points}"
+            )
+
+
+# wy1iu/sphereface, preprocess/code/face_align_demo.m; the paper's authors use the same.
+_SPHEREFACE: Final[tuple[Point, ...]] = (
+    (30.2946, 51.6963),
+    (65.5318, 51.5014),
+    (48.0252, 71.7366),
+    (33.5493, 92.3655),
+    (62.7299, 92.2041),
+)
+
+
+def _moved(points: Sequence[Point], scale: float, right: float, down: float) -> tuple[Point, ...]:
+    return tuple((scale * x + right, scale * y + down) for x, y in points)
+
+
+# Nobody has published five points for VGG-Face or FaceNet: their crops are detector boxes. Ours, by
+# convention, are SphereFace's points moved to where those boxes put them on average: the least-
+# squares similarity to the mean landmarks of 193 LFW photos (every 60th; MTCNN boxes) in
+# - vggface: the box enlarged by 0.3, shorter side 256, centre 224 (the ReadMe.txt that the Oxford
+#   group ships with its VGGFace2 models; it published none for VGG-Face itself);
+# - facenet: the box plus 32 px of margin, at 160 (davidsandberg/facenet, wiki "Validate on LFW":
+#   align_dataset_mtcnn.py --image_size 160 --margin 32), but without its stretch to a square.
+# The paper feeds VGG-Face neither: it stretches the 112x96 crop to 224x224.
+TEMPLATES: Final[Mapping[str, Template]] = MappingProxyType(
+    {
+        template.name: template
+        for template in (
+            Template("sphereface", (112, 96), _SPHEREFACE),
+            # deepinsight/insightface, python-package/insightface/utils/face_align.py: + 8 px in x
+            Template("arcface", (112, 112), _moved(_SPHEREFACE, 1.0, 8.0, 0.0)),
+            Template("vggface", (224, 224), _moved(_SPHEREFACE, 2.433, -1.2, -44.4)),
+            Template("facenet", (160, 160), _moved(_SPHEREFACE, 1.294, 20.1, -4.0)),
+        )
+    }
+)
+"""Crops by name."""
+
+
+def get_template(template: str | Template) -> Template:
+    """Look a template up.
+
+    Args:
+        template: A name in `TEMPLATES`, or a template, which is given back.
+
+    Returns:
+        The template.
+
+    Raises:
+        ValueError: There is no such name; the message says which one was probably meant.
+    """
+    if isinstance(template, Template):
+        return template
+    if template not in TEMPLATES:
+        raise ValueError(did_you_mean("template", template, TEMPLATES))
+    return TEMPLATES[template]
+
+
+def fit_similarity(
+    landmarks: Tensor,
+    template: str | Template = "sphereface",
+    *,
+    names: Sequence[str] | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> Tensor:
+    """Fit photos to a template as the paper's released code does.
+
+    The similarity (rotation, one scale, translation) is fitted by least squares from the template
+    to the photo and then inverted, as Matlab's `cp2tform` does, so that the residual is measured in
+    the photo. On real landmarks this gives visibly other crops than `fit_similarity_forward`.
+
+    Args:
+        landmarks: Five points in pixels of the photos, `[B, 5, 2]`, any real type.
+        template: What to fit to.
+        names: One name per photo, for messages; its index otherwise.
+        image_size: Rows and columns of the photos; when given, landmarks far outside are refused.
+
+    Returns:
+        Matrices `[B, 2, 3]` in float64 that take photo coordinates to template coordinates.
+
+    Raises:
+        TypeError: The landmarks are not real numbers.
+        ValueError: Wrong shape, or landmarks that no face has: not finite, all in one place, on one
+            line, or far outside the photo; the message names the photo.
+    """
+    wanted = get_template(template)
+    points = _check_landmarks(landmarks, names, image_size)
+    return _inverse(_matrix(_solve(wanted.points, _coordinates(points))))
+
+
+def fit_similarity_forward(
+    landmarks: Tensor,
+    template: str | Template = "sphereface",
+    *,
+    names: Sequence[str] | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> Tensor:
+    """Fit photos to a template the usual way: from the photo to the template.
+
+    This is what scikit-image's `SimilarityTransform` and insightface compute (Umeyama 1991, for
+    points that are not mirrored); the residual is measured in the crop.
+
+    Args:
+        landmarks: Five points in pixels of the photos, `[B, 5, 2]`, any real type.
+        template: What to fit to.
+        names: One name per photo, for messages; its index otherwise.
+        image_size: Rows and columns of the photos; when given, landmarks far outside are refused.
+
+    Returns:
+        Matrices `[B, 2, 3]` in float64 that take photo coordinates to template coordinates.
+
+    Raises:
+        TypeError: The landmarks are not real numbers.
+        ValueError: As for `fit_similarity`.
+    """
+    wanted = get_template(template)
+    points = _check_landmarks(landmarks, names, image_size)
+    return _matrix(_solve(_coordinates(points), wanted.points))
+
+
+def warp(
+    images: Tensor,
+    matrices: Tensor,
+    size: Sequence[int],
+    *,
+    mode: Mode = "bicubic",
+) -> Tensor:
+    """Warp images by affine maps, as `cv2.warpAffine` does with a zero border.
+
+    Bicubic has a = -0.75. The arithmetic is in floating point: OpenCV's uint8 warp rounds places to
+    1/32 pixel and differs by 0.1 grey levels on average. Like OpenCV's, this warp has no
+    antialiasing: a face much larger than the crop aliases, so shrink the photo first where that
+    matters (and does not have to agree with the paper).
+
+    Args:
+        images: `[B, C, H, W]`, floating point of any range; gradients reach them.
+        matrices: `[B, 2, 3]`, from coordinates of the images to those of the result.
+        size: Rows and columns of the result, `(H, W)`.
+        mode: `"bicubic"`, `"bilinear"` or `"nearest"`.
+
+    Returns:
+        Images `[B, C, size[0], size[1]]` of the type given, zero outside the original.
+
+    Raises:
+        TypeError: The images or the matrices are not floating point.
+        ValueError: Wrong shapes, a size that is not positive, or an unknown mode.
+    """
+    _check_images(images)
+    if mode not in get_args(Mode):
+        raise ValueError(did_you_mean("mode", mode, get_args(Mode)))
+    if not matrices.is_floating_point():
+        raise TypeError(f"matrices must be floating point, got {matrices.dtype}")
+    if matrices.shape != (images.shape[0], 2, 3):
+        raise ValueError(
+            f"matrices must be [B, 2, 3], one per image of {list(images.shape)}, "
+            f"got {list(matrices.shape)}"
+        )
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size must be (H, W), two positive whole numbers, got {size}")
+    back = _inverse(matrices.to(device=images.device, dtype=_precise(images.device)))
+    return _sample(images, back, (size[0], size[1]), mode=mode, padding="zeros")
+
+
+def align(
+    images: Tensor,
+    landmarks: Tensor,
+    template: str | Template = "sphereface",
+    *,
+    fit: Callable[..., Tensor] = fit_similarity,
+    names: Sequence[str] | None = None,
+    mode: Mode = "bicubic",
+) -> Tensor:
+    """Cut the faces out of photos, upright and in the template's place and size.
+
+    Args:
+        images: Photos `[B, C, H, W]`, floating point of any range.
+        landmarks: Five points each in pixels of the photos, `[B, 5, 2]`.
+        template: Crop wanted.
+        fit: `fit_similarity` (the paper's) or `fit_similarity_forward` (the usual one), or any
+            function of the same arguments.
+        names: One name per photo, for messages.
+        mode: `"bicubic"`, `"bilinear"` or `"nearest"`.
+
+    Returns:
+        Crops `[B, C, H, W]` of the template's size and the photos' type, zero outside the photo.
+
+    Raises:
+        TypeError: The photos are not floating point.
+        ValueError: Wrong shapes, or landmarks that no face in the photo has.
+    """
+    wanted = get_template(template)
+    height, width = _check_images(images)
+    if landmarks.shape[0] != images.shape[0]:
+        raise ValueError(f"{len(landmarks)} sets of landmarks for {len(images)} photos")
+    matrices = fit(landmarks.to(images.device), wanted, names=names, image_size=(height, width))
+    return warp(images, matrices, wanted.size, mode=mode)
+
+
+def convert_crop(
+    images: Tensor,
+    source: str | Template,
+    target: str | Template,
+    *,
+    fill: Fill = "edge",
+) -> Tensor:
+    """Turn aligned crops of one template into those of another, in a single step.
+
+    Crops of any size will do: the scale is that of the crop to its template, and is kept. Where the
+    templates are whole pixels apart at that scale, nothing is resampled: `sphereface` 112x96 to
+    `arcface` 112x112 appends 8 columns on either side and the way back cuts them off. Other pairs
+    are one bicubic warp.
+
+    Args:
+        images: Crops `[B, C, H, W]` in the geometry of `source`, floating point; gradients reach
+            them.
+        source: Template of the crops.
+        target: Template wanted.
+        fill: What to put where the crop has nothing: `"edge"` repeats its border, a number is taken
+            as it is.
+
+    Returns:
+        Crops `[B, C, H', W']` in the geometry of `target`, of the type given.
+
+    Raises:
+        TypeError: The images are not floating point.
+        ValueError: Wrong rank, an unknown template or fill, or images that do not have the aspect
+            of `source`.
+    """
+    old, new = get_template(source), get_template(target)
+    height, width = _check_images(images)
+    if isinstance(fill, str) and fill != "edge":
+        raise ValueError(f"fill must be 'edge' or a number, got {fill!r}")
+    if old == new:
+        return images
+    rows, columns = old.size
+    down, across = height / rows, width / columns
+    if abs(width - columns * down) > _ASPECT_SLACK and abs(height - rows * across) > _ASPECT_SLACK:
+        raise ValueError(
+            f"a {old.name!r} crop is {rows}x{columns} or of the same aspect, got {height}x{width}; "
+            f"resize it to {old.size} first if it was squashed"
+        )
+    size = (max(1, round(new.size[0] * down)), max(1, round(new.size[1] * across)))
+    # From the new crop back to the old. Both are scaled about the corner of the image, which lies
+    # at (-0.5, -0.5): x of a template is across * (x + 0.5) - 0.5 of a crop.
+    a, b, x, y = (float(number) for number in _solve(new.points, old.points))
+    right_by_row, down_by_column = -b * across / down, b * down / across
+    right = across * (x + 0.5 * (1 - a + b)) + 0.5 * (a + right_by_row - 1)
+    lower = down * (y + 0.5 * (1 - a - b)) + 0.5 * (a + down_by_column - 1)
+    if max(abs(a - 1), abs(b)) * max(size) < _WHOLE and all(
+        abs(shift - round(shift)) < _WHOLE for shift in (right, lower)
+    ):
+        return _window(
+            _window(images, -1, round(right), size[1], fill), -2, round(lower), size[0], fill
+        )
+    back = torch.tensor(
+        [[[a, right_by_row, right], [down_by_column, a, lower]]],
+        dtype=_precise(images.device),
+        device=images.device,
+    ).expand(images.shape[0], 2, 3)
+    if fill == "edge":
+        return _sample(images, back, size, mode="bicubic", padding="border")
+    return _sample(images - fill, back, size, mode="bicubic", padding="zeros") + fill
+
+
+def _solve(source: _Points, target: _Points) -> tuple[_Number, _Number, _Number, _Number]:
+    """Least-squares similarity `(x, y) -> (a x - b y + right, b x + a y + lower)`, in closed form.
+
+    In the complex plane it is the regression of one line: the slope is the covariance of source and
+    target over the variance of the source.
+    """
+    count = len(source)
+    mean_x, mean_y = sum(x for x, _ in source) / count, sum(y for _, y in source) / count
+    goal_x, goal_y = sum(u for u, _ in target) / count, sum(v for _, v in target) / count
+    centred = [
+        (x - mean_x, y - mean_y, u - goal_x, v - goal_y)
+        for (x, y), (u, v) in zip(source, target, strict=True)
+    ]
+    spread = sum(x * x + y * y for x, y, _, _ in centred)
+    a = sum(x * u + y * v for x, y, u, v in centred) / spread
+    b = sum(x * v - y * u for x, y, u, v in centred) / spread
+    return a, b, goal_x - a * mean_x + b * mean_y, goal_y - b * mean_x - a * mean_y
+
+
+def _coordinates(points: Tensor) -> _Points:
+    """Split `[B, 5, 2]` into five pairs of `[B]`."""
+    return [(point[:, 0], point[:, 1]) for point in points.unbind(1)]
+
+
+def _matrix(similarity: tuple[_Number, ...]) -> Tensor:
+    a, b, right, lower = (torch.as_tensor(number) for number in similarity)
+    rows: Tensor = torch.stack((a, -b, right, b, a, lower), dim=-1)
+    return rows.view(-1, 2, 3)
+
+
+def _inverse(matrices: Tensor) -> Tensor:
+    """Invert affine maps `[B, 2, 3]`."""
+    a, b, x = matrices[:, 0].unbind(-1)
+    c, d, y = matrices[:, 1].unbind(-1)
+    rows = torch.stack((d, -b, b * y - d * x, -c, a, c * x - a * y), dim=-1)
+    inverse: Tensor = rows / (a * d - b * c).unsqueeze(-1)
+    return inverse.view(-1, 2, 3)
+
+
+def _precise(device: torch.device) -> torch.dtype:
+    """Type for the few numbers that decide where a crop lies; Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _sample(
+    images: Tensor, back: Tensor, size: tuple[int, int], *, mode: Mode, padding: str
+) -> Tensor:
+    """Look images up where `back` `[B, 2, 3]` takes the pixels of the result."""
+    exact = images if images.dtype in (torch.float32, torch.float64) else images.float()
+    rows, columns = images.shape[-2:]
+    # grid_sample wants the image between -1 and 1: (2 x + 1) / columns - 1 for pixel x. Composed
+    # here, in the matrices' own precision, so that the grid is computed once and rounded once.
+    right, lower = (2 / columns) * back[:, 0], (2 / rows) * back[:, 1]
+    y = torch.arange(size[0], device=images.device, dtype=exact.dtype)[:, None]
+    x = torch.arange(size[1], device=images.device, dtype=exact.dtype)
+    grid = torch.stack(
+        [
+            along[:, 0] * x + along[:, 1] * y + along[:, 2]
+            for along in (
+                _offset(right, 1 / columns - 1, exact.dtype),
+                _offset(lower, 1 / rows - 1, exact.dtype),
+            )
+        ],
+        dim=-1,
+    )
+    sampled = F.grid_sample(exact, grid, mode=mode, padding_mode=padding, align_corners=False)
+    return sampled.to(images.dtype)
+
+
+def _offset(line: Tensor, by: float, dtype: torch.dtype) -> Tensor:
+    """Add to the last of `[B, 3]`, then shape to `[B, 3, 1, 1]` to meet rows and columns."""
+    moved = torch.cat((line[:, :2], line[:, 2:] + by), dim=1)
+    return moved.to(dtype)[:, :, None, None]
+
+
+def _window(images: Tensor, axis: int, start: int, length: int, fill: Fill) -> Tensor:
+    """Cut `length` places from `start` out of an axis; what lies beyond its ends is filled."""
+    stop, there = start + length, images.shape[axis]
+    parts = [images.narrow(axis, max(start, 0), max(0, min(stop, there) - max(start, 0)))]
+    for beyond, edge in ((-start, 0), (stop - there, there - 1)):
+        if beyond > 0:
+            border = images.narrow(axis, edge, 1)
+            border = border if fill == "edge" else torch.full_like(border, float(fill))
+            shape = list(images.shape)
+            shape[axis] = beyond
+            parts.insert(0 if edge == 0 else len(parts), border.expand(shape))
+    return torch.cat(parts, dim=axis) if len(parts) > 1 else parts[0]
+
+
+def _check_images(images: Tensor) -> tuple[int, int]:
+    if not images.is_floating_point():
+        raise TypeError(
+            f"images must be floating point, got {images.dtype}; "
+            "idloss.resample.to_float turns uint8 images into [0, 1]"
+        )
+    if images.ndim != 4 or 0 in images.shape[1:]:
+        raise ValueError(f"images must be [B, C, H, W] with pixels, got {list(images.shape)}")
+    return images.shape[2], images.shape[3]
+
+
+def _check_landmarks(
+    landmarks: Tensor, names: Sequence[str] | None, image_size: tuple[int, int] | None
+) -> Tensor:
+    """Refuse what is no face; give the rest back in a type precise enough to fit with."""
+    if landmarks.dtype == torch.bool or landmarks.is_complex():
+        raise TypeError(f"landmarks must be real numbers, got {landmarks.dtype}")
+    if landmarks.ndim != 3 or landmarks.shape[1:] != (5, 2):
+        raise ValueError(f"landmarks must be [B, 5, 2] of (x, y), got {list(landmarks.shape)}")
+    if names is not None and len(names) != len(landmarks):
+        raise ValueError(f"{len(names)} names for {len(landmarks)} sets of landmarks")
+    points = landmarks.to(_precise(landmarks.device))
+    # Reading values stops a compiled graph; there the caller has checked its landmarks before.
+    if len(points) and not torch.compiler.is_compiling():
+        _refuse_degenerate(points, names, image_size)
+    return points
+
+
+def _refuse_degenerate(
+    points: Tensor, names: Sequence[str] | None, image_size: tuple[int, int] | None
+) -> None:
+    low, high = points.amin(1), points.amax(1)
+    x, y = (points - points.mean(1, keepdim=True)).unbind(-1)
+    xx, yy, xy = (x * x).sum(1), (y * y).sum(1), (x * y).sum(1)
+    # determinant over squared trace of the scatter is the squared ratio of its two spreads, nearly
+    flat = xx * yy - xy * xy < (_MIN_FLATNESS * (xx + yy)) ** 2
+    faults = {
+        "are not finite": ~points.isfinite().all(-1).all(-1),
+        "lie within one pixel (are they in pixels of the photo?)": (high - low).amax(1)
+        < _MIN_EXTENT,
+        "lie on one line": flat,
+    }
+    if image_size is not None:
+        photo = points.new_tensor([image_size[1] - 1, image_size[0] - 1])
+        middle = points.mean(1)
+        lost = (middle < 0) | (middle > photo)
+        beyond = torch.maximum(-low, high - photo) > max(image_size) / 2
+        rows, columns = image_size
+        faults[f"lie far outside the {rows}x{columns} photo"] = (lost | beyond).any(-1)
+    if not torch.stack(list(faults.values())).any():
+        return
+    for reason, mask in faults.items():
+        if not mask.any():
+            continue
+        first = int(mask.nonzero()[0])
+        who = f"image {first}" if names is None else f"image {names[first]!r}"
+        others = int(mask.sum()) - 1
+        more = f" (and {others} more in this batch)" if others else ""
+        seen = [[round(value, 2) for value in point] for point in points[first].tolist()]
+        raise ValueError(f"landmarks of {who} {reason}{more}: {seen}")

@@ -1,0 +1,281 @@
+"""The resampler against the paper's released code, OpenCV, torch's antialiasing, and abuse."""
+
+import re
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from idloss.resample import quantize, resize, to_float, to_uint8
+
+CV2 = {"bicubic": cv2.INTER_CUBIC, "bilinear": cv2.INTER_LINEAR, "nearest": cv2.INTER_NEAREST}
+DOWN = ["f2", "f4", "f8", "f16", "16x16", "18x16", "16x14", "14x12", "7x6", "28x24"]
+
+
+def chw(array):
+    return torch.from_numpy(array).permute(0, 3, 1, 2)
+
+
+def noise(*shape):
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+
+
+def opencv(images, size, mode):
+    """cv2.resize over a batch `[B, C, H, W]`, one channel at a time."""
+    flat = images.reshape(-1, *images.shape[-2:]).numpy()
+    done = [cv2.resize(plane, size[::-1], interpolation=CV2[mode]) for plane in flat]
+    return torch.from_numpy(np.stack(done)).reshape(*images.shape[:-2], *size)
+
+
+# --- the released code's arrays ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", DOWN)
+def test_golden_down_sampling_bit_for_bit(golden, key):
+    wanted = chw(golden[f"down_{key}"])
+    assert torch.equal(resize(chw(golden["aligned_bgr"]), wanted.shape[-2:]), wanted)
+
+
+@pytest.mark.parametrize("factor", [4, 8, 16])
+@pytest.mark.parametrize(("key", "mode"), [("bicubic_up", "bicubic"), ("released_up", "bilinear")])
+def test_golden_up_sampling_bit_for_bit(golden, factor, key, mode):
+    lr = chw(golden[f"down_f{factor}"])
+    assert torch.equal(resize(lr, (112, 96), mode=mode), chw(golden[f"{key}_f{factor}"]))
+
+
+@pytest.mark.parametrize("factor", [4, 8, 16])
+def test_golden_float_path_differs_by_ties_only(golden, factor):
+    lr, wanted = chw(golden[f"down_f{factor}"]), chw(golden[f"bicubic_up_f{factor}"])
+    off = (resize(lr.float(), (112, 96)).round().clamp(0, 255) - wanted).abs()
+    assert off.max() <= 1
+    assert off.count_nonzero() < 2e-4 * off.numel()
+
+
+def fed_to_fnet(sr):
+    """FIELD's rule for SR in [-1, 1] on its way to the FNet at test."""
+    if sr.shape[-2:] == (112, 96):
+        return sr
+    levels = resize(to_uint8((sr + 1) / 2, rounding="floor"), (112, 96))
+    return (levels.float() - 127.5) / 127.5
+
+
+@pytest.mark.parametrize(
+    ("sr", "fed", "ties"),
+    [
+        ("fnet_resize_in_28x24", "fnet_resize_out_28x24", 0),
+        ("fnet_resize_in_56x48", "fnet_resize_out_56x48", 0),
+        ("fnet_resize_in_64x64", "fnet_resize_out_64x64", 2),  # of 129,024; noise at a 7/4 scale
+        ("fnet_resize_in_112x96", "fnet_resize_out_112x96", 0),
+        ("edsr_out", "fnet_resize_face_out", 0),
+    ],
+)
+def test_golden_fnet_input(golden, sr, fed, ties):
+    off = (fed_to_fnet(torch.from_numpy(golden[sr])) - torch.from_numpy(golden[fed])).abs()
+    assert off.count_nonzero() <= ties
+    assert off.max() <= 1 / 127.5 + 1e-6
+
+
+# --- OpenCV itself --------------------------------------------------------------------------------
+
+SIZES = [(112, 96), (28, 24), (7, 6), (5, 9), (1, 1), (31, 64), (250, 3)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("source", [(112, 96), (7, 6), (1, 1), (33, 17), (2, 50)])
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+def test_bytes_equal_opencv_bit_for_bit(source, size, mode):
+    images = noise(2, 3, *source)
+    assert torch.equal(resize(images, size, mode=mode), opencv(images, size, mode))
+
+
+@pytest.mark.skipif(not cv2.ipp.useIPP(), reason="this OpenCV weighs bicubic taps in 11 bits")
+@pytest.mark.parametrize("size", SIZES)
+def test_bicubic_bytes_equal_opencv_but_for_ties(size):
+    images = noise(4, 3, 33, 18)
+    off = (resize(images, size).int() - opencv(images, size, "bicubic").int()).abs()
+    assert off.max() <= 1
+    assert off.count_nonzero() <= max(1, 3e-4 * off.numel())
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("mode", list(CV2))
+def test_floats_equal_opencv(size, mode):
+    images = noise(2, 3, 33, 18).float() / 255
+    torch.testing.assert_close(
+        resize(images, size, mode=mode), opencv(images, size, mode), atol=2e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("scale", range(2, 12))
+def test_nearest_follows_opencv_through_its_reciprocal(scale):
+    """At exact multiples OpenCV's rounded reciprocal may fall a pixel short of the true one."""
+    for size_in in range(1, 80):
+        row = torch.arange(size_in, dtype=torch.uint8).expand(1, 1, 1, -1)
+        size = (1, max(1, size_in * 7 // scale))
+        assert torch.equal(resize(row, size, mode="nearest"), opencv(row, size, "nearest"))
+
+
+# --- antialiasing ---------------------------------------------------------------------------------
+
+
+PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+@pytest.mark.parametrize("size", [(14, 12), (28, 24), (7, 6), (33, 41), (200, 150), (112, 12)])
+@pytest.mark.parametrize("mode", list(PILLOW))
+def test_antialiased_bytes_are_pillows(golden, mode, size):
+    faces = golden["aligned_bgr"]
+    wanted = [np.asarray(Image.fromarray(face).resize(size[::-1], PILLOW[mode])) for face in faces]
+    small = resize(chw(faces), size, mode=mode, convention="antialias")
+    off = (small.int() - chw(np.stack(wanted)).int()).abs()
+    assert off.max() <= 2  # one level in either pass
+    assert off.count_nonzero() < {"bicubic": 1e-3, "bilinear": 2e-2}[mode] * off.numel()
+    if size == (14, 12):  # the conventions are far apart, and the names keep them so
+        assert (small.int() - resize(chw(faces), size, mode=mode).int()).abs().max() > 20
+
+
+@pytest.mark.parametrize("mode", list(PILLOW))
+def test_antialiased_floats_are_torchs(mode):
+    images = noise(2, 3, 40, 30) / 255
+    wanted = F.interpolate(images, (14, 12), mode=mode, antialias=True)
+    assert torch.equal(resize(images, (14, 12), mode=mode, convention="antialias"), wanted)
+
+
+# --- types, layouts, gradients, graphs ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", list(CV2))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_keep_their_type(mode, dtype):
+    images = noise(2, 3, 30, 22).to(dtype) / 255
+    small = resize(images, (9, 8), mode=mode)
+    assert small.dtype == dtype
+    wanted = resize(images.float(), (9, 8), mode=mode)
+    torch.testing.assert_close(small.float(), wanted.to(dtype).float(), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", list(CV2))
+@pytest.mark.parametrize("byte", [True, False])
+def test_layout_and_leading_axes_do_not_matter(mode, byte):
+    images = noise(6, 3, 20, 31)
+    images = images if byte else images / 255
+    wanted = resize(images, (13, 40), mode=mode)
+    lasts = resize(images.contiguous(memory_format=torch.channels_last), (13, 40), mode=mode)
+    torch.testing.assert_close(lasts, wanted, atol=1e-6, rtol=0)
+    strided = images.flip(-1).transpose(-1, -2).contiguous().transpose(-1, -2).flip(-1)
+    torch.testing.assert_close(resize(strided, (13, 40), mode=mode), wanted, atol=1e-6, rtol=0)
+    one = resize(images[0], (13, 40), mode=mode)
+    assert one.shape == (3, 13, 40)
+    torch.testing.assert_close(one, wanted[0], atol=1e-6, rtol=0)
+    many = resize(images.unflatten(0, (2, 3)), (13, 40), mode=mode)
+    torch.testing.assert_close(many, wanted.unflatten(0, (2, 3)), atol=1e-6, rtol=0)
+    empty = resize(images[:0], (13, 40), mode=mode)
+    assert empty.shape == (0, 3, 13, 40)
+    assert empty.dtype == images.dtype
+
+
+@pytest.mark.parametrize("mode", list(CV2))
+@pytest.mark.parametrize("size", [(3, 2), (11, 9)])
+def test_gradient_is_the_derivative(mode, size):
+    images = torch.rand(1, 2, 7, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: resize(x, size, mode=mode), images)
+
+
+def test_float_is_neither_clamped_nor_rounded():
+    edge = torch.zeros(1, 1, 8, 8)
+    edge[..., 4:] = 1
+    wide = resize(edge, (32, 32))
+    assert wide.min() < -0.01
+    assert wide.max() > 1.01
+    assert torch.equal(resize((edge * 255).byte(), (32, 32)), to_uint8(wide))
+
+
+def test_same_size_is_the_same_tensor():
+    images = noise(1, 3, 8, 8)
+    assert resize(images, (8, 8)) is images
+
+
+def test_bytes_are_exact_under_autocast_and_inference_mode(golden):
+    faces, wanted = chw(golden["aligned_bgr"]), chw(golden["down_f4"])
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        assert torch.equal(resize(faces, (28, 24)), wanted)
+    images = torch.rand(1, 3, 8, 8, requires_grad=True)
+    resize(images, (4, 4), mode="nearest").sum().backward()  # nothing inferred stays behind
+    assert torch.equal(resize(faces, (28, 24)), wanted)
+
+
+@pytest.mark.parametrize("mode", list(CV2))
+@pytest.mark.parametrize("byte", [True, False])
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call")  # the taps' cache: it traces through
+def test_compiles_into_one_graph(mode, byte):
+    images = noise(2, 3, 20, 31) if byte else noise(2, 3, 20, 31) / 255
+    compiled = torch.compile(resize, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(images, (7, 40), mode=mode), resize(images, (7, 40), mode=mode))
+
+
+@pytest.mark.parametrize("mode", list(CV2))
+def test_exports_with_a_free_batch(mode):
+    class Resize(torch.nn.Module):
+        def forward(self, images):
+            return resize(images, (28, 24), mode=mode)
+
+    batch = torch.export.Dim("batch")
+    example = torch.rand(2, 3, 14, 12)
+    program = torch.export.export(Resize(), (example,), dynamic_shapes=({0: batch},))
+    other = torch.rand(5, 3, 14, 12)
+    torch.testing.assert_close(program.module()(other), resize(other, (28, 24), mode=mode))
+
+
+# --- levels ---------------------------------------------------------------------------------------
+
+
+def test_levels_round_trip_exactly():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_float(levels)), levels)
+    assert torch.equal(quantize(to_float(levels)), to_float(levels))
+    assert to_float(levels, torch.float64).dtype == torch.float64
+
+
+def test_to_uint8_rounds_floors_and_clamps():
+    values = torch.tensor([-0.5, 0.0, 1.5 / 255, 2.5 / 255, 254.9 / 255, 1.0, 7.0])
+    assert to_uint8(values).tolist() == [0, 0, 2, 2, 255, 255, 255]
+    floored = to_uint8(values[[0, 1, 4, 5, 6]], rounding="floor")
+    assert floored.tolist() == [0, 0, 254, 255, 255]
+
+
+def test_quantize_keeps_type_and_clamps():
+    values = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float16)
+    assert quantize(values).dtype == torch.float16
+    assert (quantize(values).float() * 255).round().tolist() == [0, 128, 255]
+
+
+# --- complaints -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: resize(x, (4, 4), mode="bicubik"), ValueError, "'bicubik'. Did you mean 'bic"),
+        (lambda x: resize(x, (4, 4), convention="cv"), ValueError, "unknown convention 'cv'"),
+        (lambda x: resize(x, (4, 4), mode="nearest", convention="antialias"), ValueError, "near"),
+        (lambda x: resize(x, (0, 4)), ValueError, "size must be (H, W)"),
+        (lambda x: resize(x, (4, -4)), ValueError, "size must be (H, W)"),
+        (lambda x: resize(x, (4,)), ValueError, "size must be (H, W)"),
+        (lambda x: resize(x, 4), ValueError, "size must be (H, W)"),
+        (lambda x: resize(x, (4.5, 4)), ValueError, "size must be (H, W)"),
+        (lambda x: resize(x.long(), (4, 4)), TypeError, "torch.int64"),
+        (lambda x: resize(x.bool(), (4, 4)), TypeError, "torch.bool"),
+        (lambda x: resize(x[0, 0], (4, 4)), ValueError, "[8, 8]"),
+        (lambda x: resize(x[..., :0], (4, 4)), ValueError, "[1, 3, 8, 0]"),
+        (lambda x: to_float(x), TypeError, "uint8"),
+        (lambda x: to_uint8(x.long()), TypeError, "torch.int64"),
+        (lambda x: to_uint8(x, rounding="flor"), ValueError, "Did you mean 'floor'"),
+        (lambda x: quantize(x.byte()), TypeError, "torch.uint8"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        call(torch.zeros(1, 3, 8, 8))
