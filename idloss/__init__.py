@@ -1,0 +1,29 @@
+"""idloss: face super-resolution that keeps the person."""
+
+from idloss import fnets, srnets  # registers their models with timm
+from idloss.encoder import FaceEncoder
+from idloss.losses import HallucinationLoss, IdentityPreservedLoss
+from idloss.registry import (
+    create_fnet,
+    create_srnet,
+    list_fnets,
+    list_srnets,
+    register_fnet,
+    register_srnet,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FaceEncoder",
+    "HallucinationLoss",
+    "IdentityPreservedLoss",
+    "create_fnet",
+    "create_srnet",
+    "fnets",
+    "list_fnets",
+    "list_srnets",
+    "register_fnet",
+    "register_srnet",
+    "srnets",
+]

@@ -1,0 +1,144 @@
+"""What the FNets of this package have in common: timm's interface around an embedding."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class FNet(nn.Module):
+    """A face recogniser: a trunk, an embedding, and a classifier only while it is trained.
+
+    A family gives `forward_features` (images to a feature map) and `forward_embedding` (that map
+    to embeddings); the rest of timm's interface is here.
+
+    Args:
+        num_features: Width D of the embeddings.
+        num_classes: Identities of the classifier; 0 for none, and `forward` gives embeddings.
+        in_chans: Channels of the input.
+        grid: `(h, w)` of the feature map, which the embedding's weights are made for.
+        img_size: `(H, W)` of the input that gives that map.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_classes: int,
+        in_chans: int,
+        *,
+        grid: tuple[int, int],
+        img_size: tuple[int, int],
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.head_hidden_size = num_features
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.grid = grid
+        self.img_size = (img_size[0], img_size[1])
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Run the convolutional trunk.
+
+        Args:
+            x: Normalised RGB `[B, 3, H, W]`.
+
+        Returns:
+            The last feature map `[B, C, h, w]`.
+        """
+        raise NotImplementedError
+
+    def forward_embedding(self, x: Tensor) -> Tensor:
+        """Turn the feature map into embeddings.
+
+        Args:
+            x: Feature map `[B, C, h, w]` of `forward_features`.
+
+        Returns:
+            Embeddings `[B, num_features]`, not normalised.
+        """
+        raise NotImplementedError
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Turn the feature map into embeddings, or into logits if there is a classifier.
+
+        Args:
+            x: Feature map `[B, C, h, w]` of `forward_features`.
+            pre_logits: Stop at the embeddings.
+
+        Returns:
+            Embeddings `[B, num_features]`, not normalised, or logits `[B, num_classes]`.
+
+        Raises:
+            ValueError: If the map is of another size than the embedding's weights are made for.
+        """
+        if x.shape[-2:] != self.grid:
+            raise ValueError(
+                f"{type(self).__name__} takes {self.img_size[0]}x{self.img_size[1]} images "
+                f"(height x width), which give a feature map of {list(self.grid)}; got one of "
+                f"{list(x.shape[-2:])}. FaceEncoder resizes images to the network's input"
+            )
+        x = self.forward_embedding(x)
+        return x if pre_logits else self.classifier(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed normalised images.
+
+        Args:
+            x: Normalised RGB `[B, 3, H, W]`, see `pretrained_cfg` for size, mean and std.
+
+        Returns:
+            Embeddings `[B, num_features]`, not normalised; logits if there is a classifier.
+        """
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier: a linear layer, or an identity when `num_classes` is 0."""
+        return self.classifier
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give the network a new classifier.
+
+        Args:
+            num_classes: Identities to tell apart; 0 takes the classifier away.
+            global_pool: Part of timm's interface; these networks do not pool.
+
+        Raises:
+            ValueError: If `global_pool` is asked for.
+        """
+        if global_pool:
+            raise ValueError(f"{type(self).__name__} does not pool, got {global_pool=}")
+        reference = next(self.parameters())
+        self.num_classes = num_classes
+        self._build_classifier()
+        self.classifier.to(device=reference.device, dtype=reference.dtype)
+
+    def _init_convolutions(self) -> None:
+        """Draw the convolutions so that ReLU layers keep the signal (He et al., ICCV 2015)."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                # by fan-in: what goes out of a depthwise layer is not what its shape suggests
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def _build_classifier(self) -> None:
+        """Make the classifier; families call it last, after their own layers."""
+        self.classifier: nn.Module = (
+            nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
+        )
+
+
+def downsampled(img_size: tuple[int, int], times: int) -> tuple[int, int]:
+    """Height and width after stride-2 layers that round up (3x3, padding 1).
+
+    Args:
+        img_size: `(H, W)` of the input.
+        times: Number of such layers.
+
+    Returns:
+        `(h, w)`.
+    """
+    height, width = img_size
+    for _ in range(times):
+        height, width = (height + 1) // 2, (width + 1) // 2
+    return height, width

@@ -1,0 +1,300 @@
+"""EDSR: residual blocks without batch norm and sub-pixel up-sampling.
+
+Lim et al., "Enhanced Deep Residual Networks for Single Image Super-Resolution", CVPRW 2017; the
+16x64 and 32x256 networks of Lai et al. (ICIP 2019), section 4.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from idloss import adapters
+from idloss.registry import register_srnet
+from idloss.weights import (
+    GitHubBlob,
+    HubFile,
+    ManualFile,
+    Weights,
+    build_model,
+    register_weights,
+)
+
+SCALES = (2, 4, 8)
+"""Factors that stages of x2 sub-pixel up-sampling can make."""
+
+OFFICIAL = {"mean": (0.4488, 0.4371, 0.4040), "std": 1 / 255, "tanh": False}
+"""Arguments with which `EDSR` is the one of EDSR-PyTorch: DIV2K's mean on 0-255, no tanh."""
+
+SUPER_IMAGE = {"mean": 0.0, "std": 1.0, "tanh": False, "res_scale": 1.0}
+"""Those for eugenesiow/super-image: its mean shift is built but never called, on [0, 1] images."""
+
+
+class EDSR(nn.Module):
+    """EDSR from RGB [0, 1] to RGB [0, 1].
+
+    With the defaults it is the network of Lai et al. as released: [-1, 1] inside and a tanh at
+    the end, so that the output cannot leave [0, 1]. `EDSR(..., **OFFICIAL)` is the original,
+    whose output is not clamped.
+
+    Args:
+        depth: Residual blocks.
+        width: Filters of every layer.
+        scale: 2, 4 or 8.
+        res_scale: Factor of a block's residual; 0.1 in the released code, 1 in the original
+            16x64 network.
+        in_chans: Channels of the image.
+        mean: Subtracted from the image, and added to the output; one number or one per channel.
+        std: Divided by, after that, and multiplied with at the output; likewise.
+        tanh: Bound the output, before `mean` and `std` are undone.
+
+    Raises:
+        ValueError: If `scale` is not 2, 4 or 8.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        depth: int = 16,
+        width: int = 64,
+        scale: int = 4,
+        res_scale: float = 0.1,
+        in_chans: int = 3,
+        mean: float | Sequence[float] = 0.5,
+        std: float | Sequence[float] = 0.5,
+        tanh: bool = True,
+    ) -> None:
+        super().__init__()
+        if scale not in SCALES:
+            raise ValueError(f"EDSR scales by {', '.join(map(str, SCALES))}, got scale={scale}")
+        self.scale = scale
+        self.in_chans = in_chans
+        # What timm's tools ask of any model: no classifier, and a width.
+        self.num_classes = 0
+        self.num_features = width
+        self.tanh = tanh
+        self.head = nn.Conv2d(in_chans, width, 3, padding=1)
+        self.body = nn.Sequential(*(_ResidualBlock(width, res_scale) for _ in range(depth)))
+        self.body_end = nn.Conv2d(width, width, 3, padding=1)
+        self.upsample = nn.ModuleList(
+            nn.Conv2d(width, 4 * width, 3, padding=1) for _ in range(scale.bit_length() - 1)
+        )
+        self.tail = nn.Conv2d(width, in_chans, 3, padding=1)
+        # Arguments, not weights: kept out of the state dict.
+        self.register_buffer("mean", _per_channel(mean, in_chans), persistent=False)
+        self.register_buffer("std", _per_channel(std, in_chans), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Super-resolve a batch.
+
+        Args:
+            x: RGB `[B, 3, H, W]` in [0, 1].
+
+        Returns:
+            RGB `[B, 3, scale * H, scale * W]`, in [0, 1] if `tanh`.
+        """
+        x = self.head((x - self.mean) / self.std)
+        x = x + self.body_end(self.body(x))
+        for convolution in self.upsample:
+            x = F.pixel_shuffle(convolution(x), 2)
+        x = self.tail(x)
+        if self.tanh:
+            x = torch.tanh(x)
+        return x * self.std + self.mean
+
+
+class _ResidualBlock(nn.Module):
+    """`x + res_scale * conv(relu(conv(x)))`."""
+
+    def __init__(self, width: int, res_scale: float) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.res_scale = res_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual: Tensor = self.conv2(F.relu(self.conv1(x)))
+        return x + residual * self.res_scale
+
+
+def _per_channel(value: float | Sequence[float], channels: int) -> Tensor:
+    values = [value] if isinstance(value, (int, float)) else list(value)
+    if len(values) not in (1, channels):
+        raise ValueError(f"mean and std are one number or {channels}, got {value}")
+    return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
+
+
+_PAPER = "Low-Resolution Face Recognition Based on Identity-Preserved Face Hallucination"
+_EDSR = "Enhanced Deep Residual Networks for Single Image Super-Resolution"
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 0,
+        "input_size": (3, 28, 24),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+        "first_conv": "head",
+        "paper_name": _PAPER,
+        **kwargs,
+    }
+
+
+def _released(name: str, member: str, first: str, second: str) -> dict[str, Any]:
+    """Register a network of the authors' repository: one 7z, cut in two."""
+    stem = member.removesuffix(".pth")
+    weights = Weights(
+        source=GitHubBlob(
+            repo="johnnysclai/SR_LRFR",
+            commit="4cf3b4bc79bcf145df1b579ba2010f709e5470b4",
+            parts=(
+                (f"pretrained/{stem}.7z.001", first),
+                (f"pretrained/{stem}.7z.002", second),
+            ),
+            member=member,
+        ),
+        licence="none given: download from the origin, do not redistribute",
+        training_data="CelebA in the wild, aligned to 112x96",
+        adapter=adapters.edsr_released,
+    )
+    return _cfg(**register_weights(name, weights).cfg())
+
+
+def _official(name: str, filename: str) -> dict[str, Any]:
+    """Register a network of EDSR-PyTorch; what is left of its host is the file's name."""
+    weights = Weights(
+        source=ManualFile(
+            filename=filename,
+            url=f"https://cv.snu.ac.kr/research/EDSR/models/{filename}",
+            how="Its host is reported dead; a copy is right if its SHA-256 begins with the eight "
+            "hex digits in its name.",
+        ),
+        licence="mit",
+        training_data="DIV2K",
+        adapter=adapters.edsr_official,
+        trained_by="Lim et al. (EDSR-PyTorch).",
+    )
+    return _cfg(paper_name=_EDSR, **register_weights(name, weights).cfg())
+
+
+def _super_image(name: str, source: HubFile | ManualFile) -> dict[str, Any]:
+    """Register a network of eugenesiow/super-image, which keeps EDSR-PyTorch's keys."""
+    weights = Weights(
+        source=source,
+        licence="apache-2.0",
+        training_data="DIV2K",
+        adapter=adapters.edsr_official,
+        trained_by="Eugene Siow (super-image).",
+    )
+    return _cfg(paper_name=_EDSR, **register_weights(name, weights).cfg())
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "edsr16_64": _cfg(),
+        "edsr16_64_id": _cfg(),
+        "edsr32_256.celeba": _released(
+            "edsr32_256.celeba",
+            "edsr_baseline.pth",
+            "00d14358e8ecbdc563b4be7873303b74516bd518",
+            "a497884e20a3e0ab0de323d1f222a9d2bdeb40fe",
+        ),
+        "edsr32_256_id.celeba": _released(
+            "edsr32_256_id.celeba",
+            "edsr_lambda0.5.pth",
+            "125743e6b200499932fa165869f416f7d460a736",
+            "db7339928db88c0650eeb08b804f095de32ed508",
+        ),
+        "edsr16_64_div2k.official_x4": _official(
+            "edsr16_64_div2k.official_x4", "edsr_baseline_x4-6b446fab.pt"
+        ),
+        "edsr32_256_div2k.official_x4": _official(
+            "edsr32_256_div2k.official_x4", "edsr_x4-4f62e9ef.pt"
+        ),
+        "edsr16_64_super_image.div2k_x4": _super_image(
+            "edsr16_64_super_image.div2k_x4",
+            HubFile(
+                repo="eugenesiow/edsr-base",
+                filename="pytorch_model_4x.pt",
+                revision="d622f68a86f11af7c1c6add1a8fa3790a1173d97",
+                sha256="9302a679cf3e656a8aefd4ae7cfae4dd86ca60b2e1c50fbe9e06dde9767d32ad",
+            ),
+        ),
+        "edsr32_256_super_image.div2k_x4": _super_image(
+            "edsr32_256_super_image.div2k_x4",
+            ManualFile(
+                filename="pytorch_model_4x.pt",
+                url="https://huggingface.co/eugenesiow/edsr/resolve/"
+                "93f0ee66d36fb449f65525b7c4792adef82deb00/pytorch_model_4x.pt",
+                how="Its hash is not known here, so it is not fetched unasked.",
+            ),
+        ),
+    }
+)
+
+
+def _edsr(variant: str, pretrained: bool, **kwargs: Any) -> EDSR:
+    return build_model(
+        EDSR, variant, pretrained, kwargs_filter=("num_classes", "global_pool"), **kwargs
+    )
+
+
+@register_srnet
+def edsr16_64(pretrained: bool = False, **kwargs: Any) -> EDSR:
+    """EDSR of 16 blocks and 64 filters, trained with the image loss alone (lambda 0)."""
+    return _edsr("edsr16_64", pretrained, **{"depth": 16, "width": 64, **kwargs})
+
+
+@register_srnet
+def edsr16_64_id(pretrained: bool = False, **kwargs: Any) -> EDSR:
+    """EDSR of 16 blocks and 64 filters, trained with the identity loss (lambda 0.5)."""
+    return _edsr("edsr16_64_id", pretrained, **{"depth": 16, "width": 64, **kwargs})
+
+
+@register_srnet
+def edsr32_256(pretrained: bool = False, **kwargs: Any) -> EDSR:
+    """EDSR of 32 blocks and 256 filters, trained with the image loss alone (lambda 0)."""
+    return _edsr("edsr32_256", pretrained, **{"depth": 32, "width": 256, **kwargs})
+
+
+@register_srnet
+def edsr32_256_id(pretrained: bool = False, **kwargs: Any) -> EDSR:
+    """EDSR of 32 blocks and 256 filters, trained with the identity loss (lambda 0.5)."""
+    return _edsr("edsr32_256_id", pretrained, **{"depth": 32, "width": 256, **kwargs})
+
+
+@register_srnet
+def edsr16_64_div2k(pretrained: bool = False, **kwargs: Any) -> EDSR:
+    """The "baseline" EDSR of EDSR-PyTorch, 16 blocks and 64 filters, for photos of anything."""
+    arguments = {"depth": 16, "width": 64, "res_scale": 1.0, **OFFICIAL, **kwargs}
+    return _edsr("edsr16_64_div2k", pretrained, **arguments)
+
+
+@register_srnet
+def edsr32_256_div2k(pretrained: bool = False, **kwargs: Any) -> EDSR:
+    """The EDSR of EDSR-PyTorch, 32 blocks and 256 filters, for photos of anything."""
+    arguments = {"depth": 32, "width": 256, "res_scale": 0.1, **OFFICIAL, **kwargs}
+    return _edsr("edsr32_256_div2k", pretrained, **arguments)
+
+
+@register_srnet
+def edsr16_64_super_image(pretrained: bool = False, **kwargs: Any) -> EDSR:
+    """The EDSR of super-image, 16 blocks and 64 filters, for photos of anything."""
+    arguments = {"depth": 16, "width": 64, **SUPER_IMAGE, **kwargs}
+    return _edsr("edsr16_64_super_image", pretrained, **arguments)
+
+
+@register_srnet
+def edsr32_256_super_image(pretrained: bool = False, **kwargs: Any) -> EDSR:
+    """The EDSR of super-image, 32 blocks and 256 filters, for photos of anything."""
+    arguments = {"depth": 32, "width": 256, **SUPER_IMAGE, **kwargs}
+    return _edsr("edsr32_256_super_image", pretrained, **arguments)

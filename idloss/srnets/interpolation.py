@@ -1,0 +1,90 @@
+"""Interpolation as an SRNet without parameters: the baseline row of every table."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from idloss.registry import register_srnet
+from idloss.resample import resize
+from idloss.weights import build_model
+
+
+class Interpolation(nn.Module):
+    """Up-sample as OpenCV does, by a factor or to a size.
+
+    Args:
+        mode: `"bicubic"` or `"bilinear"`.
+        scale: Factor; no use is made of it where `size` is given.
+        size: `(H, W)` of the output.
+        in_chans: Part of timm's interface; any number of channels will do.
+    """
+
+    def __init__(
+        self,
+        mode: Literal["bicubic", "bilinear"] = "bicubic",
+        scale: float = 4,
+        size: tuple[int, int] | None = None,
+        in_chans: int = 3,
+    ) -> None:
+        super().__init__()
+        self.mode: Literal["bicubic", "bilinear"] = mode
+        self.scale = scale
+        self.size = tuple(size) if size is not None else None
+        self.in_chans = in_chans
+        # What timm's tools ask of any model: no classifier, and a width.
+        self.num_classes = 0
+        self.num_features = in_chans
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Up-sample a batch.
+
+        Args:
+            x: RGB `[B, 3, H, W]` in [0, 1].
+
+        Returns:
+            RGB `[B, 3, *size]` or `[B, 3, scale * H, scale * W]`; bicubic may leave [0, 1].
+        """
+        height, width = x.shape[-2:]
+        size = self.size or (round(height * self.scale), round(width * self.scale))
+        return resize(x, size, mode=self.mode)
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"mode={self.mode!r}, scale={self.scale}, size={self.size}"
+
+
+_CFG = {
+    "num_classes": 0,
+    "input_size": (3, 28, 24),
+    "crop_pct": 1.0,
+    "mean": (0.0, 0.0, 0.0),
+    "std": (1.0, 1.0, 1.0),
+}
+
+default_cfgs = generate_default_cfgs({"bicubic": dict(_CFG), "bilinear": dict(_CFG)})
+
+
+def _interpolation(variant: str, **kwargs: Any) -> Interpolation:
+    # There is nothing to load: asking for pretrained=True is right, and changes nothing.
+    return build_model(
+        Interpolation,
+        variant,
+        False,
+        kwargs_filter=("num_classes", "global_pool"),
+        **{"mode": variant, **kwargs},
+    )
+
+
+@register_srnet
+def bicubic(pretrained: bool = False, **kwargs: Any) -> Interpolation:
+    """Bicubic interpolation (OpenCV's, a = -0.75)."""
+    return _interpolation("bicubic", **kwargs)
+
+
+@register_srnet
+def bilinear(pretrained: bool = False, **kwargs: Any) -> Interpolation:
+    """Bilinear interpolation: what the released evaluation calls "Bicubic"."""
+    return _interpolation("bilinear", **kwargs)

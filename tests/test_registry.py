@@ -1,0 +1,307 @@
+"""Names, kinds and plug-ins: what idloss knows beyond timm's registry."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from nets import TinyFNet, faces, tiny_fnet
+from torch import nn
+
+from idloss import create_fnet, create_srnet, list_fnets, list_srnets, register_fnet
+from idloss.registry import fnet_crop
+
+
+def run(code, cwd):
+    """A fresh interpreter: plug-ins are looked for once in a process."""
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(cwd), str(ROOT)))},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+# --- lists ---------------------------------------------------------------------------------------
+
+
+def test_kinds_do_not_overlap():
+    assert {"sface", "vgg_face", "mobilefacenet"} <= set(list_fnets())
+    assert {"edsr16_64", "edsr32_256_id", "bicubic", "bilinear"} <= set(list_srnets())
+    assert not set(list_fnets()) & set(list_srnets())
+    assert "resnet18" not in list_fnets()
+
+
+def test_wildcards_are_timms():
+    assert list_fnets("mobile*") == ["mobilefacenet", "mobilefacenet_relu6"]
+    assert list_srnets("*_id") == ["edsr16_64_id", "edsr32_256_id"]
+    assert list_fnets(["sface", "vgg*"]) == ["sface", "vgg_face"]
+    assert list_fnets("edsr*") == []
+
+
+def test_pretrained_names_have_tags():
+    names = list_fnets(pretrained=True)
+    assert "sface.casia_webface" in names
+    assert "mobilefacenet.casia_webface" in names
+    assert set(names) <= set(timm.list_models(pretrained=True))
+    assert "edsr32_256.celeba" in list_srnets(pretrained=True)
+    assert "bicubic" not in list_srnets(pretrained=True)
+    assert list_fnets("sface.clcarwin*", pretrained=True) == ["sface.clcarwin_casia_webface"]
+
+
+def test_crops():
+    assert fnet_crop("sface") == "sphereface"
+    assert fnet_crop("sface.casia_webface") == "sphereface"
+    assert fnet_crop("mobilefacenet") == "arcface"
+    assert fnet_crop("vgg_face") is None
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("create", "name", "message"),
+    [
+        (create_fnet, "sfase", "unknown FNet 'sfase'. Did you mean 'sface'"),
+        (create_fnet, "sface.casia", "Did you mean 'sface.casia_webface'"),
+        (create_fnet, "edsr16_64", "'edsr16_64' is an SRNet"),
+        (create_fnet, "resnet18", "asked for as 'timm/resnet18'"),
+        (create_fnet, "timm/resnet81", "unknown timm model 'resnet81'. Did you mean 'resnet18'"),
+        (create_srnet, "esdr16_64", "unknown SRNet 'esdr16_64'. Did you mean 'edsr16_64'"),
+        (create_srnet, "edsr32_256.celebb", "Did you mean 'edsr32_256.celeba'"),
+        (create_srnet, "sface", "'sface' is an FNet"),
+        (fnet_crop, "mobilefacent", "Did you mean 'mobilefacenet'"),
+    ],
+)
+def test_unknown_names(create, name, message):
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        create(name)
+
+
+@pytest.mark.parametrize("create", [create_fnet, create_srnet])
+def test_neither_name_nor_module(create):
+    with pytest.raises(TypeError, match=r"must be a name or a torch\.nn\.Module, got int"):
+        create(7)
+
+
+@pytest.mark.parametrize("create", [create_fnet, create_srnet])
+def test_options_for_a_module_that_is_built(create):
+    with pytest.raises(TypeError, match="already built, and options for building one: depth"):
+        create(tiny_fnet(), depth=3)
+
+
+def test_unknown_crop():
+    with pytest.raises(ValueError, match="Did you mean 'arcface'"):
+        create_fnet(tiny_fnet(), crop="arcfase")
+    with pytest.raises(ValueError, match="Did you mean 'arcface'"):
+        register_fnet(crop="arcfase")
+
+
+# --- timm's models -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "vgg11"])
+def test_timm_backbones_lose_their_head(name):
+    """num_features is the width of the embeddings, which timm's trunk width is not always."""
+    with torch.device("meta"):
+        model = create_fnet(f"timm/{name}").eval()
+        logits = create_fnet(f"timm/{name}", num_classes=5).eval()(torch.rand(1, 3, 224, 224))
+        embeddings = model(torch.rand(1, 3, 224, 224))
+    assert embeddings.shape == (1, model.num_features)
+    assert logits.shape == (1, 5)
+    assert model.pretrained_cfg["mean"] == timm.data.IMAGENET_DEFAULT_MEAN
+    assert model.crop is None
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder as face recognisers are published: a ViT whose last layer is the embedding.
+
+    That is how gaunernst/vit_tiny_patch8_112.* are: 5,512,640 parameters, the 512 "classes" of
+    their head included.
+    """
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=112,
+        patch_size=8,
+        num_classes=512,
+        depth=12,
+        pretrained_cfg={
+            "input_size": (3, 112, 112),
+            "mean": (0.5,) * 3,
+            "std": (0.5,) * 3,
+            "classifier": "head",
+        },
+    )
+    assert sum(parameter.numel() for parameter in model.parameters()) == 5_512_640
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    return model.eval(), f"local-dir:{tmp_path}"
+
+
+def test_published_embeddings_are_kept(published):
+    model, name = published
+    fnet = create_fnet(name, pretrained=True).eval()
+    x = torch.randn(2, 3, 112, 112)
+    with torch.no_grad():
+        assert torch.equal(fnet(x), model(x))
+        assert fnet.num_features == 512
+        assert fnet.crop == "arcface"
+        assert fnet.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+        trunk = create_fnet(name, pretrained=True, num_classes=0, crop=None).eval()
+        assert trunk(x).shape == (2, trunk.num_features) == (2, 192)
+        assert trunk.crop is None
+
+
+def test_published_models_that_are_no_srnets(published):
+    with pytest.raises(ValueError, match="vit_tiny_patch16_224, which is not a registered SRNet"):
+        create_srnet(published[1])
+
+
+# --- modules -------------------------------------------------------------------------------------
+
+
+def test_modules_that_describe_themselves():
+    module = tiny_fnet()
+    fnet = create_fnet(module)
+    assert fnet is module
+    assert fnet.num_features == 16
+    assert fnet.crop == "sphereface"
+    assert create_fnet(module, crop=None).crop is None
+
+
+def stranger():
+    layers = nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Dropout(), nn.LazyLinear(9)
+    module = nn.Sequential(*layers).eval()
+    module(torch.zeros(1, 3, 14, 12))
+    return module.train()
+
+
+def test_modules_that_do_not():
+    with pytest.raises(ValueError, match="says nothing of its input_size, mean, std: pass input_"):
+        create_fnet(stranger())
+    half = {"input_size": (3, 112, 112), "mean": (0.5, 0.5, 0.5)}
+    with pytest.raises(ValueError, match="says nothing of its std: pass std= to create_fnet"):
+        create_fnet(stranger(), **half)
+    with pytest.raises(ValueError, match=r"input_size must be \(3, H, W\), got \(14, 12\)"):
+        create_fnet(stranger(), input_size=(14, 12), mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def test_modules_with_their_input_given():
+    module = stranger()
+    fnet = create_fnet(module, input_size=(3, 14, 12), mean=(0.5,) * 3, std=[0.25] * 3)
+    assert fnet is module
+    assert fnet.num_features == 9
+    assert fnet.crop is None
+    assert fnet.pretrained_cfg["std"] == (0.25, 0.25, 0.25)
+    assert all(child.training for child in fnet.modules())
+
+
+@pytest.mark.parametrize(
+    ("size", "crop"),
+    [((112, 96), "sphereface"), ((112, 112), "arcface"), ((224, 224), None), ((160, 160), None)],
+)
+def test_crop_by_input_size(size, crop):
+    module = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    fnet = create_fnet(module, input_size=(3, *size), mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert fnet.crop == crop
+    assert fnet.num_features == 12
+
+
+def test_modules_that_do_not_embed():
+    module = nn.Conv2d(3, 4, 1)
+    with pytest.raises(ValueError, match=r"Conv2d gave \(1, 4, 14, 12\) for one image"):
+        create_fnet(module, input_size=(3, 14, 12), mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def test_given_input_replaces_the_models_own():
+    module = TinyFNet()
+    fnet = create_fnet(module, mean=(0.1, 0.2, 0.3))
+    assert fnet.pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
+    assert fnet.pretrained_cfg["std"] == (0.5, 0.25, 0.3)
+    assert TinyFNet().pretrained_cfg["mean"] == (0.4, 0.5, 0.6)
+
+
+def test_srnets_may_be_modules():
+    module = nn.Upsample(scale_factor=2)
+    assert create_srnet(module) is module
+    assert create_srnet(module)(faces()).shape[-2:] == (56, 48)
+
+
+# --- plug-ins ------------------------------------------------------------------------------------
+
+PLUGIN = """
+import torch
+from torch import nn
+from idloss import register_fnet, register_srnet
+
+print("imported")
+
+class Tiny(nn.Module):
+    num_classes, num_features = 0, 12
+    def forward(self, x):
+        return nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+
+@register_fnet(crop="arcface")
+def tiny_plugin_fnet(pretrained=False, **kwargs):
+    model = Tiny()
+    model.pretrained_cfg = {
+        "architecture": "tiny_plugin_fnet", "input_size": (3, 16, 16),
+        "mean": (0.5,) * 3, "std": (0.5,) * 3,
+    }
+    return model
+
+@register_srnet
+def tiny_plugin_srnet(pretrained=False, **kwargs):
+    return nn.Upsample(scale_factor=2)
+"""
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A folder with an installed distribution that has two plug-ins, one of them broken."""
+    (tmp_path / "good_plugin.py").write_text(PLUGIN)
+    (tmp_path / "broken_plugin.py").write_text("raise OSError('no disk today')")
+    info = tmp_path / "face_zoo-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: face-zoo\nVersion: 1.2\n")
+    (info / "entry_points.txt").write_text(
+        "[idloss.plugins]\nbad = broken_plugin\ngood = good_plugin\n"
+    )
+    return tmp_path
+
+
+def test_plugins(site):
+    done = run(
+        """
+        import idloss, sys
+        print("good_plugin" in sys.modules)
+        idloss.create_srnet("tiny_plugin_srnet")
+        print(idloss.list_fnets("tiny*"), idloss.list_srnets("tiny*"))
+        fnet = idloss.create_fnet("tiny_plugin_fnet")
+        print(fnet.crop, fnet.num_features, idloss.FaceEncoder(fnet).num_features)
+        idloss.list_fnets()
+        """,
+        site,
+    )
+    lines = done.stdout.splitlines()
+    assert lines == [
+        "False",
+        "imported",
+        "['tiny_plugin_fnet'] ['tiny_plugin_srnet']",
+        "arcface 12 12",
+    ]
+    # one warning, at the caller's line
+    (warning,) = [line for line in done.stderr.splitlines() if "Warning" in line]
+    assert warning.startswith("<string>:4: UserWarning")
+    assert "'bad' (broken_plugin) of face-zoo 1.2 could not be loaded" in warning
+    assert "OSError: no disk today" in warning
