@@ -1,0 +1,330 @@
+"""The identity-preserved loss (paper, equations 2 and 3) and the whole objective (1 and 4)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from idloss.distances import DISTANCES, Distance
+from idloss.encoder import ChannelOrder, FaceEncoder, Interpolation, check_images
+from idloss.errors import did_you_mean
+from idloss.resample import resize, to_float, to_uint8
+
+Reduction = Literal["mean", "sum", "none"]
+ImageLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+class IdentityPreservedLoss(nn.Module):
+    """Distance between the embeddings of super-resolved faces and of their originals.
+
+    Lai, He and Lam, ICIP 2019, equations 2 and 3. The FNet is frozen (see `FaceEncoder`): the loss
+    has no parameters, an empty `state_dict()`, and is not to be wrapped in DDP; wrap the SR
+    network. Distances are taken in float32, whatever autocast gives. NaN images give a NaN loss.
+
+    Args:
+        fnet: The face recogniser: a name, a module (see `FaceEncoder`), a sequence of these, or a
+            mapping of these to their weights. Several form an ensemble whose loss is the weighted
+            mean of the distances.
+        pretrained: Load the FNets' weights; ignored for modules.
+        distance: `"cosine"`, `"euclidean"` (squared, of normalised embeddings), `"angular"`,
+            `"l1"`, or a callable from two `[B, D]` tensors to `[B]`.
+        interpolation: How images reach the FNet's input size.
+        crop: Template the images are aligned to; see `FaceEncoder`.
+        value_range: Lowest and highest value of the images.
+        channel_order: `"rgb"` or `"bgr"`.
+        reduction: `"mean"`, `"sum"` or `"none"`.
+        flip: Compare the embeddings of the images and of their mirror images, concatenated.
+        **fnet_options: Passed on to `create_fnet`.
+
+    Example:
+        >>> identity_loss = IdentityPreservedLoss("sface", crop="sphereface")
+        >>> loss = image_loss + 0.5 * identity_loss(sr, hr)
+    """
+
+    def __init__(
+        self,
+        fnet: str | nn.Module | Sequence[str | nn.Module] | Mapping[Any, float] = "sface",
+        *,
+        pretrained: bool = True,
+        distance: str | Distance = "cosine",
+        interpolation: Interpolation = "bilinear",
+        crop: str | None = None,
+        value_range: tuple[float, float] = (0.0, 1.0),
+        channel_order: ChannelOrder = "rgb",
+        reduction: Reduction = "mean",
+        flip: bool = False,
+        **fnet_options: Any,
+    ) -> None:
+        super().__init__()
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        if isinstance(distance, str) and distance not in DISTANCES:
+            raise ValueError(did_you_mean("distance", distance, DISTANCES))
+        weights = _fnet_weights(fnet)
+        self.encoders = nn.ModuleList(
+            FaceEncoder(
+                net,
+                pretrained=pretrained,
+                crop=crop,
+                interpolation=interpolation,
+                flip=flip,
+                value_range=value_range,
+                channel_order=channel_order,
+                **fnet_options,
+            )
+            for net, _ in weights
+        )
+        total = sum(weight for _, weight in weights)
+        self.fnet_weights = tuple(weight / total for _, weight in weights)
+        self.distance: Distance = DISTANCES[distance] if isinstance(distance, str) else distance
+        self.value_range = value_range
+        self.reduction = reduction
+        self.num_features = sum(encoder.num_features for encoder in self._encoders())
+        self._inspected = False
+
+    def _encoders(self) -> list[FaceEncoder]:
+        return list(self.encoders)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """Embed HR images once, to be given as `target_features` later.
+
+        Args:
+            images: Face crops `[B, 3, H, W]` in `value_range`.
+
+        Returns:
+            Embeddings `[B, num_features]`; those of an ensemble are concatenated.
+        """
+        return torch.cat([encoder(images) for encoder in self._encoders()], dim=1)
+
+    def forward(
+        self,
+        sr: Tensor,
+        hr: Tensor | None = None,
+        *,
+        target_features: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """Compare super-resolved faces with their originals.
+
+        Args:
+            sr: Super-resolved faces `[B, 3, h, w]` of any size, in `value_range`.
+            hr: Their originals `[B, 3, H, W]` of any size; receives no gradient.
+            target_features: What `embed(hr)` gave, `[B, num_features]`, instead of `hr`; then no
+                HR forward pass is run.
+            weight: Weight of each face, `[B]`. With `reduction="mean"` the result is the weighted
+                mean, as in `torch.nn.functional.l1_loss`.
+
+        Returns:
+            A scalar, or `[B]` for `reduction="none"`.
+
+        Raises:
+            TypeError: If images are not floating point.
+            ValueError: If the batch is empty, shapes do not fit, or not exactly one of `hr` and
+                `target_features` is given.
+        """
+        check_images(sr, "sr")
+        batch = sr.shape[0]
+        if batch == 0:
+            raise ValueError("sr is an empty batch: the loss of no faces is not defined")
+        if (hr is None) == (target_features is None):
+            raise ValueError("give exactly one of hr and target_features")
+        if hr is not None:
+            check_images(hr, "hr")
+            _check_batch(hr, batch, "hr")
+        if not torch.compiler.is_compiling() and not self._inspected:
+            self._inspected = True
+            if self.training and torch.is_grad_enabled() and not sr.requires_grad:
+                _warn("sr carries no gradient: none will reach the SR network. Was it detached?")
+            self._inspect("sr", sr)
+            if hr is not None:
+                self._inspect("hr", hr)
+        targets = target_features if hr is None else self.embed(hr)
+        assert targets is not None
+        if targets.shape != (batch, self.num_features):
+            raise ValueError(
+                f"target_features must be [{batch}, {self.num_features}] for this batch and "
+                f"FNet, got {list(targets.shape)}"
+            )
+        distances = self._distances(sr, targets.detach())
+        if weight is not None:
+            if weight.shape != (batch,):
+                raise ValueError(f"weight must be [{batch}], got {list(weight.shape)}")
+            distances = distances * weight
+        if self.reduction == "none":
+            return distances
+        if self.reduction == "sum":
+            return distances.sum()
+        if weight is None:
+            return distances.mean()
+        tiny = torch.finfo(distances.dtype).tiny
+        return distances.sum() / weight.to(distances.dtype).sum().clamp_min(tiny)
+
+    def _distances(self, sr: Tensor, targets: Tensor) -> Tensor:
+        encoders = self._encoders()
+        parts = targets.split([encoder.num_features for encoder in encoders], dim=1)
+        terms = [
+            weight * self.distance(_at_least_float32(encoder(sr)), _at_least_float32(part))
+            for weight, encoder, part in zip(self.fnet_weights, encoders, parts, strict=True)
+        ]
+        return torch.stack(terms).sum(dim=0)
+
+    @torch.no_grad()
+    def _inspect(self, name: str, images: Tensor) -> None:
+        """Warn, on the first eager call alone, of what is legal and almost surely not meant."""
+        low, high = self.value_range
+        least, most = (value.item() for value in images.float().aminmax())
+        margin = 0.25 * (high - low)  # a fresh SR network may overshoot
+        seen = f"{name} spans [{least:.3g}, {most:.3g}] and value_range is ({low:g}, {high:g})"
+        if not math.isfinite(least + most):
+            _warn(f"{name} holds NaN or infinity: so will the loss")
+        elif least < low - margin or most > high + margin:
+            _warn(f"{seen}: pass the value_range that the images are in")
+        elif high - low > 1.5 and least >= 0 and most <= 1:
+            _warn(f"{seen}: these look like [0, 1] images")
+        height, width = images.shape[-2:]
+        for encoder in self._encoders():
+            if encoder.stretches(height, width):
+                _warn(
+                    f"{name} is {height}x{width} and will be stretched for {encoder}. If it is "
+                    "aligned to another template than the FNet's, pass crop= "
+                    "('sphereface' is 112x96, 'arcface' 112x112)"
+                )
+
+
+class HallucinationLoss(nn.Module):
+    """Image loss plus lambda times identity loss (paper, equations 1 and 4).
+
+    The image loss compares SR with MR, the HR image down-sampled to the size of SR by OpenCV's
+    bicubic rule, both taken to [-1, 1] whatever `value_range` is: the paper's lambda of 0.5
+    belongs to that scale.
+
+    Args:
+        identity: The identity loss: an `IdentityPreservedLoss`, or what its `fnet` takes. `None`
+            leaves the image loss alone.
+        weight: Lambda. With 0 no FNet is built or run, as with `identity=None`.
+        image_loss: A callable of SR and MR, both `[B, 3, h, w]` in [-1, 1]; the mean absolute
+            difference by default, as in the released code.
+        value_range: Lowest and highest value of the images.
+        quantize: Take MR from the 8-bit image to an 8-bit image, as the released code does.
+        **identity_options: Passed on to `IdentityPreservedLoss` when `identity` names an FNet.
+
+    Example:
+        >>> criterion = HallucinationLoss("sface", weight=0.5, crop="sphereface")
+        >>> total, parts = criterion(srnet(lr), hr)
+    """
+
+    def __init__(
+        self,
+        identity: IdentityPreservedLoss | Any | None = "sface",
+        *,
+        weight: float = 0.5,
+        image_loss: ImageLoss = F.l1_loss,
+        value_range: tuple[float, float] = (0.0, 1.0),
+        quantize: bool = True,
+        **identity_options: Any,
+    ) -> None:
+        super().__init__()
+        if weight < 0:
+            raise ValueError(f"weight (lambda) must not be negative, got {weight}")
+        if isinstance(identity, IdentityPreservedLoss):
+            if identity_options:
+                raise ValueError(
+                    f"{sorted(identity_options)} belong to the IdentityPreservedLoss, which is "
+                    "already made: pass them there"
+                )
+            if identity.value_range != value_range:
+                raise ValueError(
+                    f"value_range is {value_range} here and {identity.value_range} in the "
+                    "identity loss: both see the same images"
+                )
+        elif identity is not None and weight > 0:
+            identity = IdentityPreservedLoss(identity, value_range=value_range, **identity_options)
+        self.identity: IdentityPreservedLoss | None = identity if weight > 0 else None
+        self.weight = weight
+        self.image_loss = image_loss
+        self.value_range = value_range
+        self.quantize = quantize
+
+    def medium_resolution(self, hr: Tensor, size: tuple[int, int]) -> Tensor:
+        """Down-sample HR to MR, what SR is compared with.
+
+        Args:
+            hr: Original faces `[B, 3, H, W]` in `value_range`.
+            size: Height and width of SR, in pixels.
+
+        Returns:
+            MR `[B, 3, *size]` in [0, 1].
+        """
+        low, high = self.value_range
+        unit = hr if (low, high) == (0, 1) else (hr - low) / (high - low)
+        if not self.quantize:
+            return resize(unit, size)
+        # 8-bit on the way in as well: only so do ties fall as they do in the released code
+        return to_float(resize(to_uint8(unit), size)).to(hr.dtype)
+
+    def forward(
+        self, sr: Tensor, hr: Tensor, *, target_features: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the objective and its parts.
+
+        Args:
+            sr: Super-resolved faces `[B, 3, h, w]` in `value_range`, no larger than `hr`.
+            hr: Their originals `[B, 3, H, W]`.
+            target_features: What `self.identity.embed(hr)` gave; saves the HR forward pass.
+
+        Returns:
+            The total, a scalar with gradient, and its parts by name, `"image"` and `"identity"`
+            (absent without an identity loss), both before weighting and detached.
+
+        Raises:
+            TypeError: If images are not floating point.
+            ValueError: If shapes do not fit.
+        """
+        check_images(sr, "sr")
+        check_images(hr, "hr")
+        _check_batch(hr, sr.shape[0], "hr")
+        low, high = self.value_range
+        with torch.no_grad():
+            target = self.medium_resolution(hr, (sr.shape[-2], sr.shape[-1])) * 2 - 1
+        total = self.image_loss((sr - low) * (2 / (high - low)) - 1, target)
+        parts = {"image": total.detach()}
+        if self.identity is not None:
+            hr_or_features = None if target_features is not None else hr
+            identity = self.identity(sr, hr_or_features, target_features=target_features)
+            parts["identity"] = identity.detach()
+            total = total + self.weight * identity
+        return total, parts
+
+
+def _fnet_weights(fnet: Any) -> list[tuple[str | nn.Module, float]]:
+    """One FNet, a sequence of them or a mapping to weights, as a list of pairs."""
+    if isinstance(fnet, Mapping):
+        pairs = [(net, float(weight)) for net, weight in fnet.items()]
+    elif isinstance(fnet, Sequence) and not isinstance(fnet, str):
+        pairs = [(net, 1.0) for net in fnet]
+    else:
+        pairs = [(fnet, 1.0)]
+    if not pairs or any(not weight > 0 for _, weight in pairs):
+        raise ValueError(f"an ensemble needs FNets with weights above zero, got {fnet!r}")
+    return pairs
+
+
+def _check_batch(images: Tensor, batch: int, name: str) -> None:
+    if images.shape[0] != batch:
+        raise ValueError(f"{name} holds {images.shape[0]} faces and sr {batch}: they go in pairs")
+
+
+def _at_least_float32(features: Tensor) -> Tensor:
+    """Half precision turns the norm of a small embedding into zero or infinity."""
+    return features if features.dtype == torch.float64 else features.float()
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=4)

@@ -1,0 +1,310 @@
+import copy
+import io
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import faces, tiny_fnet
+from torch import nn
+
+from idloss import FaceEncoder, HallucinationLoss, IdentityPreservedLoss
+from idloss.distances import DISTANCES
+
+
+@pytest.fixture
+def net():
+    return tiny_fnet()
+
+
+def loss_of(net, **options):
+    return IdentityPreservedLoss(net, **options)
+
+
+def sr_and_hr(batch=4):
+    return faces(batch, (14, 12), seed=1).requires_grad_(), faces(batch, seed=2)
+
+
+def test_equations_2_and_3(net):
+    sr, hr = sr_and_hr()
+    encoder = FaceEncoder(net)
+    a, b = (encoder(x).detach().double().numpy() for x in (sr, hr))
+    cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    np.testing.assert_allclose(loss_of(net)(sr, hr).item(), (1 - cosine).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_distance_by_name_and_as_callable(net, distance):
+    sr, hr = sr_and_hr()
+    by_name = loss_of(net, distance=distance)(sr, hr)
+    by_function = loss_of(net, distance=DISTANCES[distance])(sr, hr)
+    assert torch.equal(by_name, by_function)
+
+
+def test_gradient_reaches_sr_alone(net):
+    sr, hr = sr_and_hr()
+    hr.requires_grad_()
+    loss_of(net)(sr, hr).backward()
+    assert sr.grad.abs().sum() > 0
+    assert hr.grad is None
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_gradient_is_the_true_one(net):
+    loss = loss_of(net).double()
+    sr, hr = (x.detach().double() for x in sr_and_hr(2))
+    assert torch.autograd.gradcheck(lambda x: loss(x, hr), sr.requires_grad_(), fast_mode=True)
+
+
+def test_target_features_save_the_hr_forward(net):
+    sr, hr = sr_and_hr()
+    loss = loss_of(net)
+    expected = loss(sr, hr)
+    features = loss.embed(hr)
+    net.calls.clear()
+    assert torch.equal(loss(sr, target_features=features), expected)
+    assert net.calls == [4]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_reduction(net, reduction, weighted):
+    sr, hr = sr_and_hr()
+    weight = torch.tensor([0.5, 0.0, 2.0, 1.0]) if weighted else None
+    each = loss_of(net, reduction="none")(sr, hr)
+    assert each.shape == (4,)
+    total = each * weight if weighted else each
+    expected = {
+        "none": total,
+        "sum": total.sum(),
+        "mean": total.sum() / (weight.sum() if weighted else 4),
+    }[reduction]
+    torch.testing.assert_close(loss_of(net, reduction=reduction)(sr, hr, weight=weight), expected)
+
+
+def test_all_weights_zero_is_zero_not_nan(net):
+    sr, hr = sr_and_hr()
+    assert loss_of(net)(sr, hr, weight=torch.zeros(4)).item() == 0
+
+
+def test_mean_does_not_depend_on_the_number_of_features():
+    """A mean over the feature axis would make the loss smaller by that axis."""
+    sr, hr = sr_and_hr()
+    single = loss_of(tiny_fnet(num_features=16), reduction="none")(sr, hr)
+    repeated = tiny_fnet(num_features=64)
+    with torch.no_grad():
+        small = tiny_fnet(num_features=16).head
+        repeated.load_state_dict(
+            tiny_fnet(num_features=16).state_dict()
+            | {"head.weight": small.weight.repeat(4, 1), "head.bias": small.bias.repeat(4)}
+        )
+    torch.testing.assert_close(loss_of(repeated, reduction="none")(sr, hr), single)
+
+
+def test_ensemble_is_the_weighted_mean():
+    nets = [tiny_fnet(seed=1), tiny_fnet(seed=2, num_features=8)]
+    sr, hr = sr_and_hr()
+    one, two = (loss_of(net)(sr, hr) for net in nets)
+    torch.testing.assert_close(loss_of(nets)(sr, hr), (one + two) / 2)
+    ensemble = loss_of(dict(zip(nets, (3.0, 1.0), strict=True)))
+    torch.testing.assert_close(ensemble(sr, hr), 0.75 * one + 0.25 * two)
+    features = ensemble.embed(hr)
+    assert features.shape == (4, 24)
+    torch.testing.assert_close(ensemble(sr, target_features=features), ensemble(sr, hr))
+
+
+def test_holds_nothing_to_save_or_train(net):
+    loss = loss_of([net, tiny_fnet(seed=3)]).train()
+    assert not loss.state_dict()
+    assert not list(loss.parameters())
+    assert not any(encoder.fnet.training for encoder in loss.encoders)
+
+
+def test_old_checkpoints_of_a_parent_load_strictly(net):
+    class Trainer(nn.Module):
+        def __init__(self, with_loss):
+            super().__init__()
+            self.srnet = nn.Conv2d(3, 3, 1)
+            if with_loss:
+                self.loss = loss_of(net)
+
+    file = io.BytesIO()
+    torch.save(Trainer(False).state_dict(), file)
+    file.seek(0)
+    Trainer(True).load_state_dict(torch.load(file, weights_only=True), strict=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_zero_embeddings_in_half_precision_are_not_nan(net, dtype):
+    with torch.no_grad():
+        net.head.weight.zero_()
+        net.head.bias.zero_()
+    loss = loss_of(net).to(dtype)
+    sr, hr = (x.detach().to(dtype) for x in sr_and_hr())
+    value = loss(sr.requires_grad_(), hr)
+    value.backward()
+    assert value.dtype == torch.float32
+    assert value.item() == 1
+    assert sr.grad.isfinite().all()
+
+
+def test_compiles_to_one_graph(net):
+    sr, hr = sr_and_hr()
+    loss = loss_of(net)
+    expected = loss(sr, hr)
+    expected.backward()
+    grad = sr.grad.clone()
+    sr.grad = None
+    compiled = torch.compile(loss, fullgraph=True)
+    value = compiled(sr, hr)
+    value.backward()
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(sr.grad, grad)
+    fresh = torch._dynamo.explain(loss_of(net))(sr, hr)
+    assert fresh.graph_break_count == 0
+
+
+def test_exports(net):
+    sr, hr = (x.detach() for x in sr_and_hr())
+    loss = loss_of(net)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(loss, (sr, hr), dynamic_shapes=({0: batch}, {0: batch}))
+    more = (faces(7, (14, 12), seed=4), faces(7, seed=5))
+    torch.testing.assert_close(program.module()(*more), loss.eval()(*more))
+
+
+def test_deepcopy_of_a_module_that_owns_the_loss(net):
+    owner = nn.ModuleDict({"srnet": nn.Conv2d(3, 3, 1), "loss": loss_of(net)})
+    twin = copy.deepcopy(owner).train()
+    sr, hr = sr_and_hr()
+    assert torch.equal(twin["loss"](sr, hr), owner["loss"](sr, hr))
+    assert twin["loss"].encoders[0].fnet is not net
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda s, h: ((s, None), {}), ValueError, "exactly one"),
+        (lambda s, h: ((s, h), {"target_features": torch.zeros(4, 16)}), ValueError, "exactly one"),
+        (lambda s, h: ((s[:0], h[:0]), {}), ValueError, "empty batch"),
+        (lambda s, h: ((s, h[:2]), {}), ValueError, "hr holds 2 faces and sr 4"),
+        (lambda s, h: ((s[0], h), {}), ValueError, "sr must be"),
+        (lambda s, h: ((s, h[0]), {}), ValueError, "hr must be"),
+        (lambda s, h: ((s, (h * 255).byte()), {}), TypeError, "hr must be floating point"),
+        (lambda s, h: ((s,), {"target_features": torch.zeros(4, 9)}), ValueError, r"\[4, 16\]"),
+        (lambda s, h: ((s, h), {"weight": torch.ones(3)}), ValueError, r"weight must be \[4\]"),
+    ],
+)
+def test_names_bad_input(net, call, error, says):
+    args, options = call(*sr_and_hr())
+    with pytest.raises(error, match=says):
+        loss_of(net)(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"distance": "cosin"}, "cosine"),
+        ({"reduction": "avg"}, "reduction"),
+        ({"fnet": []}, "ensemble"),
+        ({"fnet": {tiny_fnet(): 0.0}}, "above zero"),
+    ],
+)
+def test_names_bad_options(net, options, says):
+    with pytest.raises(ValueError, match=says):
+        IdentityPreservedLoss(**({"fnet": net} | options))
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "says"),
+    [
+        (lambda sr, hr: (sr, hr * 255), {}, "hr spans .* value_range"),
+        (lambda sr, hr: (sr * 2 - 1, hr * 2 - 1), {}, "value_range"),
+        (lambda sr, hr: (sr, hr), {"value_range": (-1, 1)}, r"look like \[0, 1\]"),
+        (lambda sr, hr: (sr, hr), {"value_range": (0, 255)}, r"look like \[0, 1\]"),
+        (lambda sr, hr: (sr, hr * float("nan")), {}, "NaN"),
+        (lambda sr, hr: (sr.detach(), hr), {}, "gradient"),
+        (lambda sr, hr: (sr, faces(size=(28, 28))), {}, "stretched"),
+    ],
+)
+def test_warns_once_of_what_is_surely_not_meant(net, change, options, says):
+    loss = loss_of(net, **options)
+    sr, hr = change(*sr_and_hr())
+    with pytest.warns(UserWarning, match=says):
+        loss(sr, hr)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(sr, hr)
+
+
+def test_ordinary_input_warns_of_nothing(net):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_of(net)(*sr_and_hr())
+        with torch.no_grad():
+            loss_of(net).eval()(*sr_and_hr())
+
+
+def test_nan_is_passed_on_not_hidden(net):
+    sr, hr = sr_and_hr()
+    with pytest.warns(UserWarning, match="NaN"):
+        assert loss_of(net)(sr * float("nan"), hr).isnan()
+
+
+class TestHallucinationLoss:
+    def test_equation_4_and_its_parts(self, net):
+        sr, hr = sr_and_hr()
+        total, parts = HallucinationLoss(net, weight=0.3)(sr, hr)
+        assert set(parts) == {"image", "identity"}
+        torch.testing.assert_close(parts["identity"], loss_of(net)(sr, hr).detach())
+        torch.testing.assert_close(total, parts["image"] + 0.3 * parts["identity"])
+        assert total.requires_grad
+        assert not parts["image"].requires_grad
+
+    def test_image_loss_is_on_the_papers_scale(self, net):
+        sr, hr = sr_and_hr()
+        mr = F.interpolate(hr * 255, (14, 12), mode="bicubic").round().clamp(0, 255) / 127.5 - 1
+        expected = (sr * 2 - 1 - mr).abs().mean()
+        for low, high in [(0, 1), (-1, 1), (0, 255)]:
+            loss = HallucinationLoss(None, value_range=(low, high))
+            scaled = [x * (high - low) + low for x in (sr, hr)]
+            total, parts = loss(*scaled)
+            torch.testing.assert_close(total, expected, atol=1e-3 if high == 255 else 1e-5, rtol=0)
+            assert set(parts) == {"image"}
+
+    def test_lambda_zero_builds_no_fnet(self):
+        loss = HallucinationLoss("no_such_fnet", weight=0)
+        assert loss.identity is None
+
+    def test_target_features(self, net):
+        sr, hr = sr_and_hr()
+        loss = HallucinationLoss(net)
+        features = loss.identity.embed(hr)
+        net.calls.clear()
+        total, _ = loss(sr, hr, target_features=features)
+        assert net.calls == [4]
+        assert torch.equal(total, loss(sr, hr)[0])
+
+    def test_own_image_loss(self):
+        sr, hr = sr_and_hr()
+        total, _ = HallucinationLoss(None, image_loss=F.mse_loss, quantize=False)(sr, hr)
+        mr = F.interpolate(hr, (14, 12), mode="bicubic")
+        torch.testing.assert_close(total, 4 * F.mse_loss(sr, mr))
+
+    @pytest.mark.parametrize(
+        ("arguments", "options", "says"),
+        [
+            ((None,), {"weight": -1}, "negative"),
+            ((IdentityPreservedLoss(tiny_fnet()),), {"flip": True}, "flip"),
+            ((IdentityPreservedLoss(tiny_fnet()),), {"value_range": (-1, 1)}, "value_range"),
+        ],
+    )
+    def test_names_bad_options(self, arguments, options, says):
+        with pytest.raises(ValueError, match=says):
+            HallucinationLoss(*arguments, **options)
+
+    def test_names_a_mismatched_batch(self, net):
+        sr, hr = sr_and_hr()
+        with pytest.raises(ValueError, match="hr holds 3 faces and sr 4"):
+            HallucinationLoss(net)(sr, hr[:3])
