@@ -1,0 +1,72 @@
+"""torch.hub as a user calls it: from a directory that is not the repository's."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+NAMES = {
+    "edsr16_64",
+    "edsr16_64_id",
+    "edsr32_256",
+    "edsr32_256_id",
+    "identity_preserved_loss",
+    "mobilefacenet",
+    "sface",
+    "vgg_face",
+}
+
+
+REPO = "someone/idloss:main"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """A current directory that is not the repository's, and a hub that has it cached."""
+    (tmp_path / "someone_idloss_main").symlink_to(ROOT, target_is_directory=True)
+    (tmp_path / "trusted_list").write_text("someone_idloss")
+    before = torch.hub.get_dir()
+    torch.hub.set_dir(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    yield
+    torch.hub.set_dir(before)
+
+
+def test_list_shows_these_names_alone():
+    assert set(torch.hub.list(REPO, skip_validation=True)) == NAMES
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_help(name):
+    shown = torch.hub.help(REPO, name, skip_validation=True)
+    assert "Args:" in shown
+
+
+def test_load_srnet():
+    net = torch.hub.load(str(ROOT), "edsr16_64", source="local", pretrained=False, depth=1, width=4)
+    assert net(torch.rand(1, 3, 7, 6)).shape == (1, 3, 28, 24)
+
+
+def test_load_loss():
+    loss = torch.hub.load(
+        str(ROOT), "identity_preserved_loss", "mobilefacenet", source="local", pretrained=False
+    )
+    assert loss.eval()(torch.rand(1, 3, 28, 28), torch.rand(1, 3, 112, 112)).ndim == 0
+
+
+def test_works_without_an_install(tmp_path):
+    """A hub checkout is not on sys.path: hubconf must find its own package."""
+    code = (
+        "import sys, torch; net = torch.hub.load(sys.argv[1], 'edsr16_64', source='local', "
+        "pretrained=False, depth=1, width=4); print(type(net).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=True,
+    )
+    assert done.stdout.strip() == "EDSR"
