@@ -1,11 +1,14 @@
 """Fixtures every test may ask for: the golden arrays and the real faces, where they are at hand."""
 
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from idloss import adapters, create_fnet
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("IDLOSS_SHARED", ROOT.parent / "shared"))
@@ -37,3 +40,33 @@ def seeded():
     """Deterministic random numbers for one test."""
     torch.manual_seed(0)
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def sface_seeded(shared):
+    """SFace with the weights of golden/README.md, drawn in the order of the authors' keys."""
+    keys = json.loads(shared("golden/sface_keys.json").read_text())
+    released = {}
+    for index, (key, shape) in enumerate(keys.items()):
+        random = np.random.RandomState(5000 + index)
+        if len(shape) > 1:
+            value = random.standard_normal(shape) * np.sqrt(1 / np.prod(shape[1:]))
+        elif "bias" in key:
+            value = random.standard_normal(shape) * 0.01
+        else:
+            value = np.full(shape, 0.25)
+        released[key] = torch.from_numpy(value.astype(np.float32))
+    model = create_fnet("sface")
+    model.load_state_dict(adapters.sface_released(released))
+    return model.eval()
+
+
+@pytest.fixture
+def released_edsr(golden):
+    """`released_edsr("edsr_2_16")` is a golden EDSR's state dict under the authors' names."""
+
+    def state_dict(prefix):
+        names = [key for key in golden if key.startswith(f"{prefix}/")]
+        return {key.removeprefix(f"{prefix}/"): torch.from_numpy(golden[key]) for key in names}
+
+    return state_dict

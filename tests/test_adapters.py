@@ -3,7 +3,6 @@
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -51,25 +50,6 @@ def random_weights(layers, seed=0):
     return state_dict
 
 
-@pytest.fixture
-def sface_seeded(shared):
-    """SFace with the weights of golden/README.md, drawn in the order of the authors' keys."""
-    keys = json.loads(shared("golden/sface_keys.json").read_text())
-    released = {}
-    for index, (key, shape) in enumerate(keys.items()):
-        random = np.random.RandomState(5000 + index)
-        if len(shape) > 1:
-            value = random.standard_normal(shape) * np.sqrt(1 / np.prod(shape[1:]))
-        elif "bias" in key:
-            value = random.standard_normal(shape) * 0.01
-        else:
-            value = np.full(shape, 0.25)
-        released[key] = torch.from_numpy(value.astype(np.float32))
-    model = SphereFace()
-    model.load_state_dict(adapters.sface_released(released))
-    return model.eval()
-
-
 @pytest.mark.parametrize(
     ("name", "adapter", "build", "count"),
     [
@@ -98,8 +78,8 @@ def test_other_checkpoints_are_refused(adapter):
         adapter({"encoder.weight": torch.zeros(1)})
 
 
-def test_missing_keys_are_named(golden):
-    released = _golden_edsr(golden)
+def test_missing_keys_are_named(released_edsr):
+    released = released_edsr("edsr_2_16")
     del released["res_blocks.1.residual.2.bias"]
     with pytest.raises(ValueError, match=r"missing keys: res_blocks\.1\.residual\.2\.bias$"):
         adapters.edsr_released(released)
@@ -110,35 +90,26 @@ def test_empty_checkpoints_are_refused():
         adapters.edsr_released({})
 
 
-def test_data_parallel_prefix(golden):
-    released = _golden_edsr(golden)
+def test_data_parallel_prefix(released_edsr):
+    released = released_edsr("edsr_2_16")
     parallel = {f"module.{key}": value for key, value in released.items()}
     plain, adapted = adapters.edsr_released(released), adapters.edsr_released(parallel)
     assert adapted.keys() == plain.keys()
     assert all(torch.equal(adapted[key], value) for key, value in plain.items())
 
 
-def test_the_checkpoint_is_left_alone(golden):
-    released = _golden_edsr(golden)
+def test_the_checkpoint_is_left_alone(released_edsr):
+    released = released_edsr("edsr_2_16")
     before = {key: value.clone() for key, value in released.items()}
     adapters.edsr_released(released)
     assert released.keys() == before.keys()
     assert all(torch.equal(released[key], value) for key, value in before.items())
 
 
-def _golden_edsr(golden):
-    prefix = "edsr_2_16/"
-    return {
-        key.removeprefix(prefix): torch.from_numpy(value)
-        for key, value in golden.items()
-        if key.startswith(prefix)
-    }
-
-
-def test_released_edsr_arithmetic(golden):
+def test_released_edsr_arithmetic(golden, released_edsr):
     """The authors' network takes and gives BGR in [-1, 1]; ours RGB in [0, 1]."""
     model = EDSR(depth=2, width=16).eval()
-    model.load_state_dict(adapters.edsr_released(_golden_edsr(golden)))
+    model.load_state_dict(adapters.edsr_released(released_edsr("edsr_2_16")))
     low = torch.from_numpy(golden["edsr_in"])
     with torch.no_grad():
         ours = model((low.flip(1) + 1) / 2)
