@@ -1,0 +1,49 @@
+"""Faces: from disk, aligned, or drawn by the package itself."""
+
+from idloss.data.aligned import AlignedDataset, AlignedFaces, align_all
+from idloss.data.celeba import celeba_faces
+from idloss.data.faults import DataError, Fault
+from idloss.data.folder import folder_faces
+from idloss.data.insightface import insightface_bin
+from idloss.data.lfw import lfw
+from idloss.data.listed import pairs_csv
+from idloss.data.opening import EVALUATIONS, open_evaluation, open_faces
+from idloss.data.overlap import Match, embed_faces, find_overlap, without_overlap
+from idloss.data.pairs import EvaluationSet, Pairs
+from idloss.data.source import FaceSource, FileFaces
+from idloss.data.surveillance import (
+    scface,
+    survface_identification,
+    survface_verification,
+    tinyface,
+)
+from idloss.data.synthetic import SyntheticFaces
+
+__all__ = [
+    "EVALUATIONS",
+    "AlignedDataset",
+    "AlignedFaces",
+    "DataError",
+    "EvaluationSet",
+    "FaceSource",
+    "Fault",
+    "FileFaces",
+    "Match",
+    "Pairs",
+    "SyntheticFaces",
+    "align_all",
+    "celeba_faces",
+    "embed_faces",
+    "find_overlap",
+    "folder_faces",
+    "insightface_bin",
+    "lfw",
+    "open_evaluation",
+    "open_faces",
+    "pairs_csv",
+    "scface",
+    "survface_identification",
+    "survface_verification",
+    "tinyface",
+    "without_overlap",
+]

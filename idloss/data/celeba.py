@@ -1,0 +1,169 @@
+"""CelebA as its authors and torchvision lay it out."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from idloss.data.faults import DataError, Fault, settle
+from idloss.data.files import Files, open_files
+from idloss.data.source import FileFaces, number_identities
+from idloss.data.tables import Table, first_file, read_number, read_points, read_table
+from idloss.errors import did_you_mean
+
+SPLITS = {"train": "0", "valid": "1", "test": "2"}
+IDENTITIES = "identity_CelebA.txt"
+PARTITION = "list_eval_partition.txt"
+# folders of the official distribution, of torchvision, and of both one level up
+TEXT_FOLDERS = ("", "Anno/", "Eval/", "celeba/", "celeba/Anno/", "celeba/Eval/")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One of the two editions of CelebA.
+
+    Attributes:
+        landmarks: its landmark table.
+        images: the folders its photos are found in.
+    """
+
+    landmarks: str
+    images: tuple[str, ...]
+
+
+IN_THE_WILD = Layout(
+    "list_landmarks_celeba.txt",
+    ("img_celeba/", "Img/img_celeba/", "celeba/img_celeba/", "celeba/Img/img_celeba/"),
+)
+ALIGNED = Layout(
+    "list_landmarks_align_celeba.txt",
+    (
+        "celeba/img_align_celeba/",
+        "img_align_celeba/",
+        "Img/img_align_celeba/",
+        "celeba/Img/img_align_celeba/",
+    ),
+)
+
+
+def celeba_faces(
+    path: str | os.PathLike[str] | Files, *, split: str = "all", skip_missing: bool = False
+) -> FileFaces:
+    """Read CelebA, in the wild where it is there, else the aligned edition with a warning.
+
+    Args:
+        path: a folder or tar with `img_celeba/`, `list_landmarks_celeba.txt` and
+            `identity_CelebA.txt` (the official `Anno/`, `Eval/` and `Img/` folders are found too),
+            or torchvision's root with `celeba/img_align_celeba/` and
+            `list_landmarks_align_celeba.txt`.
+        split: `"all"`, or `"train"`, `"valid"`, `"test"` after `list_eval_partition.txt`.
+        skip_missing: leave out photos that are missing or lack readable points.
+
+    Returns:
+        The faces, in the landmark table's order.
+
+    Raises:
+        FileNotFoundError: neither edition is there; lists what was looked for.
+        DataError: a table has faults; names file and line.
+        ValueError: there is no such split.
+    """
+    if split != "all" and split not in SPLITS:
+        raise ValueError(did_you_mean("split", split, ["all", *SPLITS]))
+    files = open_files(path) if isinstance(path, (str, os.PathLike)) else path
+    layout = find_layout(files)
+    if layout is None:
+        raise FileNotFoundError(f"no CelebA in {files.location}; looked for {looked_for()}")
+    if layout is ALIGNED:
+        warnings.warn(
+            f"{files.location} holds the aligned CelebA (img_align_celeba); the paper was trained "
+            "on the photos in the wild (img_celeba), which have not been resampled once already",
+            UserWarning,
+            stacklevel=2,
+        )
+    name = _required(files, layout.landmarks)
+    table = read_table(files, name, separator=None)
+    body = _body(table)
+    points = read_points(body)
+    members = {member.rpartition("/")[2]: member for member in files.names(_images(files, layout))}
+    identities = _by_image(files, _required(files, IDENTITIES))
+    wanted = None if split == "all" else _by_image(files, _required(files, PARTITION))
+    faults, names = points.faults, []
+    for line, cells in body.rows:
+        image = cells[0]
+        if image not in points.by_name or (wanted and wanted.get(image) != SPLITS[split]):
+            continue
+        if image not in members:
+            faults.append(body.fault(line, f"{image} is not in {files.location}"))
+        elif image not in identities:
+            faults.append(body.fault(line, f"{image} has no identity in {IDENTITIES}"))
+        else:
+            names.append(image)
+    skipped = settle(faults, skip_missing=skip_missing)
+    names = list(dict.fromkeys(names))
+    labels, people = number_identities(identities[image] for image in names)
+    return FileFaces(
+        files=files,
+        members=tuple(members[image] for image in names),
+        names=tuple(names),
+        labels=labels,
+        identities=people,
+        landmarks=points.stack(names) if names else torch.empty(0, 5, 2, dtype=torch.float64),
+        skipped=skipped,
+    )
+
+
+def find_layout(files: Files) -> Layout | None:
+    """Which edition of CelebA is there, the one in the wild first.
+
+    Args:
+        files: the folder or archive.
+
+    Returns:
+        Its layout, or None.
+    """
+    for layout in (IN_THE_WILD, ALIGNED):
+        if first_file(files, TEXT_FOLDERS, [layout.landmarks]) and _images(files, layout):
+            return layout
+    return None
+
+
+def looked_for() -> str:
+    """What makes a folder or an archive a CelebA, for messages."""
+    return " or ".join(f"{each.images[0]} with {each.landmarks}" for each in (IN_THE_WILD, ALIGNED))
+
+
+def _images(files: Files, layout: Layout) -> str:
+    return next((each for each in layout.images if next(iter(files.names(each)), None)), "")
+
+
+def _required(files: Files, name: str) -> str:
+    found = first_file(files, TEXT_FOLDERS, [name])
+    if found is None:
+        folders = ", ".join(folder or "./" for folder in TEXT_FOLDERS)
+        raise DataError([Fault(files.location, f"no {name} in {folders}")])
+    return found
+
+
+def _body(table: Table) -> Table:
+    """The rows below the count and the column names; the count must be theirs."""
+    (first, head), *_ = table.rows or [(1, [""])]
+    body = table.after(2)
+    count = read_number(table, first, head[0])
+    if count != len(body.rows):
+        what = f"the file announces {count} images and lists {len(body.rows)}"
+        raise DataError([table.fault(first, what)])
+    return body
+
+
+def _by_image(files: Files, name: str) -> dict[str, str]:
+    table = read_table(files, name, separator=None)
+    faults = [
+        table.fault(line, f"expected an image and a number, got {cells}")
+        for line, cells in table.rows
+        if len(cells) != 2 or not cells[1].isdecimal()
+    ]
+    settle(faults, skip_missing=False)
+    return {cells[0]: cells[1] for _, cells in table.rows}

@@ -1,0 +1,244 @@
+"""Files by name out of a folder, a tar read in place, or memory."""
+
+from __future__ import annotations
+
+import gzip
+import mmap
+import os
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from idloss.data.faults import DataError, Fault
+
+GZIP_MAGIC = b"\x1f\x8b"
+
+
+class Files(Protocol):
+    """Named byte strings. Names use forward slashes; safe to share between threads and workers."""
+
+    @property
+    def location(self) -> str:
+        """Where the files are, for messages."""
+
+    def where(self, name: str) -> str:
+        """One of the files, for messages."""
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a file of that name."""
+
+    def names(self, prefix: str = "") -> Iterator[str]:
+        """Names that start with a folder prefix (`""` or `"folder/"`), in a stable order."""
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file.
+
+        Raises:
+            DataError: there is no such file; names it and its location.
+        """
+
+
+class FolderFiles:
+    """The files below a folder.
+
+    Args:
+        root: the folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def location(self) -> str:
+        """The folder."""
+        return str(self.root)
+
+    def where(self, name: str) -> str:
+        """The file's path."""
+        return str(self.root / name)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and (self.root / name).is_file()
+
+    def names(self, prefix: str = "") -> Iterator[str]:
+        """Names below a sub-folder, depth first, sorted within each folder."""
+        for folder, subfolders, filenames in os.walk(self.root / prefix):
+            subfolders.sort()
+            below = Path(folder).relative_to(self.root).as_posix()
+            start = "" if below == "." else f"{below}/"
+            for filename in sorted(filenames):
+                yield start + filename
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file."""
+        try:
+            return (self.root / name).read_bytes()
+        except OSError as error:
+            raise DataError([Fault(self.where(name), error.strerror or str(error))]) from error
+
+
+class TarFiles:
+    """The files inside a tar, indexed once and read in place through a memory map.
+
+    A memory map needs no seek, so threads and forked workers share it without a lock; an unpickled
+    copy maps the archive anew. A compressed tar cannot be read in place: it is unpacked once into
+    an unnamed temporary file, which goes when the object does.
+
+    Args:
+        path: a `.tar`, `.tar.gz` or `.tgz`.
+
+    Raises:
+        DataError: the archive is damaged or cut short; names the last whole member.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._index: dict[str, tuple[int, int]] = {}
+        self._bytes = self._open()
+
+    @property
+    def location(self) -> str:
+        """The archive."""
+        return str(self.path)
+
+    def where(self, name: str) -> str:
+        """The archive and the file in it."""
+        return f"{self.path}:{name}"
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._index
+
+    def names(self, prefix: str = "") -> Iterator[str]:
+        """Names below a folder of the archive, in the archive's order."""
+        return (name for name in self._index if name.startswith(prefix))
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one member."""
+        if name not in self._index:
+            raise DataError([Fault(self.where(name), "there is no such file in the archive")])
+        offset, size = self._index[name]
+        return self._bytes[offset : offset + size]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_index": self._index}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._bytes = self._open()
+
+    def _open(self) -> mmap.mmap:
+        with self.path.open("rb") as packed, tempfile.TemporaryFile() as unpacked:
+            plain: IO[bytes] = packed
+            if packed.read(len(GZIP_MAGIC)) == GZIP_MAGIC:
+                self._unpack(packed, unpacked)
+                plain = unpacked
+            plain.seek(0)
+            if not self._index:
+                self._read_index(plain)
+            return mmap.mmap(plain.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def _unpack(self, packed: IO[bytes], unpacked: IO[bytes]) -> None:
+        packed.seek(0)
+        try:
+            with gzip.open(packed) as stream:
+                shutil.copyfileobj(stream, unpacked, 1 << 20)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise self._damaged(f"the gzip stream is damaged or cut short ({error})") from error
+        unpacked.flush()
+
+    def _read_index(self, plain: IO[bytes]) -> None:
+        last = "the start"
+        try:
+            with tarfile.open(fileobj=plain, mode="r:") as archive:
+                for member in archive:
+                    last = member.name
+                    if member.isreg():
+                        self._index[member.name.removeprefix("./")] = (
+                            member.offset_data,
+                            member.size,
+                        )
+                end = archive.offset
+        except tarfile.TarError as error:
+            raise self._damaged(f"not a tar, or cut short after {last} ({error})") from error
+        # the tar module stops in silence at a header that is damaged or missing: a whole archive
+        # ends in blocks of zeros
+        plain.seek(end)
+        tail = plain.read(tarfile.BLOCKSIZE)
+        if len(tail) < tarfile.BLOCKSIZE or any(tail):
+            raise self._damaged(f"cut short or damaged after {last}: no end-of-archive block")
+        if not self._index:
+            raise self._damaged("the archive holds no files")
+
+    def _damaged(self, what: str) -> DataError:
+        return DataError([Fault(str(self.path), what)], "Copy or download the archive again.")
+
+
+class MemoryFiles:
+    """Byte strings held in memory.
+
+    Args:
+        location: where they came from, for messages.
+        contents: bytes by name.
+    """
+
+    def __init__(self, location: str, contents: Mapping[str, bytes]) -> None:
+        self.location = location
+        self._contents = dict(contents)
+
+    def where(self, name: str) -> str:
+        """The place and the file."""
+        return f"{self.location}:{name}"
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._contents
+
+    def names(self, prefix: str = "") -> Iterator[str]:
+        """Names below a folder, in the order given."""
+        return (name for name in self._contents if name.startswith(prefix))
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file."""
+        with suppress(KeyError):
+            return self._contents[name]
+        raise DataError([Fault(self.where(name), "there is no such file")])
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file of its own.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        DataError: it cannot be read; names it.
+    """
+    return FolderFiles(path.parent).read(path.name)
+
+
+def open_files(path: str | os.PathLike[str]) -> Files:
+    """Open a folder or a tar.
+
+    Args:
+        path: a folder, `.tar`, `.tar.gz` or `.tgz`.
+
+    Returns:
+        Its files by name.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        DataError: the archive is damaged.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return FolderFiles(place)
+    if place.is_file():
+        return TarFiles(place)
+    raise FileNotFoundError(f"no folder and no archive at {place}")

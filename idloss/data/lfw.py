@@ -1,0 +1,184 @@
+"""Labeled Faces in the Wild: a folder, torchvision's folder, or the archive read in place."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+from idloss.data.faults import DataError, Fault, settle
+from idloss.data.files import Files, FolderFiles, open_files
+from idloss.data.pairs import EvaluationSet, index_of, lfw_name, read_lfw_pairs
+from idloss.data.source import FileFaces, number_identities
+from idloss.data.tables import Table, read_number, read_own_table, read_points
+from idloss.weights.files import Piece
+from idloss.weights.http import download as download_piece
+
+ARCHIVE = "lfw.tgz"
+PAIRS = "pairs.txt"
+LANDMARKS = "lfw_landmarks.csv"
+FOLDERS = ("lfw/", "lfw-py/lfw/", "")
+ARCHIVES = (ARCHIVE, "lfw.tar", f"lfw-py/{ARCHIVE}")
+IMAGE = re.compile(r"(?P<person>[^/]+)/(?P=person)_\d{4}\.jpg")
+
+# Images and pairs: copies kept by scikit-learn on figshare, the university's own host is gone.
+# Landmarks: MTCNN's, of the paper's authors (github.com/johnnysclai/SR_LRFR).
+HOSTED = (
+    Piece(
+        ARCHIVE,
+        "https://ndownloader.figshare.com/files/5976018",
+        sha256="055f7d9c632d7370e6fb4afc7468d40f970c34a80d4c6f50ffec63f5a8d536c0",
+    ),
+    Piece(
+        PAIRS,
+        "https://ndownloader.figshare.com/files/5976006",
+        sha256="ea42330c62c92989f9d7c03237ed5d591365e89b3e649747777b70e692dc1592",
+    ),
+    Piece(
+        LANDMARKS,
+        "https://raw.githubusercontent.com/johnnysclai/SR_LRFR/"
+        "4cf3b4bc79bcf145df1b579ba2010f709e5470b4/data/LFW.csv",
+        sha256="b615592ae189a1b70b49a48b6f32ff3e0cf6d973d2d8e124a553162c7f93d818",
+        git_sha1="989bbeefafca299e2a7ad5d0bc22ff84a7da9fea",
+    ),
+)
+
+
+def lfw(
+    root: str | os.PathLike[str],
+    *,
+    pairs: str | os.PathLike[str] | None = None,
+    landmarks: str | os.PathLike[str] | None = None,
+    people: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    skip_missing: bool = False,
+) -> EvaluationSet:
+    """Read LFW.
+
+    Args:
+        root: a folder with `lfw/Name/Name_0001.jpg`, `lfw-py/lfw/` or `lfw.tgz`; that inner folder;
+            or the archive, `.tgz` or `.tar`, which is read in place.
+        pairs: `pairs.txt`; None looks for it in `root` and beside it, and does without.
+        landmarks: rows of `Name/Name_0001.jpg` and five points, no header; None looks for
+            `lfw_landmarks.csv` likewise.
+        people: `lfw-names.txt` or `people.txt`, whose counts of images are then checked.
+        download: fetch `lfw.tgz`, `pairs.txt` and the landmarks into `root` where they are
+            missing, verified.
+        skip_missing: leave out pairs whose images are missing, and images without landmarks.
+
+    Returns:
+        The faces found, labelled by person, with the pairs.
+
+    Raises:
+        FileNotFoundError: there is no LFW at `root`; lists what was looked for.
+        DataError: images or lists have faults; names file and line.
+    """
+    place = Path(root).expanduser()
+    if download:
+        fetch(place)
+    files, prefix = find(place)
+    members = {
+        name.removeprefix(prefix): name
+        for name in files.names(prefix)
+        if IMAGE.fullmatch(name.removeprefix(prefix))
+    }
+    faults: list[Fault] = []
+    points = None
+    if table := _table(landmarks, place, LANDMARKS, ","):
+        points = read_points(table)
+        faults += points.faults
+        without = [name for name in members if name not in points.by_name]
+        faults += [Fault(table.where, f"no points of {name}") for name in without]
+        for name in without:
+            del members[name]
+    if people is not None:
+        faults += _miscounted(read_own_table(people, None), members)
+    labels, names = number_identities(name.partition("/")[0] for name in members)
+    pair_list = None
+    if table := _table(pairs, place, PAIRS, None):
+        pair_list = read_lfw_pairs(table, index_of(tuple(members)))
+        faults += pair_list.faults
+    faces = FileFaces(
+        files=files,
+        members=tuple(members.values()),
+        names=tuple(members),
+        labels=labels,
+        identities=names,
+        landmarks=points.stack(members) if points else None,
+        skipped=settle(faults, skip_missing=skip_missing),
+    )
+    return EvaluationSet("lfw", faces, pair_list.finish() if pair_list else None)
+
+
+def fetch(root: Path) -> None:
+    """Download what of LFW is missing, 184 MB in all.
+
+    Args:
+        root: the folder to put it in.
+
+    Raises:
+        WeightsError: it could not be had, or is not the pinned file.
+    """
+    for piece in HOSTED:
+        target = root / piece.filename
+        if target.exists():
+            continue
+        root.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(root / f".{piece.filename}.lock"):
+            if not target.exists():  # another process may have fetched it while this one waited
+                download_piece(piece, target, "LFW")
+
+
+def find(place: Path) -> tuple[Files, str]:
+    """Find LFW's images.
+
+    Args:
+        place: a folder or an archive.
+
+    Returns:
+        The files, and the folder in them that holds the people.
+
+    Raises:
+        FileNotFoundError: it is not there; lists what was looked for.
+    """
+    files = open_files(place)
+    for prefix in FOLDERS:
+        names = (name.removeprefix(prefix) for name in files.names(prefix))
+        if any(IMAGE.fullmatch(name) for name in names):
+            return files, prefix
+    if isinstance(files, FolderFiles):
+        for archive in ARCHIVES:
+            if archive in files:
+                return find(place / archive)
+    looked = [folder + "Name/Name_0001.jpg" for folder in FOLDERS] + list(ARCHIVES)
+    raise FileNotFoundError(f"no LFW in {place}; looked for {', '.join(looked)}")
+
+
+def _table(
+    given: str | os.PathLike[str] | None, place: Path, default: str, separator: str | None
+) -> Table | None:
+    """The table given, else the one of the usual name in or beside LFW, else None."""
+    if given is not None:
+        return read_own_table(given, separator)
+    found = [path for path in (place / default, place.parent / default) if path.is_file()]
+    return read_own_table(found[0], separator) if found else None
+
+
+def _miscounted(table: Table, members: dict[str, str]) -> list[Fault]:
+    """People whose number of images is not the one listed; lines of a single count are folds'."""
+    faults = []
+    for line, cells in table.rows:
+        if len(cells) == 1:
+            continue
+        if len(cells) != 2:
+            raise DataError([table.fault(line, f"expected a name and a number, got {cells}")])
+        person = cells[0]
+        count = read_number(table, line, cells[1], least=1)
+        missing = [n for n in range(1, count + 1) if lfw_name(person, n) not in members]
+        if missing:
+            first = lfw_name(person, missing[0])
+            what = f"{person} has {count - len(missing)} of {count} images, {first} is missing"
+            faults.append(table.fault(line, what))
+    return faults

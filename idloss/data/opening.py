@@ -1,0 +1,98 @@
+"""Whatever faces are at a path, by the layout found there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from idloss.data.celeba import celeba_faces, find_layout, looked_for
+from idloss.data.files import open_files
+from idloss.data.folder import find_landmarks, folder_faces
+from idloss.data.insightface import insightface_bin
+from idloss.data.lfw import lfw
+from idloss.data.listed import pairs_csv
+from idloss.data.pairs import EvaluationSet
+from idloss.data.source import FileFaces
+from idloss.data.surveillance import (
+    scface,
+    survface_identification,
+    survface_verification,
+    tinyface,
+)
+from idloss.errors import did_you_mean
+
+EVALUATIONS: Mapping[str, Callable[..., EvaluationSet]] = {
+    "lfw": lfw,
+    "pairs": pairs_csv,
+    "bin": insightface_bin,
+    "tinyface": tinyface,
+    "scface": scface,
+    "survface-verification": survface_verification,
+    "survface-identification": survface_identification,
+}
+"""Readers of evaluation sets by name."""
+
+SUFFIXES = {".csv": "pairs", ".bin": "bin"}
+
+
+def open_faces(path: str | os.PathLike[str], *, skip_missing: bool = False) -> FileFaces:
+    """Open faces for training: a folder or tar of photos with landmarks, or CelebA.
+
+    Args:
+        path: a folder, `.tar`, `.tar.gz` or `.tgz`. A CelebA layout is tried first, then
+            `landmarks.csv`.
+        skip_missing: leave out photos that are missing or lack readable points.
+
+    Returns:
+        The faces.
+
+    Raises:
+        FileNotFoundError: there is nothing, or no layout that is known; lists what was looked for.
+        DataError: the tables found have faults; names file and line.
+    """
+    files = open_files(path)
+    if find_layout(files):
+        return celeba_faces(files, skip_missing=skip_missing)
+    if find_landmarks(files):
+        return folder_faces(files, skip_missing=skip_missing)
+    raise FileNotFoundError(
+        f"no faces known in {files.location}; looked for {looked_for()} (CelebA), "
+        "and for landmarks.csv at the top or one folder down"
+    )
+
+
+def open_evaluation(
+    path: str | os.PathLike[str], kind: str | None = None, **options: Any
+) -> EvaluationSet:
+    """Open an evaluation set.
+
+    Args:
+        path: a `pairs.csv`, an insightface `.bin`, or a folder or tar of LFW or of another set.
+        kind: a name in `EVALUATIONS`; None takes `.csv` and `.bin` by their suffix and finds the
+            others by their layout.
+        **options: passed on to the reader of that kind.
+
+    Returns:
+        The set.
+
+    Raises:
+        FileNotFoundError: there is nothing, or no layout that is known; lists what was looked for.
+        DataError: the set has faults; names file and line.
+        ValueError: there is no such kind.
+    """
+    if kind is not None and kind not in EVALUATIONS:
+        raise ValueError(did_you_mean("evaluation set", kind, EVALUATIONS))
+    kind = kind or SUFFIXES.get(Path(path).suffix.lower())
+    if kind is not None:
+        return EVALUATIONS[kind](path, **options)
+    absent = []
+    for name, reader in EVALUATIONS.items():
+        if name in SUFFIXES.values():
+            continue
+        try:
+            return reader(path, **options)
+        except FileNotFoundError as error:
+            absent.append(f"{name}: {error}")
+    raise FileNotFoundError("no evaluation set known:\n  " + "\n  ".join(absent))

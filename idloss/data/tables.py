@@ -1,0 +1,166 @@
+"""Text tables that come with data sets: rows with their line numbers, five points a row."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from idloss.data.faults import DataError, Fault
+from idloss.data.files import Files, FolderFiles
+
+POINT_COLUMNS = tuple(
+    f"{point}_{axis}"
+    for point in ("lefteye", "righteye", "nose", "leftmouth", "rightmouth")
+    for axis in "xy"
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a text file.
+
+    Attributes:
+        where: the file, for messages.
+        rows: line number, counted from 1, and fields of each line that is not empty.
+    """
+
+    where: str
+    rows: Sequence[tuple[int, list[str]]]
+
+    def at(self, line: int) -> str:
+        """A line of this file, for messages."""
+        return f"{self.where}:{line}"
+
+    def fault(self, line: int, what: str) -> Fault:
+        """A fault at a line of this file."""
+        return Fault(self.at(line), what)
+
+    def after(self, count: int) -> Table:
+        """The table without its first rows."""
+        return Table(self.where, self.rows[count:])
+
+
+def read_table(files: Files, name: str, separator: str | None = ",") -> Table:
+    """Read a text table.
+
+    Args:
+        files: where it is.
+        name: its name there.
+        separator: between fields; None for any run of blanks.
+
+    Returns:
+        Its rows, fields stripped of blanks.
+
+    Raises:
+        DataError: the file is missing or not UTF-8 text.
+    """
+    where = files.where(name)
+    try:
+        text = files.read(name).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError([Fault(where, f"not UTF-8 text ({error})")]) from error
+    numbered = enumerate(text.splitlines(), start=1)
+    rows = [
+        (line, [cell.strip() for cell in content.split(separator)])
+        for line, content in numbered
+        if content.strip()
+    ]
+    return Table(where, rows)
+
+
+@dataclass
+class Points:
+    """Five points by image name.
+
+    Attributes:
+        by_name: x1, y1 ... x5, y5 of each image.
+        faults: rows that could not be read.
+    """
+
+    by_name: dict[str, list[float]] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+
+    def stack(self, names: Iterable[str]) -> Tensor:
+        """The points of some images.
+
+        Args:
+            names: images that are in `by_name`.
+
+        Returns:
+            float64 `[N, 5, 2]`.
+        """
+        rows = [self.by_name[name] for name in names]
+        return torch.tensor(rows, dtype=torch.float64).reshape(-1, 5, 2)
+
+
+def read_points(table: Table) -> Points:
+    """Read rows of an image name and ten numbers; further fields are left alone.
+
+    Args:
+        table: rows without header.
+
+    Returns:
+        The points, and a fault for each row that is short, not finite, or of an image had before.
+    """
+    points = Points()
+    for line, cells in table.rows:
+        try:
+            numbers = [float(cell) for cell in cells[1:11]]
+        except ValueError as error:
+            points.faults.append(table.fault(line, f"{cells[0]}: {error}"))
+            continue
+        if len(numbers) < 10 or not all(map(isfinite, numbers)):
+            what = f"{cells[0]}: expected ten finite coordinates, got {cells[1:11]}"
+            points.faults.append(table.fault(line, what))
+        elif cells[0] in points.by_name:
+            points.faults.append(table.fault(line, f"{cells[0]}: its points are given twice"))
+        else:
+            points.by_name[cells[0]] = numbers
+    return points
+
+
+def read_own_table(path: str | os.PathLike[str], separator: str | None = ",") -> Table:
+    """Read a text table that is a file of its own; see `read_table`."""
+    place = Path(path).expanduser()
+    return read_table(FolderFiles(place.parent), place.name, separator)
+
+
+def read_number(table: Table, line: int, cell: str, *, least: int = 0) -> int:
+    """Read a whole number.
+
+    Args:
+        table: where it stands.
+        line: its line.
+        cell: its text.
+        least: the smallest number allowed.
+
+    Returns:
+        The number.
+
+    Raises:
+        DataError: it is no whole number of at least `least`; names file and line.
+    """
+    if not cell.isdecimal() or int(cell) < least:
+        raise DataError([table.fault(line, f"expected a whole number from {least}, got {cell!r}")])
+    return int(cell)
+
+
+def first_file(files: Files, folders: Iterable[str], names: Iterable[str]) -> str | None:
+    """The first file there is, of some names in some folders.
+
+    Args:
+        files: where to look.
+        folders: folder prefixes, `""` or `"folder/"`.
+        names: file names.
+
+    Returns:
+        `folder/name`, or None.
+    """
+    choice: Callable[[str], bool] = files.__contains__
+    return next(filter(choice, (folder + name for folder in folders for name in names)), None)

@@ -1,0 +1,184 @@
+"""Folders with landmarks.csv and the two CelebA layouts, on miniature trees."""
+
+import tarfile
+
+import pytest
+import torch
+from test_data_files import jpeg
+from torchvision.datasets import CelebA
+
+from idloss.data import DataError, celeba_faces, folder_faces, open_faces
+from idloss.data.tables import POINT_COLUMNS
+
+NUMBERS = "30,52 66,52 48,72 34,92 63,92".replace(" ", ",")
+HEADER = ",".join(["image_id", *POINT_COLUMNS, "identity"])
+
+
+def write(root, files):
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root
+
+
+def folder(tmp_path, rows, images=("a.jpg", "b.jpg", "c.jpg")):
+    table = "\n".join([HEADER, *rows]) + "\n"
+    return write(tmp_path, {"landmarks.csv": table, **{name: jpeg() for name in images}})
+
+
+def test_folder(tmp_path):
+    rows = [f"b.jpg,{NUMBERS},20", f"a.jpg,{NUMBERS},9", f"c.jpg,{NUMBERS},20"]
+    faces = open_faces(folder(tmp_path, rows))
+    assert faces.names == ("b.jpg", "a.jpg", "c.jpg")
+    assert faces.identities == ("9", "20")
+    assert faces.labels.tolist() == [1, 0, 1]
+    assert faces.landmarks.shape == (3, 5, 2)
+    assert faces.landmarks[0, 4].tolist() == [63, 92]
+    assert faces.read(0).shape == (3, 30, 40)
+
+
+def test_tar_with_a_top_folder_equals_the_folder(tmp_path):
+    rows = [f"{n}.jpg,{NUMBERS},{n}" for n in "abc"]
+    path = folder(tmp_path / "faces", rows)
+    with tarfile.open(tmp_path / "faces.tar", "w") as tar:
+        tar.add(path, "some")
+    one, two = open_faces(path), open_faces(tmp_path / "faces.tar")
+    assert one.names == two.names
+    assert one.identities == two.identities
+    assert torch.equal(one.landmarks, two.landmarks)
+    assert torch.equal(one.read(2), two.read(2))
+
+
+def test_identity_is_optional(tmp_path):
+    table = f"{HEADER.removesuffix(',identity')}\na.jpg,{NUMBERS}\n"
+    faces = folder_faces(write(tmp_path, {"landmarks.csv": table, "a.jpg": jpeg()}))
+    assert faces.labels is None
+    assert faces.identities == ()
+
+
+@pytest.mark.parametrize(
+    ("row", "line", "what"),
+    [
+        (f"none.jpg,{NUMBERS},1", 3, "none.jpg is not in"),
+        ("b.jpg,1,2,3,4,5,6,7,8,9", 3, "expected ten finite coordinates"),
+        ("b.jpg,1,2,3,4,5,6,7,8,9,nan,1", 3, "expected ten finite coordinates"),
+        ("b.jpg,1,2,3,4,5,6,7,8,9,ten,1", 3, "could not convert string to float: 'ten'"),
+        (f"a.jpg,{NUMBERS},1", 3, "its points are given twice"),
+        (f"b.jpg,{NUMBERS}", 3, "expected 12 filled fields"),
+        (f"b.jpg,{NUMBERS},", 3, "expected 12 filled fields"),
+    ],
+)
+def test_faulty_rows_are_named_with_their_line(tmp_path, row, line, what):
+    path = folder(tmp_path, [f"a.jpg,{NUMBERS},1", row, f"c.jpg,{NUMBERS},2"])
+    with pytest.raises(DataError, match=rf"landmarks\.csv:{line}: .*{what}"):
+        folder_faces(path)
+    with pytest.warns(UserWarning, match="left out"):
+        faces = folder_faces(path, skip_missing=True)
+    assert faces.names == ("a.jpg", "c.jpg")
+    assert [fault.where.rpartition(":")[2] for fault in faces.skipped] == [str(line)]
+
+
+def test_wrong_header_shows_the_right_one(tmp_path):
+    write(tmp_path, {"landmarks.csv": f"file,x,y\na.jpg,{NUMBERS}\n"})
+    with pytest.raises(DataError, match=r"landmarks\.csv:1: expected the header image_id,"):
+        folder_faces(tmp_path)
+
+
+def test_unknown_layout_lists_what_was_looked_for(tmp_path):
+    write(tmp_path, {"x/a.jpg": jpeg()})
+    with pytest.raises(FileNotFoundError) as caught:
+        open_faces(tmp_path)
+    for wanted in ("img_celeba/", "img_align_celeba/", "landmarks.csv"):
+        assert wanted in str(caught.value)
+
+
+COLUMNS = " ".join(POINT_COLUMNS)
+POINTS = "30 52 66 52 48 72 34 92 63 92"
+
+
+def celeba(tmp_path, layout, *, count=4, announced=None):
+    names = [f"{i:06d}.jpg" for i in range(1, count + 1)]
+    points = f"{announced or count}\n{COLUMNS}\n" + "".join(f"{n} {POINTS}\n" for n in names)
+    people = "".join(f"{n} {2880 - i % 2 * 1000}\n" for i, n in enumerate(names))
+    parts = "".join(f"{n} {min(i, 2)}\n" for i, n in enumerate(names))
+    wild = layout != "torchvision"
+    table = "list_landmarks_celeba.txt" if wild else "list_landmarks_align_celeba.txt"
+    where = {
+        "flat": ("", "", "img_celeba/"),
+        "official": ("Anno/", "Eval/", "Img/img_celeba/"),
+        "torchvision": ("celeba/", "celeba/", "celeba/img_align_celeba/"),
+    }[layout]
+    files = {
+        f"{where[0]}{table}": points,
+        f"{where[0]}identity_CelebA.txt": people,
+        f"{where[1]}list_eval_partition.txt": parts,
+    }
+    return write(tmp_path, {**files, **{where[2] + n: jpeg(seed=i) for i, n in enumerate(names)}})
+
+
+@pytest.mark.parametrize("layout", ["flat", "official", "torchvision"])
+@pytest.mark.filterwarnings("ignore:.*holds the aligned CelebA")
+def test_celeba_layouts(tmp_path, layout):
+    faces = open_faces(celeba(tmp_path, layout))
+    assert faces.names == ("000001.jpg", "000002.jpg", "000003.jpg", "000004.jpg")
+    assert faces.identities == ("1880", "2880")
+    assert faces.labels.tolist() == [1, 0, 1, 0]
+    assert faces.landmarks[3, 2].tolist() == [48, 72]
+    assert faces.read(3).shape == (3, 30, 40)
+    assert celeba_faces(tmp_path, split="test").names == ("000003.jpg", "000004.jpg")
+    assert celeba_faces(tmp_path, split="valid").names == ("000002.jpg",)
+
+
+def test_torchvision_layout_warns_of_the_paper(tmp_path):
+    with pytest.warns(UserWarning, match="the paper was trained on the photos in the wild"):
+        open_faces(celeba(tmp_path, "torchvision"))
+
+
+def test_torchvision_reads_what_we_take_for_its_layout(tmp_path, monkeypatch):
+    celeba(tmp_path, "torchvision")
+    names = [
+        line.split()[0]
+        for line in (tmp_path / "celeba/identity_CelebA.txt").read_text().splitlines()
+    ]
+    write(
+        tmp_path,
+        {
+            "celeba/list_bbox_celeba.txt": "4\nx y w h\n"
+            + "".join(f"{n} 1 2 3 4\n" for n in names),
+            "celeba/list_attr_celeba.txt": "4\nSmiling\n" + "".join(f"{n} 1\n" for n in names),
+        },
+    )
+    monkeypatch.setattr(CelebA, "_check_integrity", lambda self: True)
+    theirs = CelebA(str(tmp_path), split="all", target_type=["identity", "landmarks"])
+    with pytest.warns(UserWarning, match="aligned CelebA"):
+        ours = open_faces(tmp_path)
+    for index, (_, (identity, points)) in enumerate(theirs):
+        assert ours.identities[ours.labels[index]] == str(int(identity))
+        assert ours.landmarks[index].flatten().tolist() == points.tolist()
+
+
+def test_celeba_count_is_checked(tmp_path):
+    with pytest.raises(DataError, match=r"list_landmarks_celeba\.txt:1: .*announces 9 .* lists 4"):
+        open_faces(celeba(tmp_path, "flat", announced=9))
+
+
+def test_celeba_missing_photo_is_named_with_its_line(tmp_path):
+    path = celeba(tmp_path, "flat")
+    (path / "img_celeba/000003.jpg").unlink()
+    with pytest.raises(DataError, match=r"list_landmarks_celeba\.txt:5: 000003\.jpg is not in"):
+        open_faces(path)
+    with pytest.warns(UserWarning, match="left out"):
+        assert len(open_faces(path, skip_missing=True)) == 3
+
+
+def test_celeba_without_identities_says_which_file(tmp_path):
+    path = celeba(tmp_path, "flat")
+    (path / "identity_CelebA.txt").unlink()
+    with pytest.raises(DataError, match=r"no identity_CelebA\.txt in"):
+        open_faces(path)
+
+
+def test_celeba_unknown_split(tmp_path):
+    with pytest.raises(ValueError, match=r"unknown split 'vaild'.*'valid'"):
+        celeba_faces(celeba(tmp_path, "flat"), split="vaild")

@@ -1,0 +1,214 @@
+"""LFW in all its layouts, its lists, and its download from a real server on loopback."""
+
+import hashlib
+import http.server
+import io
+import shutil
+import sys
+import tarfile
+import threading
+
+import pytest
+import torch
+from test_data_faces import NUMBERS, write
+from test_data_files import jpeg
+
+from idloss.data import DataError, lfw
+from idloss.data.pairs import balanced_folds, contiguous_folds, lfw_name
+from idloss.weights.errors import HashMismatchError
+from idloss.weights.files import Piece
+
+COUNTS = {"Ann_Li": 3, "Bo": 2, "Cy_de_la_Cruz": 1, "Dee": 2}
+IMAGES = [lfw_name(person, n + 1) for person, count in COUNTS.items() for n in range(count)]
+PAIRS = """2\t2
+Ann_Li\t1\t2
+Bo\t1\t2
+Ann_Li\t1\tBo\t1
+Bo\t2\tCy_de_la_Cruz\t1
+Ann_Li\t1\t3
+Dee\t1\t2
+Ann_Li\t2\tDee\t1
+Dee\t2\tCy_de_la_Cruz\t1
+"""
+
+
+@pytest.fixture
+def home(tmp_path):
+    files = {f"lfw/{name}": jpeg(seed=i) for i, name in enumerate(IMAGES)}
+    table = "".join(f"{name},{NUMBERS}\n" for name in IMAGES)
+    return write(tmp_path / "data", {**files, "pairs.txt": PAIRS, "lfw_landmarks.csv": table})
+
+
+def names(pairs, faces):
+    return [
+        (faces.names[a], faces.names[b]) for a, b in zip(pairs.first, pairs.second, strict=True)
+    ]
+
+
+def check(found):
+    faces, pairs = found.faces, found.pairs
+    assert sorted(faces.names) == sorted(IMAGES)
+    assert faces.identities == tuple(sorted(COUNTS))
+    assert faces.landmarks.shape == (8, 5, 2)
+    assert names(pairs, faces)[2] == ("Ann_Li/Ann_Li_0001.jpg", "Bo/Bo_0001.jpg")
+    assert names(pairs, faces)[4] == ("Ann_Li/Ann_Li_0001.jpg", "Ann_Li/Ann_Li_0003.jpg")
+    assert pairs.same.tolist() == [True, True, False, False] * 2
+    assert pairs.fold.tolist() == [0] * 4 + [1] * 4
+    assert torch.equal(pairs.same, faces.labels[pairs.first] == faces.labels[pairs.second])
+    assert faces.read(faces.names.index("Dee/Dee_0002.jpg")).shape == (3, 30, 40)
+
+
+@pytest.mark.parametrize("layout", ["root", "inner", "torchvision", "bare"])
+def test_folders(home, layout):
+    if layout == "torchvision":
+        shutil.move(home / "lfw", home / "lfw-py/lfw")
+    if layout == "bare":
+        home = home.rename(home.parent / "moved") / "lfw"
+    check(lfw(home / "lfw" if layout == "inner" else home))
+
+
+@pytest.mark.parametrize("name", ["lfw.tgz", "lfw.tar", "anything.tar"])
+def test_archives_are_read_in_place(home, name):
+    with tarfile.open(home / name, "w:gz" if name.endswith("tgz") else "w") as tar:
+        tar.add(home / "lfw", "lfw")
+    shutil.rmtree(home / "lfw")
+    check(lfw(home / name))
+    if name != "anything.tar":
+        check(lfw(home))
+
+
+def test_golden_landmarks_and_the_real_lists(golden, shared):
+    found = lfw(shared("data/lfw.tar"), pairs=shared("data/pairs.txt"))
+    index = {name: i for i, name in enumerate(found.faces.names)}
+    rows = [index[str(name)] for name in golden["names"]]
+    assert torch.equal(found.faces.landmarks[rows], torch.tensor(golden["landmarks"]))
+    assert len(found.faces) == 11585
+    assert found.pairs.fold.bincount().tolist() == [600] * 10
+    labels = found.faces.labels
+    same = labels[found.pairs.first] == labels[found.pairs.second]
+    assert torch.equal(found.pairs.same, same)
+    assert torch.equal(found.pairs.fold, balanced_folds(found.pairs.same))
+    assert int((labels.bincount() >= 4).sum()) == 610  # the paper's Table 2
+
+
+def test_folds_are_scikit_learns():
+    sklearn = pytest.importorskip("sklearn.model_selection")
+    for count in (10, 17, 6000):
+        theirs = torch.empty(count, dtype=torch.int64)
+        for fold, (_, test) in enumerate(sklearn.KFold(10).split(range(count))):
+            theirs[torch.tensor(test)] = fold
+        assert torch.equal(contiguous_folds(count), theirs)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "what"),
+    [
+        ("2\t2\n", "2\t3\n", 1, r"announces 2 x 2 x 3 = 12 pairs, lists 8"),
+        ("2\t2\n", "ten\t2\n", 1, r"expected a whole number from 1, got 'ten'"),
+        ("Bo\t1\t2\n", "Bo\t1\n", 3, r"expected a name and two numbers, got 'Bo 1'"),
+        ("Bo\t1\t2\n", "Bo\t1\t0\n", 3, r"expected a whole number from 1, got '0'"),
+        ("Bo\t2\tCy", "Bo\t7\tCy", 5, r"there is no image Bo/Bo_0007\.jpg"),
+        ("Ann_Li\t1\t3\n", "Ann_Li\t2\t1\n", 6, r"were paired before, at .*pairs\.txt:2"),
+        ("Dee\t1\t2\n", "Dee\t1\t1\n", 7, r"is paired with itself"),
+    ],
+)
+def test_faulty_pairs_are_named_with_their_line(home, old, new, line, what):
+    (home / "pairs.txt").write_text(PAIRS.replace(old, new))
+    with pytest.raises(DataError, match=rf"pairs\.txt:{line}: .*{what}"):
+        lfw(home)
+
+
+def test_missing_images_are_counted_and_can_be_skipped(home):
+    (home / "lfw" / lfw_name("Cy_de_la_Cruz", 1)).unlink()
+    (home / "lfw" / lfw_name("Dee", 2)).unlink()
+    with pytest.raises(DataError, match=r"3 faults:(?s:.*)pairs\.txt:5(?s:.*)skip_missing=True"):
+        lfw(home)
+    with pytest.warns(UserWarning, match="left out: 3 faults"):
+        found = lfw(home, skip_missing=True)
+    assert len(found.pairs) == 5
+    assert len(found.faces.skipped) == 3
+
+
+def test_images_without_points_are_faults(home):
+    table = (home / "lfw_landmarks.csv").read_text().splitlines()[1:]
+    (home / "lfw_landmarks.csv").write_text("\n".join(table))
+    with pytest.raises(DataError, match=r"no points of Ann_Li/Ann_Li_0001\.jpg"):
+        lfw(home)
+
+
+def test_people_lists_are_counted(home):
+    listed = "".join(f"{name}\t{count}\n" for name, count in COUNTS.items())
+    path = home / "people.txt"
+    path.write_text("1\n4\n" + listed)
+    assert len(lfw(home, people=path).faces) == 8
+    path.write_text(listed.replace("Bo\t2", "Bo\t4"))
+    with pytest.raises(DataError, match=r"people\.txt:2: Bo has 2 of 4 images, .*Bo_0003\.jpg"):
+        lfw(home, people=path)
+
+
+def test_nothing_there_lists_what_was_looked_for(tmp_path):
+    write(tmp_path, {"x/y.jpg": b""})
+    with pytest.raises(FileNotFoundError, match=r"lfw/Name/Name_0001\.jpg.*lfw\.tgz"):
+        lfw(tmp_path)
+
+
+def test_pairs_and_points_are_optional(home):
+    (home / "pairs.txt").unlink()
+    (home / "lfw_landmarks.csv").unlink()
+    found = lfw(home)
+    assert found.pairs is None
+    assert found.faces.landmarks is None
+
+
+@pytest.fixture
+def host(home, monkeypatch):
+    """A server on loopback that has LFW, and the pieces that point to it."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        tar.add(home / "lfw", "lfw")
+    contents = {
+        "lfw.tgz": archive.getvalue(),
+        "pairs.txt": PAIRS.encode(),
+        "lfw_landmarks.csv": (home / "lfw_landmarks.csv").read_bytes(),
+    }
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            data = contents[self.path[1:]]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    pieces = tuple(
+        Piece(name, f"{address}/{name}", hashlib.sha256(data).hexdigest())
+        for name, data in contents.items()
+    )
+    # by its full name: the package exports a function of the module's name
+    monkeypatch.setattr(sys.modules["idloss.data.lfw"], "HOSTED", pieces)
+    yield contents, asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_download_once(host, tmp_path):
+    _, asked = host
+    check(lfw(tmp_path / "new", download=True))
+    check(lfw(tmp_path / "new", download=True))
+    assert sorted(asked) == ["/lfw.tgz", "/lfw_landmarks.csv", "/pairs.txt"]
+
+
+def test_download_of_another_file_is_refused(host, tmp_path):
+    contents, _ = host
+    contents["pairs.txt"] += b"more"
+    with pytest.raises(HashMismatchError, match=r"pairs\.txt is not the pinned file"):
+        lfw(tmp_path / "new", download=True)
+    assert not (tmp_path / "new" / "pairs.txt").exists()

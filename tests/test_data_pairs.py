@@ -1,0 +1,210 @@
+"""pairs.csv, and insightface's .bin through a reader that runs nothing."""
+
+import os
+import pickle
+import re
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from test_data_faces import HEADER, NUMBERS, write
+from test_data_files import jpeg
+
+from idloss.data import DataError, insightface_bin, open_evaluation, pairs_csv
+from idloss.data.insightface import _Reader
+
+IMAGES = [jpeg(size=(112, 112), seed=i) for i in range(8)]
+SAME = [True, False, True, False]
+
+
+def bin_file(tmp_path, content, protocol=4):
+    path = tmp_path / "tiny.bin"
+    path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content, protocol))
+    return path
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize(
+    "content",
+    [
+        (IMAGES, SAME),
+        [tuple(IMAGES), np.array(SAME)],
+        ([np.frombuffer(image, np.uint8) for image in IMAGES], [np.bool_(same) for same in SAME]),
+        ([bytearray(image) for image in IMAGES], np.array(SAME, np.int64)),
+    ],
+    ids=["bytes", "array-of-labels", "array-of-bytes", "bytearray"],
+)
+def test_bins_of_all_makes(tmp_path, content, protocol):
+    found = open_evaluation(bin_file(tmp_path, content, protocol))
+    assert found.name == "tiny"
+    assert found.faces.template == "arcface"
+    assert found.pairs.same.tolist() == SAME
+    assert found.pairs.first.tolist() == [0, 2, 4, 6]
+    assert found.pairs.second.tolist() == [1, 3, 5, 7]
+    assert [found.faces.files.read(name) for name in found.faces.members] == IMAGES
+    assert found.faces.read(5).shape == (3, 112, 112)
+
+
+def test_bin_of_python_2(tmp_path):
+    # protocol 2 as Python 2 writes it: str as SHORT_BINSTRING, True as NEWTRUE
+    data = b"\x80\x02" + b"](U\x03ab\xffU\x01ce" + b"]\x88a\x86."
+    found = insightface_bin(bin_file(tmp_path, data))
+    assert [found.faces.files.read(name) for name in found.faces.members] == [b"ab\xff", b"c"]
+
+
+class Run:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (os.system, r"(posix|nt)\.system"),
+        (eval, r"(builtins|__builtin__)\.eval"),
+        (getattr, r"(builtins|__builtin__)\.getattr"),
+        (subprocess.call, r"(subprocess|commands)\.call"),
+        (np.load, r"numpy\.load"),
+        (torch.load, r"torch\.\w+\.load"),
+    ],
+)
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, function, name, protocol):
+    marker = tmp_path / "ran"
+    content = ([Run(function, f"touch {marker}")], SAME)
+    with pytest.raises(DataError, match=rf"tiny\.bin: .*it asks for {name}"):
+        insightface_bin(bin_file(tmp_path, content, protocol))
+    assert not marker.exists()
+
+
+def test_dotted_names_do_not_slip_through(tmp_path):
+    # STACK_GLOBAL lets a pickle ask for an attribute of an attribute
+    data = b"\x80\x04\x8c\x08builtins\x8c\x0fbytes.__class__\x93."
+    with pytest.raises(DataError, match=r"it asks for builtins\.bytes\.__class__"):
+        insightface_bin(bin_file(tmp_path, data))
+
+
+def test_arrays_of_objects_are_refused(tmp_path):
+    content = (IMAGES, np.array([Run(os.system, "true"), None], dtype=object))
+    with pytest.raises(DataError, match=r"tiny\.bin: .*(it asks for|not allowed)"):
+        insightface_bin(bin_file(tmp_path, content))
+    content = (np.array(IMAGES, dtype=object), SAME)
+    with pytest.raises(DataError, match=r"arrays of 'O8' are not allowed"):
+        insightface_bin(bin_file(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ((IMAGES, SAME[:3]), "8 images for 3 pairs"),
+        ((IMAGES, [*SAME[:3], 2]), "every label to be True or False"),
+        ((["text"] * 8, SAME), "every image to be the bytes of a file"),
+        ((IMAGES,), "expected images and labels"),
+        ({"a": 1}, "expected images and labels"),
+        ((IMAGES[0], SAME), "a list of images"),
+        (([], []), "0 images for 0 pairs"),
+        (b"", "Ran out of input"),
+        (b"garbage", "not a verification set"),
+    ],
+)
+def test_what_is_no_set_is_refused(tmp_path, content, what):
+    with pytest.raises(DataError, match=rf"tiny\.bin: not a verification set: .*{what}|{what}"):
+        insightface_bin(bin_file(tmp_path, content))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_cut_bin_is_refused(tmp_path, share):
+    data = pickle.dumps((IMAGES, SAME))
+    with pytest.raises(DataError, match=r"tiny\.bin: not a verification set"):
+        insightface_bin(bin_file(tmp_path, data[: int(len(data) * share)]))
+
+
+def test_damaged_image_in_a_bin(tmp_path):
+    images = [*IMAGES]
+    images[3] = images[3][:100]
+    path = bin_file(tmp_path, (images, SAME))
+    with pytest.raises(DataError, match=r"tiny\.bin:00003: unreadable image"):
+        insightface_bin(path).faces.read(3)
+    with pytest.warns(UserWarning, match=r"tiny\.bin:00003: unreadable image"):
+        found = insightface_bin(path, skip_missing=True)
+    assert found.pairs.first.tolist() == [0, 4, 6]
+    assert found.pairs.same.tolist() == [True, True, False]
+    assert len(found.faces.skipped) == 1
+
+
+def test_bin_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match=r"none\.bin: No such file"):
+        insightface_bin(tmp_path / "none.bin")
+
+
+def listed(tmp_path, text, **files):
+    images = {
+        name: jpeg(size=(96, 112), seed=i) for i, name in enumerate(["a.jpg", "b/b.jpg", "c.jpg"])
+    }
+    return write(tmp_path, {"pairs.csv": text, **images, **files}) / "pairs.csv"
+
+
+@pytest.mark.parametrize("header", ["", "first,second,same\n"])
+def test_pairs_csv(tmp_path, header):
+    path = listed(tmp_path, f"{header}a.jpg,b/b.jpg,1\nb/b.jpg, c.jpg,0\n\na.jpg,c.jpg,1\n")
+    found = open_evaluation(path, template="sphereface")
+    assert found.faces.names == ("a.jpg", "b/b.jpg", "c.jpg")
+    assert found.faces.template == "sphereface"
+    assert found.pairs.first.tolist() == [0, 1, 0]
+    assert found.pairs.second.tolist() == [1, 2, 2]
+    assert found.pairs.same.tolist() == [True, False, True]
+    assert found.pairs.fold.tolist() == [0, 0, 1]
+
+
+def test_pairs_csv_beside_landmarks(tmp_path):
+    table = "\n".join([HEADER, f"c.jpg,{NUMBERS},3", f"a.jpg,{NUMBERS},3", f"b/b.jpg,{NUMBERS},4"])
+    path = listed(tmp_path, "a.jpg,c.jpg,1\n", **{"landmarks.csv": table})
+    found = pairs_csv(path)
+    assert found.faces.landmarks.shape == (3, 5, 2)
+    assert (found.pairs.first.tolist(), found.pairs.second.tolist()) == ([1], [0])
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ("a.jpg,none.jpg,0", "there is no image none.jpg"),
+        ("b/b.jpg,a.jpg,1", "were paired before, at .*pairs.csv:1"),
+        ("c.jpg,c.jpg,1", "paired with itself"),
+        ("a.jpg,c.jpg", "expected two images and 0 or 1"),
+        ("a.jpg,c.jpg,maybe", "expected two images and 0 or 1"),
+    ],
+)
+def test_faulty_rows_are_named_with_their_line(tmp_path, row, what):
+    with pytest.raises(DataError, match=rf"pairs\.csv:2: .*{what}"):
+        pairs_csv(listed(tmp_path, f"a.jpg,b/b.jpg,1\n{row}\n"))
+
+
+def test_skipping_is_recorded(tmp_path):
+    path = listed(tmp_path, "a.jpg,b/b.jpg,1\na.jpg,none.jpg,0\n")
+    with pytest.warns(UserWarning, match="none.jpg"):
+        found = pairs_csv(path, skip_missing=True)
+    assert len(found.pairs) == 1
+    assert [fault.where.rpartition(":")[2] for fault in found.faces.skipped] == ["2"]
+
+
+def test_empty_list(tmp_path):
+    with pytest.raises(DataError, match="there are no pairs"):
+        pairs_csv(listed(tmp_path, ""))
+
+
+def test_unknown_kind_and_unknown_layout(tmp_path):
+    with pytest.raises(ValueError, match=r"unknown evaluation set 'lwf'.*'lfw'"):
+        open_evaluation(tmp_path, "lwf")
+    with pytest.raises(FileNotFoundError) as caught:
+        open_evaluation(tmp_path)
+    for name in ("lfw", "tinyface", "scface", "survface-verification", "Testing_Set"):
+        assert re.search(name, str(caught.value))
+
+
+def test_nothing_of_numpy_can_be_reached():
+    for stand_in in _Reader.allowed.values():
+        assert stand_in.__module__ == "idloss.data.insightface"

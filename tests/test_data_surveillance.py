@@ -1,0 +1,201 @@
+"""TinyFace, QMUL-SurvFace and SCface on miniature trees in their official layout."""
+
+import numpy as np
+import pytest
+from test_data_faces import NUMBERS, write
+from test_data_files import jpeg
+
+from idloss.data import (
+    DataError,
+    open_evaluation,
+    scface,
+    survface_identification,
+    survface_verification,
+    tinyface,
+)
+
+scipy_io = pytest.importorskip("scipy.io")
+
+
+def cells(names):
+    """A Matlab cell array of texts, one a row, as in the official lists."""
+    column = np.empty((len(names), 1), dtype=object)
+    column[:, 0] = names
+    return column
+
+
+def save(path, **variables):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scipy_io.savemat(path, variables, do_compression=True)
+
+
+def images(folder, names):
+    return {f"{folder}/{name}": jpeg(size=(20, 16), seed=i) for i, name in enumerate(names)}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    base = tmp_path / "tinyface/Testing_Set"
+    gallery, probe = ["1_1.jpg", "1_2.jpg", "12_1.jpg"], ["12_7.jpg", "1_9.jpg"]
+    write(base, images("Gallery_Match", gallery))
+    write(base, images("Probe", probe))
+    write(base, images("Gallery_Distractor", ["d1.jpg", "d2.jpg"]))
+    ids = {"dtype": np.uint16}
+    save(
+        base / "gallery_match_img_ID_pairs.mat",
+        gallery_set=cells(gallery),
+        gallery_ids=np.array([[1], [1], [12]], **ids),
+    )
+    save(
+        base / "probe_img_ID_pairs.mat",
+        probe_set=cells(probe),
+        probe_ids=np.array([[12], [1]], **ids),
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize("below", ["", "tinyface", "tinyface/Testing_Set"])
+def test_tinyface(tiny, below):
+    found = open_evaluation(tiny / below)
+    faces = found.faces
+    assert found.name == "tinyface"
+    gallery = [faces.names[i] for i in found.gallery]
+    assert gallery[:3] == [f"Gallery_Match/{n}" for n in ("1_1.jpg", "1_2.jpg", "12_1.jpg")]
+    assert gallery[3:] == ["Gallery_Distractor/d1.jpg", "Gallery_Distractor/d2.jpg"]
+    assert faces.identities == ("1", "12")
+    assert faces.labels[found.gallery].tolist() == [0, 0, 1, -1, -1]
+    assert faces.labels[found.probes["probe"]].tolist() == [1, 0]
+    assert faces.read(0).shape == (3, 16, 20)
+    assert len(tinyface(tiny, distractors=False).gallery) == 3
+
+
+def test_tinyface_missing_image_is_named_with_its_row(tiny):
+    (tiny / "tinyface/Testing_Set/Gallery_Match/1_2.jpg").unlink()
+    with pytest.raises(DataError, match=r"gallery_match_img_ID_pairs\.mat:row 2: .*1_2\.jpg"):
+        tinyface(tiny)
+    with pytest.warns(UserWarning, match="left out"):
+        found = tinyface(tiny, skip_missing=True)
+    assert len(found.gallery) == 4
+    assert len(found.faces.skipped) == 1
+
+
+def test_tinyface_with_points(tiny, tmp_path):
+    names = tinyface(tiny).faces.names
+    table = tmp_path / "points.csv"
+    table.write_text("".join(f"{name},{NUMBERS}\n" for name in names))
+    assert tinyface(tiny, landmarks=table).faces.landmarks.shape == (7, 5, 2)
+    table.write_text("".join(f"{name},{NUMBERS}\n" for name in names[1:]))
+    with pytest.raises(DataError, match=r"points\.csv: no points of Gallery_Match/1_1\.jpg"):
+        tinyface(tiny, landmarks=table)
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "other", "count"])
+def test_damaged_list_is_named(tiny, damage):
+    path = tiny / "tinyface/Testing_Set/probe_img_ID_pairs.mat"
+    data = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "garbage":
+        path.write_bytes(b"garbage" * 100)
+    elif damage == "other":
+        save(path, something=np.ones(3))
+    else:
+        save(path, probe_set=cells(["12_7.jpg", "1_9.jpg"]), probe_ids=np.array([[12]]))
+    with pytest.raises(DataError, match=r"probe_img_ID_pairs\.mat: "):
+        tinyface(tiny)
+
+
+@pytest.fixture
+def surv(tmp_path):
+    base = tmp_path / "QMUL-SurvFace/Face_Identification_Test_Set"
+    gallery, mated = ["5_cam1_1.jpg", "7_cam2_1.jpg"], ["7_cam1_1.jpg", "5_cam2_1.jpg", "5_x.jpg"]
+    write(base, images("gallery", gallery))
+    write(base, images("mated_probe", mated))
+    write(base, images("unmated_probe", ["u1.jpg"]))
+    save(
+        base / "gallery_img_ID_pairs.mat",
+        gallery_set=cells(gallery),
+        gallery_ids=np.array([[1], [2]]),
+    )
+    save(
+        base / "mated_probe_img_ID_pairs.mat",
+        mated_probe_set=cells(mated),
+        mated_probe_ids=np.array([[2], [1], [1]]),
+    )
+    base = tmp_path / "QMUL-SurvFace/Face_Verification_Test_Set"
+    names = [f"{person}_{shot}.jpg" for person in range(12) for shot in range(2)]
+    write(base, images("verification_images", names))
+    positive = np.array([[f"{p}_0.jpg", f"{p}_1.jpg"] for p in range(12)], dtype=object)
+    negative = np.array([[f"{p}_0.jpg", f"{(p + 1) % 12}_1.jpg"] for p in range(12)], dtype=object)
+    save(base / "positive_pairs_names.mat", positive_pairs_names=positive)
+    save(base / "negative_pairs_names.mat", negative_pairs_names=negative)
+    return tmp_path
+
+
+def test_survface_identification(surv):
+    found = open_evaluation(surv, "survface-identification")
+    labels = found.faces.labels
+    assert labels[found.gallery].tolist() == [0, 1]
+    assert labels[found.probes["mated"]].tolist() == [1, 0, 0]
+    assert labels[found.probes["unmated"]].tolist() == [-1]
+    assert survface_identification(surv / "QMUL-SurvFace").faces.names == found.faces.names
+
+
+def test_survface_verification(surv):
+    found = open_evaluation(surv, "survface-verification")
+    pairs, names = found.pairs, found.faces.names
+    assert len(pairs) == 24
+    assert pairs.same.tolist() == [True] * 12 + [False] * 12
+    assert names[pairs.first[13]] == "verification_images/1_0.jpg"
+    assert names[pairs.second[13]] == "verification_images/2_1.jpg"
+    assert found.faces.labels is None
+    for fold in range(10):
+        assert pairs.same[pairs.fold == fold].double().mean() == 0.5
+
+
+def test_survface_missing_image_is_named_with_its_row(surv):
+    base = surv / "QMUL-SurvFace/Face_Verification_Test_Set"
+    (base / "verification_images/3_1.jpg").unlink()
+    with pytest.raises(DataError) as caught:
+        survface_verification(surv)
+    where = [fault.where.rpartition("/")[2] for fault in caught.value.faults]
+    assert where == ["positive_pairs_names.mat:row 4", "negative_pairs_names.mat:row 3"]
+    with pytest.warns(UserWarning, match="left out"):
+        assert len(survface_verification(surv, skip_missing=True).pairs) == 22
+
+
+@pytest.fixture(params=["distances", "all"])
+def cameras(request, tmp_path):
+    base = tmp_path / "SCface_database"
+    write(base, images("mugshot_frontal_cropped_all", [f"{s:03d}_frontal.JPG" for s in (1, 2, 51)]))
+    for distance in (1, 2, 3):
+        for camera in range(1, 8):
+            folder = f"surveillance_cameras_distance_{distance}/cam_{camera}"
+            if request.param == "all":
+                folder = "surveillance_cameras_all"
+            shots = [f"{s:03d}_cam{camera}_{distance}.jpg" for s in (1, 2, 51)]
+            write(base, images(folder, shots))
+    if request.param == "all":
+        write(base, images("surveillance_cameras_all", ["001_cam8.jpg"]))
+    return tmp_path
+
+
+def test_scface(cameras):
+    found = scface(cameras, subjects=(1, 2, 51))
+    names = found.faces.names
+    assert [names[i][-15:] for i in found.gallery] == [f"{s:03d}_frontal.JPG" for s in (1, 2, 51)]
+    assert found.faces.labels[found.gallery].tolist() == [0, 1, 2]
+    assert list(found.probes) == ["d1", "d2", "d3"]
+    for distance in (1, 2, 3):
+        probes = [names[i] for i in found.probes[f"d{distance}"]]
+        assert len(probes) == 3 * 5  # cameras 6 and 7 are infrared
+        assert all(name.endswith(f"_{distance}.jpg") for name in probes)
+    assert found.faces.labels[found.probes["d2"]].bincount().tolist() == [5, 5, 5]
+    assert scface(cameras, subjects=range(51, 52)).faces.identities == ("051",)
+
+
+def test_scface_subject_without_mugshot(cameras):
+    with pytest.raises(DataError, match="subject 003 has no mugshot"):
+        scface(cameras, subjects=(1, 3))
+    with pytest.warns(UserWarning, match="subject 003"):
+        assert len(scface(cameras, subjects=(1, 3), skip_missing=True).gallery) == 1
