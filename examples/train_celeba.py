@@ -273,7 +273,7 @@ def report(
     sample = torch.arange(0, len(test.faces), max(1, len(test.faces) // 5))[:5]
     hr = to_float(align_all(test.faces.select(sample), progress=False).crops)
     lr = resize(hr, (14, 12)).clamp(0, 1)
-    columns = {"LR 14x12": lr, "bicubic": resize(lr, (112, 96)).clamp(0, 1)}
+    columns = {"LR": lr, "bicubic": resize(lr, (112, 96)).clamp(0, 1)}
     with torch.inference_mode():
         columns |= {name: net(lr.to(device)).cpu() for name, net in trained.items()}
     columns["HR"] = hr
