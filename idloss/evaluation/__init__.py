@@ -1,0 +1,1 @@
+"""The bench: verification, identification, what each protocol fixes, results and figures."""

@@ -1,0 +1,439 @@
+"""Face identification from ready embeddings: rank-1 and CMC, open set, and search of a gallery."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from idloss.evaluation.intervals import Estimate, Floats, estimate
+from idloss.evaluation.verification import rejecting_threshold
+
+Ints = NDArray[np.int64]
+
+# Paper, section 4.4: subjects with at least four images, ten runs.
+MIN_IMAGES = 4
+DRAWS = 10
+FPIR_TARGETS = (1e-1, 1e-2, 1e-3)
+# A block of 512-d embeddings and its scores then stay about in a core's share of the cache; larger
+# blocks were slower.
+BLOCK_BYTES = 16 * 2**20
+# Matrix products run a third faster on whole vector registers of columns.
+_ALIGNED_ROWS = 64
+_EPS = 1e-12
+
+
+class GalleryDraws(NamedTuple):
+    """Which images are the gallery in each draw.
+
+    Attributes:
+        images: Places of the images of subjects that take part, `[M]`, sorted by subject.
+        subjects: Subject of each of them, `[M]` in 0..S-1.
+        gallery: Place in `images` of each subject's gallery image in each draw, `[draws, S]`.
+    """
+
+    images: Ints
+    subjects: Ints
+    gallery: Ints
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the draws, equal where two runs used the same galleries."""
+        parts = b"".join(np.ascontiguousarray(part, dtype="<i8").tobytes() for part in self)
+        return hashlib.sha256(parts).hexdigest()
+
+
+def draw_galleries(
+    subjects: ArrayLike, *, min_images: int = MIN_IMAGES, draws: int = DRAWS, seed: int = 0
+) -> GalleryDraws:
+    """Draw one gallery image for each subject with enough images, several times.
+
+    Draw number d depends on the seed, on d and on the list alone: the first five of ten draws are
+    the five draws of a shorter run.
+
+    Args:
+        subjects: Subject of each image, `[N]`: names or numbers.
+        min_images: Subjects with fewer images are left out.
+        draws: Number of draws.
+        seed: Seed.
+
+    Returns:
+        The images that take part and the galleries.
+
+    Raises:
+        ValueError: A number is out of range, or fewer than two subjects have enough images.
+    """
+    if min_images < 2 or draws < 1:
+        raise ValueError(
+            f"min_images must be >= 2 and draws >= 1, got {min_images} and {draws}: a subject "
+            "needs a gallery image and a probe"
+        )
+    labels = np.asarray(subjects)
+    if labels.ndim != 1:
+        raise ValueError(f"subjects must be [N], got shape {list(labels.shape)}")
+    _, subject_of, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    enough = counts >= min_images
+    if enough.sum() < 2:
+        raise ValueError(
+            f"{int(enough.sum())} of {counts.size} subjects have {min_images} images or more, "
+            "identification needs two; lower min_images or give more images"
+        )
+    number = np.cumsum(enough) - 1
+    images = np.flatnonzero(enough[subject_of])
+    images = images[np.argsort(subject_of[images], kind="stable")]
+    starts = np.cumsum(counts[enough]) - counts[enough]
+    gallery = [
+        starts + (np.random.default_rng([seed, draw]).random(starts.size) * counts[enough])
+        for draw in range(draws)
+    ]
+    return GalleryDraws(images, number[subject_of[images]], np.stack(gallery).astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Identification:
+    """Closed-set identification over several draws of the gallery.
+
+    Attributes:
+        cmc: Share of probes whose subject is among the first r, `[draws, R]`, r = 1..R.
+        draws: The galleries.
+        n_subjects: Subjects in a gallery.
+        n_probes: Probes in a draw.
+    """
+
+    cmc: Floats
+    draws: GalleryDraws
+    n_subjects: int
+    n_probes: int
+
+    @property
+    def rank1(self) -> Floats:
+        """Rank-1 rate of each draw, `[draws]`."""
+        return self.cmc[:, 0]
+
+    def summarise(
+        self, ranks: Sequence[int] = (1, 5, 10), *, level: float = 0.95
+    ) -> dict[str, Estimate]:
+        """Rates at some ranks, with mean, deviation and interval over the draws.
+
+        Args:
+            ranks: Ranks, from 1; those beyond the curve are left out.
+            level: Share of the probability the intervals are to hold.
+
+        Returns:
+            Estimates named `rank1` and the like.
+        """
+        within = [rank for rank in ranks if rank <= self.cmc.shape[1]]
+        return {f"rank{rank}": estimate(self.cmc[:, rank - 1], level=level) for rank in within}
+
+
+def identify(
+    gallery: ArrayLike | Tensor,
+    probes: ArrayLike | Tensor,
+    subjects: ArrayLike,
+    *,
+    min_images: int = MIN_IMAGES,
+    draws: int = DRAWS,
+    seed: int = 0,
+    max_rank: int = 20,
+) -> Identification:
+    """Rank-1 and CMC after the paper's Table 2.
+
+    In each draw one image of each subject, as the gallery sees it (HR), is enrolled, and all the
+    others, as probes (LR), are searched for by cosine. A subject's rank counts every other one
+    that scores as high: a network that gives the same embedding to everybody gets no rank 1.
+
+    Args:
+        gallery: Embeddings of all images as gallery, `[N, D]`.
+        probes: Embeddings of the same images as probes, `[N, D]`.
+        subjects: Subject of each image, `[N]`.
+        min_images: Subjects with fewer images are left out.
+        draws: Number of draws.
+        seed: Seed.
+        max_rank: Length of the CMC curve; no more than there are subjects.
+
+    Returns:
+        The curves of the draws.
+
+    Raises:
+        ValueError: Shapes do not fit, an embedding is not finite, or see `draw_galleries`.
+    """
+    drawn = draw_galleries(subjects, min_images=min_images, draws=draws, seed=seed)
+    enrolled, searched = _both(gallery, probes, len(np.asarray(subjects)), drawn.images)
+    subject_of = torch.from_numpy(drawn.subjects)
+    n_subjects = drawn.gallery.shape[1]
+    is_probe = np.ones((draws, len(searched)), dtype=np.bool_)
+    np.put_along_axis(is_probe, drawn.gallery, values=False, axis=1)
+    counts = np.zeros((draws, n_subjects + 1), dtype=np.int64)
+    for part, draw, scores in _score_blocks(searched, enrolled, drawn.gallery):
+        own = scores.gather(1, subject_of[part, None])
+        rank = torch.count_nonzero(scores >= own, dim=1).numpy()[is_probe[draw, part]]
+        counts[draw] += np.bincount(rank, minlength=n_subjects + 1)
+    cmc = counts.cumsum(1)[:, 1 : max_rank + 1] / counts.sum(1, keepdims=True)
+    return Identification(cmc, drawn, n_subjects, len(searched) - n_subjects)
+
+
+@dataclass(frozen=True)
+class OpenSet:
+    """Open-set identification over several draws of who is enrolled.
+
+    Attributes:
+        fpir: False positive identification rates aimed at, `[T]`.
+        tpir: Share of enrolled people's probes found at rank 1 above the threshold,
+            `[draws, T]`.
+        thresholds: Cosine that must be exceeded, `[draws, T]`.
+        n_mated: Probes of enrolled people in each draw, `[draws]`.
+        n_non_mated: Probes of others in each draw, `[draws]`; no FPIR below one over this can be
+            measured, there the threshold is that of no false positive.
+    """
+
+    fpir: Floats
+    tpir: Floats
+    thresholds: Floats
+    n_mated: Ints
+    n_non_mated: Ints
+
+    def summarise(self, *, level: float = 0.95) -> dict[str, Estimate]:
+        """TPIR at each FPIR, with mean, deviation and interval over the draws.
+
+        Args:
+            level: Share of the probability the intervals are to hold.
+
+        Returns:
+            Estimates named `tpir@fpir=0.01` and the like.
+        """
+        return {
+            f"tpir@fpir={target:g}": estimate(self.tpir[:, place], level=level)
+            for place, target in enumerate(self.fpir)
+        }
+
+
+def identify_open_set(
+    gallery: ArrayLike | Tensor,
+    probes: ArrayLike | Tensor,
+    subjects: ArrayLike,
+    *,
+    fpir: Sequence[float] = FPIR_TARGETS,
+    enrolled_share: float = 0.5,
+    min_images: int = MIN_IMAGES,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> OpenSet:
+    """TPIR at FPIR: a watch list that holds some of the people who pass.
+
+    In each draw a share of the subjects with enough images is enrolled with one image each. Their
+    other images are mated probes; every image of everybody else, those with too few images
+    included, is a non-mated one. The threshold lets through the wanted share of the non-mated
+    probes' best scores; a mated probe counts where its own subject is the best and exceeds it.
+
+    Args:
+        gallery: Embeddings of all images as gallery, `[N, D]`.
+        probes: Embeddings of the same images as probes, `[N, D]`.
+        subjects: Subject of each image, `[N]`.
+        fpir: False positive identification rates aimed at.
+        enrolled_share: Share of the subjects with enough images that is enrolled, in (0, 1).
+        min_images: Subjects with fewer images are never enrolled.
+        draws: Number of draws.
+        seed: Seed.
+
+    Returns:
+        The rates and thresholds.
+
+    Raises:
+        ValueError: Shapes do not fit, an embedding is not finite, nobody is left out, or see
+            `draw_galleries`.
+    """
+    labels = np.asarray(subjects)
+    drawn = draw_galleries(labels, min_images=min_images, draws=draws, seed=seed)
+    n_able = drawn.gallery.shape[1]
+    n_enrolled = round(enrolled_share * n_able)
+    if not 0 < n_enrolled < n_able:
+        raise ValueError(
+            f"enrolled_share {enrolled_share} of {n_able} subjects enrols {n_enrolled}; somebody "
+            "must be enrolled and somebody left out"
+        )
+    # those who can be enrolled keep their places, everybody else comes after them
+    others = np.setdiff1d(np.arange(labels.size), drawn.images)
+    order = np.concatenate((drawn.images, others))
+    enrolled, searched = _both(gallery, probes, labels.size, order)
+    able_of = np.concatenate((drawn.subjects, np.full(others.size, n_able)))
+
+    watched = np.empty((draws, n_enrolled), dtype=np.int64)
+    columns = np.full((draws, n_able + 1), -1)
+    for draw, places in enumerate(drawn.gallery):
+        # a stream of its own, so that the galleries are those of the closed set
+        chosen = np.random.default_rng([seed, draw, 1]).permutation(n_able)[:n_enrolled]
+        watched[draw] = places[chosen]
+        columns[draw, chosen] = np.arange(n_enrolled)
+    column_of = columns[:, able_of]
+
+    best = np.empty((draws, labels.size), dtype=np.float32)
+    found = np.empty((draws, labels.size), dtype=np.bool_)
+    for part, draw, scores in _score_blocks(searched, enrolled, watched):
+        best[draw, part] = scores.amax(1).numpy()
+        own = scores.gather(1, torch.from_numpy(column_of[draw, part, None].clip(0)))
+        found[draw, part] = torch.count_nonzero(scores >= own, dim=1).numpy() == 1
+
+    non_mated = column_of < 0
+    mated = ~non_mated
+    np.put_along_axis(mated, watched, values=False, axis=1)
+    thresholds = np.array(
+        [[rejecting_threshold(best[d][non_mated[d]], t) for t in fpir] for d in range(draws)]
+    )
+    n_mated, n_non_mated = mated.sum(1), non_mated.sum(1)
+    passed = (mated & found)[:, None] & (best[:, None] > thresholds[:, :, None])
+    tpir = passed.sum(2) / n_mated[:, None]
+    return OpenSet(np.asarray(fpir, dtype=np.float64), tpir, thresholds, n_mated, n_non_mated)
+
+
+class Matches(NamedTuple):
+    """The best matches of each probe, best first.
+
+    Attributes:
+        scores: Cosines, `[P, k]`.
+        places: Rows of the gallery, `[P, k]`.
+    """
+
+    scores: Tensor
+    places: Tensor
+
+
+def search(
+    gallery: ArrayLike | Tensor,
+    probes: ArrayLike | Tensor,
+    k: int = 1,
+    *,
+    block_bytes: int = BLOCK_BYTES,
+) -> Matches:
+    """Find the k nearest of a gallery of any size by cosine, exactly, in blocks.
+
+    The gallery may be a memory-mapped array; it is read once for each block of probes and never
+    copied whole. Beyond the arguments and the answer the search takes `block_bytes`, but never
+    less than one row of the gallery against one probe. Among equal scores any may be given.
+
+    Args:
+        gallery: Embeddings `[G, D]`, not necessarily normalised.
+        probes: Embeddings `[P, D]`, on the device the search is to run on.
+        k: Matches wanted for each probe.
+        block_bytes: Working memory, in bytes.
+
+    Returns:
+        Cosines and rows, on the probes' device.
+
+    Raises:
+        ValueError: Shapes do not fit, `k` is not in 1..G, an embedding is not finite, or
+            `block_bytes` is not positive.
+    """
+    source = gallery if isinstance(gallery, Tensor) else np.asanyarray(gallery)
+    searched = _tensor(probes)
+    if source.ndim != 2 or searched.ndim != 2 or source.shape[1] != searched.shape[1]:
+        raise ValueError(
+            f"gallery and probes must be [G, D] and [P, D] with one D, got {list(source.shape)} "
+            f"and {list(searched.shape)}"
+        )
+    size, width = int(source.shape[0]), int(source.shape[1])
+    if not 1 <= k <= size:
+        raise ValueError(f"k must lie in 1..{size}, the size of the gallery, got {k}")
+    if block_bytes < 1:
+        raise ValueError(f"block_bytes must be positive, got {block_bytes}")
+    # In float32 a probe takes its features, and k scores with their rows (twice as wide) both old
+    # and new; a row of the gallery its features, its norm and a score with each probe.
+    per_probe = 4 * (width + 6 * k)
+    n_probes = max(1, min(len(searched), block_bytes // 4 // per_probe))
+    rows = (block_bytes - n_probes * per_probe) // (4 * (width + 1 + n_probes))
+    if rows > _ALIGNED_ROWS:
+        rows -= rows % _ALIGNED_ROWS
+    rows = max(1, min(size, rows))
+    answers = [
+        _search_block(source, searched[start : start + n_probes], k, rows)
+        for start in range(0, len(searched), n_probes)
+    ]
+    if not answers:
+        return Matches(searched.new_zeros(0, k).float(), searched.new_zeros(0, k).long())
+    return Matches(*(torch.cat(parts) for parts in zip(*answers, strict=True)))
+
+
+def _search_block(source: Tensor | NDArray[Any], probes: Tensor, k: int, rows: int) -> Matches:
+    searched = _unit(probes, "probe")
+    scores = searched.new_full((len(searched), k), -torch.inf)
+    places = torch.zeros(scores.shape, dtype=torch.int64, device=searched.device)
+    for start in range(0, len(source), rows):
+        part = _tensor(source[start : start + rows]).to(searched.device, torch.float32)
+        # cheaper than to normalise the rows where probes are fewer than features
+        found = (searched @ part.T).div_(_norms(part, "gallery", start))
+        # a maximum costs a fraction of a top k, and few blocks hold anything better
+        better = (found.amax(1) > scores[:, -1]).nonzero().squeeze(1)
+        if len(better):
+            best, place = found[better].topk(min(k, found.shape[1]), dim=1)
+            merged = torch.cat((scores[better], best), 1)
+            scores[better], order = merged.topk(k, dim=1)
+            places[better] = torch.cat((places[better], place + start), 1).gather(1, order)
+    return Matches(scores, places)
+
+
+def _tensor(values: ArrayLike | Tensor) -> Tensor:
+    if isinstance(values, Tensor):
+        return values.detach()
+    # a memory-mapped array is read-only, which a tensor cannot be: read it here
+    return torch.from_numpy(np.require(values, requirements="W"))
+
+
+def _norms(embeddings: Tensor, what: str, start: int = 0) -> Tensor:
+    """Norms `[B]`, never quite zero."""
+    norms: Tensor = torch.linalg.vector_norm(embeddings, dim=1)
+    if not norms.isfinite().all():
+        row = start + int(norms.isfinite().logical_not().nonzero()[0])
+        raise ValueError(
+            f"{what} embedding {row} is not finite; look for a network that overflowed (fp16?) or "
+            "an image that failed to load"
+        )
+    return norms.clamp_(min=_EPS)
+
+
+def _unit(embeddings: Tensor, what: str) -> Tensor:
+    exact = embeddings.float()
+    return exact / _norms(exact, what)[:, None]
+
+
+def _both(
+    gallery: ArrayLike | Tensor, probes: ArrayLike | Tensor, count: int, places: Ints
+) -> tuple[Tensor, Tensor]:
+    """Normalised embeddings of some images as gallery and as probes."""
+    sides = []
+    for name, embeddings in (("gallery", gallery), ("probe", probes)):
+        side = _tensor(embeddings).cpu()
+        if side.ndim != 2 or len(side) != count:
+            raise ValueError(
+                f"{name} embeddings must be [{count}, D], one for each subject label, got "
+                f"{list(side.shape)}"
+            )
+        sides.append(_unit(side, name)[places])
+    if sides[0].shape != sides[1].shape:
+        raise ValueError(
+            f"gallery and probe embeddings differ in width: {sides[0].shape[1]} and "
+            f"{sides[1].shape[1]}"
+        )
+    return sides[0], sides[1]
+
+
+def _score_blocks(
+    probes: Tensor, images: Tensor, galleries: Ints
+) -> Iterator[tuple[slice, int, Tensor]]:
+    """Cosines of blocks of probes with each draw's gallery: the block, the draw, the scores.
+
+    Draws share many of their images, so each image that is ever in a gallery is compared once.
+    """
+    ever, columns = np.unique(galleries, return_inverse=True)
+    enrolled = images[ever].T
+    picks = torch.from_numpy(columns.reshape(galleries.shape))
+    rows = max(1, BLOCK_BYTES // (4 * len(ever)))
+    for start in range(0, len(probes), rows):
+        part = slice(start, start + rows)
+        scores = probes[part] @ enrolled
+        for draw, pick in enumerate(picks):
+            yield part, draw, scores.index_select(1, pick)

@@ -1,0 +1,190 @@
+"""A run as files: results, the paper's tables and all figures."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from idloss.data import EvaluationSet
+from idloss.evaluation.embedding import CANVAS, Bench
+from idloss.evaluation.figures import (
+    accuracy_figure,
+    cmc_figure,
+    method_styles,
+    picture_sheet,
+    roc_figure,
+    save_figure,
+    similarity_figure,
+)
+from idloss.evaluation.protocols import prepare_probe
+from idloss.evaluation.reading import read_batch
+from idloss.evaluation.recogniser import (
+    SR_CROP,
+    Recogniser,
+    both_views,
+    cut,
+    evaluating,
+    super_resolve,
+)
+from idloss.evaluation.results import HR, Cell, Results, Task, paper_table
+from idloss.evaluation.verification import roc
+from idloss.weights.files import written_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TABLES: Mapping[Task, str] = {
+    "verification": "table1",
+    "identification": "table2",
+    "open_set": "open_set",
+}
+"""File names of the tables, after the paper's."""
+
+
+def write_tables(results: Results, folder: str | os.PathLike[str]) -> dict[Path, str]:
+    """Write a Markdown table in the paper's layout for each task.
+
+    Args:
+        results: The run.
+        folder: Where to.
+
+    Returns:
+        The tables by file.
+
+    Raises:
+        OSError: The folder cannot be written to.
+    """
+    tables = {}
+    for task, name in TABLES.items():
+        if results.cells(task):
+            file = Path(folder) / f"{name}.md"
+            tables[file] = paper_table(results, task)
+            with written_whole(file) as temporary:
+                temporary.write_text(tables[file], "utf-8")
+    return tables
+
+
+def write_figures(results: Results, folder: str | os.PathLike[str]) -> list[Path]:
+    """Draw everything a run can be drawn as: rates over sizes, ROC, CMC, similarities.
+
+    Args:
+        results: The run, with its arrays.
+        folder: Where to.
+
+    Returns:
+        The files, a PNG and a PDF of each figure.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+        OSError: The folder cannot be written to.
+    """
+    files = []
+    for name, draw in _figures(results):
+        files += save_figure(draw(), Path(folder) / name)
+    return files
+
+
+def _figures(results: Results) -> Iterator[tuple[str, Callable[[], Figure]]]:
+    """Names of the figures, and how to draw each: one is held in memory at a time."""
+    styles = method_styles(cell.srnet for cell in results.cells())
+    for task, name in TABLES.items():
+        cells = results.cells(task)
+        if any(cell.srnet != HR for cell in cells):
+            yield f"{name}-by-size", partial(accuracy_figure, results, task, styles=styles)
+        for fnet, size, row in _rows(cells):
+            title = f"{fnet}, probes {size}"
+            arrays = {cell.srnet: results.arrays.get(cell, {}) for cell in row}
+            scores = {method: a["scores"] for method, a in arrays.items() if "scores" in a}
+            curves = {method: a["cmc"] for method, a in arrays.items() if "cmc" in a}
+            end = f"{_file_name(fnet)}-{size}"
+            if scores:
+                same = next(a["same"] for a in arrays.values() if "same" in a)
+                rocs = {method: roc(one, same) for method, one in scores.items()}
+                yield f"roc-{end}", partial(roc_figure, rocs, title=title, styles=styles)
+                on_cosine = results.run["protocol"]["rule"]["measure"] == "cosine"
+                marks = {
+                    method: float(a["thresholds"].mean())
+                    for method, a in arrays.items()
+                    if on_cosine and "thresholds" in a
+                }
+                yield (
+                    f"similarity-{end}",
+                    partial(similarity_figure, scores, same, thresholds=marks, title=title),
+                )
+            if curves:
+                yield f"cmc-{end}", partial(cmc_figure, curves, title=title, styles=styles)
+
+
+def _rows(cells: list[Cell]) -> Iterator[tuple[str, str, list[Cell]]]:
+    """The cells of each FNet and size, HR last."""
+    for fnet in dict.fromkeys(cell.fnet for cell in cells):
+        own = [cell for cell in cells if cell.fnet == fnet]
+        full = [cell for cell in own if cell.srnet == HR]
+        for size in dict.fromkeys(cell.size for cell in own if cell.srnet != HR):
+            yield fnet, size, [c for c in own if c.size == size and c.srnet != HR] + full
+
+
+def write_sheets(
+    bench: Bench, data: EvaluationSet, count: int, folder: str | os.PathLike[str]
+) -> list[Path]:
+    """Draw the sheets of Fig. 5: LR, each method and HR, with the cosine to HR under each.
+
+    Args:
+        bench: The grid; the first FNet measures, and there is a sheet for each size.
+        data: Whose probes to show; those that cannot be read are passed over.
+        count: How many, spread over the set.
+        folder: Where to.
+
+    Returns:
+        The files.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+    """
+    template = data.faces.template or CANVAS
+    batch = read_batch(data.faces, _some_probes(data, count).tolist(), template)
+    names = [Path(data.faces.names[i]).stem.replace("_", "\n") for i in batch.places.tolist()]
+    canvas = batch.crops.to(bench.device)
+    name, fnet = next(iter(bench.fnets.items()))
+    files = []
+    recogniser = Recogniser(fnet, bench.protocol, bench.device)
+    with evaluating(bench.srnets.values(), bench.device):
+        reference = recogniser.full(canvas, template)
+        hr = cut(canvas, template, SR_CROP)
+        for size in dict.fromkeys(bench.sizes):
+            lr = prepare_probe(hr, size, bench.protocol)
+            columns = {"lr": lr}
+            cosines = {}
+            for method, srnet in bench.srnets.items():
+                shown = super_resolve(srnet, both_views(lr), bench.protocol)
+                columns[method] = shown[: len(lr)]
+                found = recogniser.restored(shown)
+                cosines[method] = F.cosine_similarity(found, reference).cpu()
+            figure = picture_sheet({**columns, HR: hr}, cosines, names=names, title=f"FNet: {name}")
+            files += save_figure(figure, Path(folder) / f"faces-{size[0]}x{size[1]}")
+    return files
+
+
+def _some_probes(data: EvaluationSet, count: int) -> Tensor:
+    if data.pairs is not None:
+        places = data.pairs.second.unique()
+    elif data.probes:
+        places = torch.cat([*data.probes.values()])
+    else:
+        places = torch.arange(len(data.faces))
+    chosen = torch.linspace(0, len(places) - 1, min(count, len(places))).long()
+    shown: Tensor = places[chosen]
+    return shown
+
+
+def _file_name(name: str) -> str:
+    """A name as part of a file's: those from the Hub hold colons and slashes."""
+    return re.sub(r"[^\w.-]+", "_", name)

@@ -1,0 +1,47 @@
+"""A miniature LFW on disk: drawn people in LFW's layout, with points and pairs."""
+
+import itertools
+
+import numpy as np
+from PIL import Image
+
+from idloss.data import SyntheticFaces
+from idloss.data.pairs import lfw_name
+
+
+def mini_lfw(root, people=6, photos=4):
+    """Photos, `lfw_landmarks.csv` and a `pairs.txt` of two folds below a folder."""
+    faces = SyntheticFaces(people, photos, seed=5, size=(112, 112), template="arcface")
+    crops = faces.render(progress=False).crops
+    rows = []
+    for index, (crop, points) in enumerate(zip(crops, faces.landmarks, strict=True)):
+        name = lfw_name(f"Person_{index // photos}", index % photos + 1)
+        path = root / "lfw" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # a margin, so that there is something to align
+        photo = np.pad(crop.permute(1, 2, 0).numpy(), ((9, 9), (9, 9), (0, 0)), mode="edge")
+        Image.fromarray(photo).save(path, quality=95)
+        rows.append(",".join([name, *(f"{value + 9:.4f}" for value in points.flatten().tolist())]))
+    (root / "lfw_landmarks.csv").write_text("\n".join(rows) + "\n")
+    write_pairs(root / "pairs.txt", people, photos)
+    return root
+
+
+def write_pairs(path, people, photos, folds=2):
+    """As many pairs of one person as of two in each fold."""
+    same = [
+        f"Person_{person}\t{a}\t{b}"
+        for person in range(people)
+        for a, b in itertools.combinations(range(1, photos + 1), 2)
+    ]
+    different = [
+        f"Person_{a}\t{photo}\tPerson_{b}\t{photo}"
+        for a, b in itertools.combinations(range(people), 2)
+        for photo in range(1, photos + 1)
+    ]
+    half = min(len(same), len(different)) // folds
+    lines = [f"{folds}\t{half}"]
+    for fold in range(folds):
+        part = slice(fold * half, (fold + 1) * half)
+        lines += same[part] + different[part]
+    path.write_text("\n".join(lines) + "\n")

@@ -1,0 +1,204 @@
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.text import Text
+
+import idloss.evaluation.figures as figures_module
+from idloss.evaluation.figures import (
+    accuracy_figure,
+    cmc_figure,
+    method_styles,
+    picture_sheet,
+    roc_figure,
+    save_figure,
+    similarity_figure,
+)
+from idloss.evaluation.intervals import estimate
+from idloss.evaluation.results import HR, Cell, Results
+from idloss.evaluation.verification import roc
+
+METHODS = ("bilinear", "bicubic", "edsr16_64", "edsr16_64_id", "edsr32_256", "edsr32_256_id")
+SIZES = ((7, 6), (14, 12), (16, 16), (28, 24))
+LONG = "timm/vit_tiny_patch8_112.arcface_ms1mv3"
+
+
+@pytest.fixture(scope="module")
+def run():
+    rng = np.random.default_rng(0)
+    results = Results()
+    for fnet in ("sface", LONG):
+        for number, name in enumerate(METHODS):
+            for step, size in enumerate(SIZES):
+                value = 0.5 + 0.02 * number + 0.1 * step
+                repeats = value + 0.01 * rng.standard_normal(10)
+                results.add(
+                    Cell("verification", fnet, name, *size), {"accuracy": estimate(repeats)}
+                )
+        results.add(Cell("verification", fnet, HR, 112, 96), {"accuracy": estimate([0.99])})
+    return results
+
+
+@pytest.fixture(scope="module")
+def scores():
+    rng = np.random.default_rng(0)
+    same = np.arange(600) % 2 == 0
+    methods = (*METHODS, LONG)
+    return {name: 0.2 * same + 0.15 * rng.standard_normal(600) for name in methods}, same
+
+
+def sheet(count=3):
+    generator = torch.Generator().manual_seed(0)
+    hr = torch.rand(count, 3, 112, 96, generator=generator)
+    lr = (hr[..., ::8, ::8] * 255).to(torch.uint8)
+    columns = {"lr": lr, "bicubic": hr * 0.5, "edsr32_256_id": hr * 0.8, HR: hr}
+    cosines = {"bicubic": [0.1, 0.9, 0.3], "edsr32_256_id": [0.5, 0.6, 0.7], HR: [1.0, 1.0, 1.0]}
+    return picture_sheet(columns, cosines, names=["A", "B", "C"], title="LFW at 14x12")
+
+
+def figures(run, scores):
+    values, same = scores
+    curves = {name: roc(row, same) for name, row in values.items()}
+    cmc = {name: np.linspace(0.2, 0.9, 20) + np.zeros((10, 1)) for name in values}
+    yield "accuracy", accuracy_figure(run)
+    yield "roc", roc_figure(curves, title="LFW, sface, 14x12")
+    yield "cmc", cmc_figure(cmc, title="LFW, sface, 14x12")
+    yield (
+        "similarity",
+        similarity_figure(values, same, thresholds=dict.fromkeys(values, 0.1), title="LFW"),
+    )
+    yield "sheet", sheet()
+
+
+def texts_of(figure):
+    """All that is written; the labels of ticks beyond an axis' limits exist, but are not drawn."""
+    beyond = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            for tick in axis.get_major_ticks():
+                if not low <= tick.get_loc() <= high:
+                    beyond |= {tick.label1, tick.label2}
+    return [
+        text
+        for text in figure.findobj(Text)
+        if text.get_visible() and text.get_text().strip() and text not in beyond
+    ]
+
+
+def test_figures_are_saved_and_nothing_is_cut_off_or_overlaps(run, scores, tmp_path):
+    for name, figure in figures(run, scores):
+        png, pdf = save_figure(figure, tmp_path / "figures" / f"{name}.png")
+        assert png.read_bytes().startswith(b"\x89PNG")
+        assert pdf.read_bytes().startswith(b"%PDF")
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        width, height = canvas.get_width_height()
+        drawn = [(text.get_text(), text.get_window_extent()) for text in texts_of(figure)]
+        assert len(drawn) > 10
+        for text, box in drawn:
+            assert box.x0 >= -1, (name, text)
+            assert box.y0 >= -1, (name, text)
+            assert box.x1 <= width + 1, (name, text)
+            assert box.y1 <= height + 1, (name, text)
+        for place, (text, box) in enumerate(drawn):
+            for other_text, other in drawn[place + 1 :]:
+                across = min(box.x1, other.x1) - max(box.x0, other.x0)
+                down = min(box.y1, other.y1) - max(box.y0, other.y0)
+                assert across <= 1 or down <= 1, (name, text, other_text)
+
+
+def test_accuracy_figure_shows_the_figures(run):
+    figure = accuracy_figure(run)
+    assert len(figure.axes) == 2
+    first = figure.axes[0]
+    ticks = [label.get_text() for label in first.get_xticklabels()]
+    assert ticks == [f"{h}\N{MULTIPLICATION SIGN}{w}" for h, w in SIZES]
+    drawn = {bars.get_label(): bars.lines[0].get_ydata() for bars in first.containers}
+    for name in METHODS:
+        expected = [
+            100 * run.value(Cell("verification", "sface", name, *size), "accuracy")
+            for size in SIZES
+        ]
+        np.testing.assert_allclose(drawn[name], expected)
+    assert "%" in first.get_ylabel()
+    assert "pixels" in first.get_xlabel()
+    with pytest.raises(ValueError, match="no 'eer' for verification; it has accuracy"):
+        accuracy_figure(run, metric="eer")
+
+
+def test_roc_figure_shows_the_curve(scores):
+    values, same = scores
+    curve = roc(values["bicubic"], same)
+    (line,) = roc_figure({"bicubic": curve}).axes[0].lines
+    np.testing.assert_allclose(line.get_ydata(), 100 * curve.tar)
+    np.testing.assert_allclose(line.get_xdata()[curve.far > 1e-4], curve.far[curve.far > 1e-4])
+
+
+def test_methods_look_the_same_in_every_figure(run, scores):
+    styles = method_styles([*METHODS, LONG])
+    again = method_styles([LONG, *METHODS[::-1]])
+    assert styles == again
+    assert len({(style.colour, style.line) for style in styles.values()}) == len(styles)
+    values, same = scores
+    axes = roc_figure({name: roc(row, same) for name, row in values.items()}).axes[0]
+    colours = {line.get_label().split(" ")[0]: line.get_color() for line in axes.lines}
+    bars = {b.get_label(): b.lines[0].get_color() for b in accuracy_figure(run).axes[0].containers}
+    for name in METHODS:
+        assert colours[name] == bars[name] == styles[name].colour
+
+
+def test_colours_stay_apart_for_the_colour_blind():
+    """Machado, Oliveira and Fernandes (2009), severity 1.0: deuteranopia and protanopia."""
+    simulations = {
+        "protanopia": [
+            [0.152286, 1.052583, -0.204868],
+            [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998],
+        ],
+        "deuteranopia": [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ],
+    }
+    styles = method_styles(METHODS)
+    for matrix in simulations.values():
+        seen = {}
+        for name, style in styles.items():
+            linear = np.array(to_rgb(style.colour)) ** 2.2
+            seen[name] = np.clip(np.array(matrix) @ linear, 0, 1) ** (1 / 2.2)
+        for name, one in seen.items():
+            for other, two in seen.items():
+                if styles[name].colour != styles[other].colour:
+                    assert np.linalg.norm(one - two) > 0.15, (name, other)
+
+
+def test_picture_sheet_marks_the_best_of_each_row():
+    figure = sheet()
+    labels = [axes.xaxis.label for axes in figure.axes]
+    bold = [label.get_text() for label in labels if label.get_fontweight() == "bold"]
+    assert bold == ["0.500", "0.900", "0.700"]
+    picture = figure.axes[3].images[0].get_array()
+    assert picture.shape == (112, 96, 3)
+    assert figure.axes[0].images[0].get_array().shape == (14, 12, 3)
+    with pytest.raises(ValueError, match="different numbers of faces"):
+        picture_sheet({"lr": torch.rand(2, 3, 4, 4), HR: torch.rand(3, 3, 4, 4)})
+    with pytest.raises(ValueError, match="nothing to draw"):
+        roc_figure({})
+
+
+def test_matplotlib_is_imported_only_when_a_figure_is_drawn(monkeypatch, scores):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    spec = importlib.util.spec_from_file_location("fresh_figures", figures_module.__file__)
+    fresh = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "fresh_figures", fresh)
+    spec.loader.exec_module(fresh)
+    values, same = scores
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'idloss\[eval\]'"):
+        fresh.roc_figure({"bicubic": roc(values["bicubic"], same)})

@@ -1,0 +1,288 @@
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
+from statsmodels.stats.multitest import multipletests
+
+from idloss.evaluation.compare import compare, comparison_table, mcnemar, paired_t
+from idloss.evaluation.intervals import estimate
+from idloss.evaluation.results import COLUMNS, HR, Cell, Results, environment, paper_table
+
+# Table 1 of the paper, SFace
+TABLE_1 = {
+    "bilinear": (59.03, 82.75, 89.10, 97.60),
+    "edsr32_256": (73.42, 92.25, 94.32, 98.48),
+    "edsr32_256_id": (84.03, 94.73, 95.10, 98.85),
+}
+SIZES = ((7, 6), (14, 12), (16, 16), (28, 24))
+SAME = np.tile(np.repeat([True, False], 300), 10)
+
+
+def plain_table(*args, **options):
+    return paper_table(*args, **options).replace("\N{MULTIPLICATION SIGN}", "x")
+
+
+def table_run(methods=TABLE_1, seed=0, **run):
+    rng = np.random.default_rng(seed)
+    results = Results(run={"protocol": "paper", "seed": 0, "data": {"pairs": "abc"}, **run})
+    for name, values in methods.items():
+        for size, value in zip(SIZES, values, strict=True):
+            correct = rng.random(6000) < value / 100
+            results.add(
+                Cell("verification", "sface", name, *size),
+                {"accuracy": estimate(rng.normal(value / 100, 0.01, 10), value / 100)},
+                {"same": SAME, "correct": correct, "scores": rng.random(6000, dtype=np.float32)},
+            )
+    results.add(Cell("verification", "sface", HR, 112, 96), {"accuracy": estimate([0.9907])})
+    return results
+
+
+def identification_run(shift, seed=0):
+    rng = np.random.default_rng(seed)
+    results = Results()
+    for size in ((7, 6), (16, 14), (18, 16)):
+        rank1 = 0.3 + shift + 0.01 * rng.standard_normal(10)
+        cell = Cell("identification", "sface", "edsr32_256", *size)
+        results.add(cell, {"rank1": estimate(rank1)}, {"rank1": rank1})
+        tpir = np.stack((rank1 - 0.1, rank1 - 0.2), axis=1)
+        cell = Cell("open_set", "sface", "edsr32_256", *size)
+        results.add(cell, {"tpir@fpir=0.1": estimate(tpir[:, 0])}, {"tpir": tpir})
+    return results
+
+
+def test_results_survive_the_disk(tmp_path):
+    results = table_run()
+    files = results.save(tmp_path / "new" / "run")
+    assert [file.name for file in files] == ["run.json", "run.csv", "run.npz"]
+    assert sorted(file.name for file in files[0].parent.iterdir()) == sorted(f.name for f in files)
+    again = Results.load(files[0])
+    assert again.run == results.run
+    assert again.environment == results.environment
+    assert again.created == results.created
+    assert [record.row() for record in again.records[:-1]] == [
+        record.row() for record in results.records[:-1]
+    ]
+    assert np.isnan(again.records[-1].estimate.low)  # HR: one repeat has no interval
+    assert list(again.arrays) == list(results.arrays)
+    for cell, arrays in results.arrays.items():
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(again.arrays[cell][name], array)
+            assert again.arrays[cell][name].dtype == array.dtype
+
+
+def test_csv_is_tidy(tmp_path):
+    rows = list(csv.DictReader(io.StringIO(table_run().to_csv())))
+    assert tuple(rows[0]) == COLUMNS
+    assert len(rows) == 13
+    assert (rows[0]["srnet"], rows[0]["height"], rows[0]["width"]) == ("bilinear", "7", "6")
+    assert float(rows[0]["value"]) == pytest.approx(0.5903)
+    assert rows[-1]["srnet"] == "hr"
+    assert rows[-1]["low"] == ""
+
+
+def test_renamed_run_keeps_its_scores(tmp_path):
+    main, _, sidecar = table_run().save(tmp_path / "run.json")
+    (tmp_path / "moved").mkdir()
+    main.rename(tmp_path / "moved" / "other.json")
+    sidecar.rename(tmp_path / "moved" / "other.npz")
+    assert Results.load(tmp_path / "moved" / "other.json").arrays
+
+
+def test_damaged_results_are_refused(tmp_path):
+    main, _, sidecar = table_run().save(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=r"no result file at .*gone\.json"):
+        Results.load(tmp_path / "gone.json")
+    document = json.loads(main.read_text())
+    sidecar_bytes = sidecar.read_bytes()
+
+    sidecar.write_bytes(sidecar_bytes[:-1] + b"x")
+    with pytest.raises(
+        ValueError, match=r"run\.npz is not the file that run\.json was written with"
+    ):
+        Results.load(main)
+    sidecar.unlink()
+    with pytest.raises(FileNotFoundError, match=r"needs run\.npz beside it"):
+        Results.load(main)
+    sidecar.write_bytes(sidecar_bytes)
+
+    main.write_text(json.dumps(document | {"schema": 99}))
+    with pytest.raises(ValueError, match="schema 99"):
+        Results.load(main)
+    main.write_text(json.dumps(document)[:-20])
+    with pytest.raises(ValueError, match="is not a result file"):
+        Results.load(main)
+    del document["records"][0]["metric"]
+    main.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="is damaged: KeyError 'metric'"):
+        Results.load(main)
+
+
+def test_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
+    results = table_run()
+    main = results.save(tmp_path / "run")[0]
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    results.run["not plain"] = object()
+    for arrays in results.arrays.values():
+        arrays["scores"] = arrays["scores"] + 1
+    with pytest.raises(TypeError):
+        results.save(tmp_path / "run")
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert Results.load(main).records
+
+
+def test_a_cell_is_measured_once():
+    results = table_run()
+    with pytest.raises(ValueError, match="verification sface \\+ bilinear at 7x6 already"):
+        results.add(Cell("verification", "sface", "bilinear", 7, 6), {"accuracy": estimate([1])})
+    assert results.value(Cell("verification", "sface", HR, 112, 96), "accuracy") == 0.9907
+    with pytest.raises(KeyError, match="no eer for"):
+        results.value(Cell("verification", "sface", HR, 112, 96), "eer")
+
+
+def test_environment_is_plain():
+    found = json.loads(json.dumps(environment()))
+    assert found["packages"]["torch"]
+    assert found["cores"] >= 1
+    assert found["processor"]
+
+
+def test_table_1_has_the_papers_layout():
+    assert plain_table(table_run()) == (
+        "| FNet  | Method/SRNet  | 7x6       | 14x12 (16x16)         | 28x24     | 112x96 |\n"
+        "| ----- | ------------- | --------: | --------------------: | --------: | -----: |\n"
+        "| sface | bilinear      | 59.03     | 82.75 (89.10)         | 97.60     | 99.07  |\n"
+        "|       | edsr32_256    | 73.42     | 92.25 (94.32)         | 98.48     |        |\n"
+        "|       | edsr32_256_id | **84.03** | **94.73** (**95.10**) | **98.85** |        |\n"
+    )
+
+
+def test_table_2_has_its_own_columns_and_deviations():
+    lines = plain_table(identification_run(0), "identification", deviation=True).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[3:-1]] == ["7x6", "16x14", "18x16"]
+    assert "±" in lines[2]
+    open_set = plain_table(identification_run(0), "open_set")
+    assert "18x16" in open_set
+
+
+def test_table_shows_what_is_missing():
+    results = table_run({"bilinear": TABLE_1["bilinear"]})
+    results.add(Cell("verification", "vgg_face", "tdae", 16, 16), {"accuracy": estimate([0.7367])})
+    last = paper_table(results).splitlines()[-1]
+    assert [cell.strip() for cell in last.split("|")[1:-1]] == [
+        "vgg_face",
+        "tdae",
+        "-",
+        "- (73.67)",
+        "-",
+        "",
+    ]
+    with pytest.raises(ValueError, match="no open_set results"):
+        paper_table(results, "open_set")
+    with pytest.raises(ValueError, match="no 'eer' for verification; it has accuracy"):
+        paper_table(results, metric="eer")
+
+
+@pytest.mark.parametrize("rates", [(0.8, 0.8), (0.8, 0.83), (0.99, 0.5), (1, 1)])
+def test_mcnemar_equals_statsmodels(rates):
+    rng = np.random.default_rng(0)
+    a, b = (rng.random(3000) < rate for rate in rates)
+    only_a, only_b, p = mcnemar(a, b)
+    table = [[(a & b).sum(), only_a], [only_b, (~a & ~b).sum()]]
+    expected = reference_mcnemar(table, exact=True).pvalue if only_a + only_b else 1
+    assert p == pytest.approx(expected, rel=1e-9, abs=1e-300)
+    assert (only_a, only_b) == ((a & ~b).sum(), (~a & b).sum())
+
+
+def test_paired_t_equals_scipy():
+    rng = np.random.default_rng(0)
+    a = rng.random(10)
+    for shift in (0, 0.01, 0.5):
+        b = a + shift + 0.02 * rng.standard_normal(10)
+        assert paired_t(a, b) == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-9)
+    assert paired_t(a, a) == 1
+    assert paired_t(a, a + 0.1) == 0
+    with pytest.raises(ValueError, match="two draws"):
+        paired_t([0.1], [0.2])
+
+
+def test_compare_pairs_two_runs_by_cell(tmp_path):
+    first, second = table_run(seed=0), table_run(seed=1)
+    files = [run.save(tmp_path / name)[0] for name, run in (("a", first), ("b", second))]
+    names = {cell for cell in first.cells() if cell.srnet != HR}
+    # HR holds no scores here: that is said, not skipped in silence
+    with pytest.raises(ValueError, match=r"no scores for verification sface \+ hr at 112x96"):
+        compare(*files)
+    for run in (first, second):
+        run.records = [record for record in run.records if record.cell.srnet != HR]
+    found = compare(first, second)
+    assert {one.cell_a for one in found} == {one.cell_b for one in found} == names
+    for one in found:
+        a, b = (run.arrays[one.cell_a]["correct"] for run in (first, second))
+        assert (one.wins_a, one.wins_b, one.p) == mcnemar(a, b)
+    corrected = multipletests([one.p for one in found], method="holm")[1]
+    np.testing.assert_allclose([one.p_holm for one in found], corrected)
+
+
+def test_compare_pairs_srnets_of_one_run():
+    run = table_run()
+    found = compare(run, run, srnets=("edsr32_256", "edsr32_256_id"))
+    assert [one.cell_a.size for one in found] == ["7x6", "14x12", "16x16", "28x24"]
+    assert all(one.cell_b.srnet == "edsr32_256_id" for one in found)
+    assert found[0].difference == pytest.approx(0.1061)
+    assert found[0].p < 1e-20
+    text = comparison_table(found)
+    assert "verification sface + edsr32_256 at 7x6 → edsr32_256_id" in text
+    assert "+10.61" in text
+    assert len(text.splitlines()) == 6
+
+
+def test_compare_matches_the_only_srnets():
+    first = table_run({"edsr32_256": TABLE_1["edsr32_256"]})
+    second = table_run({"edsr32_256_id": TABLE_1["edsr32_256_id"]})
+    assert [one.cell_b.srnet for one in compare(first, second)] == ["edsr32_256_id"] * 4
+
+
+def test_compare_tests_identification_over_draws():
+    first, second = identification_run(0), identification_run(0.05, seed=1)
+    found = {one.cell_a: one for one in compare(first, second)}
+    assert len(found) == 6
+    for cell, one in found.items():
+        name = "rank1" if cell.task == "identification" else "tpir"
+        a, b = (run.arrays[cell][name] for run in (first, second))
+        a, b = (x if x.ndim == 1 else x[:, 0] for x in (a, b))
+        assert one.p == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-9)
+        wins = (b > a).sum()
+        assert one.p_sign == pytest.approx(stats.binomtest(wins, 10).pvalue)
+        assert one.metric == name
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"protocol": "standard"}, "the protocol of the runs differ.*paper.*standard"),
+        ({"data": {"pairs": "xyz"}}, "the data sets of the runs differ"),
+    ],
+)
+def test_runs_that_cannot_be_paired_are_refused(other, says):
+    with pytest.raises(ValueError, match=says):
+        compare(table_run(), table_run(**other))
+
+
+def test_other_pairs_are_refused():
+    first = table_run({"bilinear": TABLE_1["bilinear"]})
+    second = table_run({"bilinear": TABLE_1["bilinear"]})
+    for arrays in second.arrays.values():
+        arrays["same"] = ~SAME
+    with pytest.raises(ValueError, match="the runs hold other pairs"):
+        compare(first, second)
+    with pytest.raises(ValueError, match="share no cell for bilinear against x"):
+        compare(first, second, srnets=("bilinear", "x"))
+    for arrays in second.arrays.values():
+        arrays["same"] = SAME
+        del arrays["correct"]
+    with pytest.raises(ValueError, match=r"holds no 'correct' for .*it has \['same', 'scores'\]"):
+        compare(first, second)

@@ -1,0 +1,437 @@
+"""The bench end to end, against the same written the slow way with OpenCV, and its cache."""
+
+import json
+import threading
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from nets import TinyFNet, TinySRNet, tiny_fnet
+from torch import nn
+
+from idloss import create_fnet, create_srnet
+from idloss.data import DataError, EvaluationSet, Pairs, SyntheticFaces
+from idloss.evaluation import store as store_module
+from idloss.evaluation.compare import compare, comparison_table
+from idloss.evaluation.folding import folded
+from idloss.evaluation.protocols import get_protocol
+from idloss.evaluation.recogniser import Recogniser
+from idloss.evaluation.results import HR, Cell, Results
+from idloss.evaluation.run import evaluate
+from idloss.evaluation.sizing import activation_bytes, batch_size_for
+from idloss.evaluation.store import EmbeddingStore, digest_network, digest_weights
+
+SIZES = ((14, 12), (28, 24))
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch, tmp_path):
+    monkeypatch.setattr(store_module, "HF_HOME", str(tmp_path / "hf"))
+    return tmp_path / "hf" / "idloss" / "embeddings"
+
+
+@pytest.fixture(scope="module")
+def data():
+    faces = SyntheticFaces(5, 4, seed=2).render(progress=False)
+    first = torch.tensor([0, 4, 8, 12, 0, 4, 8, 12] * 2)
+    second = torch.tensor([1, 5, 9, 13, 5, 9, 13, 17, 2, 6, 10, 14, 6, 10, 14, 18])
+    same = faces.labels[first] == faces.labels[second]
+    return EvaluationSet("drawn", faces, Pairs(first, second, same, torch.arange(16) // 8))
+
+
+class Deaf:
+    """A list that takes nothing in: a network with a counter is a new one after each call."""
+
+    def append(self, _):
+        pass
+
+
+@pytest.fixture
+def fnet():
+    net = tiny_fnet(size=(112, 96))
+    net.calls = Deaf()
+    return create_fnet(net)
+
+
+@pytest.fixture
+def arcface():
+    net = tiny_fnet(seed=1, size=(112, 112))
+    net.crop = "arcface"
+    return create_fnet(net)
+
+
+@pytest.fixture
+def srnets():
+    torch.manual_seed(3)
+    nets = {name: create_srnet(name) for name in ("bilinear", "bicubic")}
+    return nets | {"tiny": TinySRNet().eval()}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many images each forward pass of any TinyFNet or TinySRNet saw."""
+    seen = []
+    for kind in (TinyFNet, TinySRNet):
+        real = kind.forward
+
+        def counted(self, x, real=real, name=kind.__name__):
+            seen.append((name, tuple(x.shape)))
+            return real(self, x)
+
+        monkeypatch.setattr(kind, "forward", counted)
+    return seen
+
+
+def run(data, fnets, srnets, **options):
+    return evaluate(data, fnets, srnets, SIZES, progress=False, **options)
+
+
+def scores(results, fnet, srnet, size):
+    return results.arrays[Cell("verification", fnet, srnet, *size)]["scores"]
+
+
+class Naive:
+    """The paper's protocol, one image at a time, with OpenCV."""
+
+    def __init__(self, fnet):
+        self.fnet = fnet
+        cfg = fnet.pretrained_cfg
+        self.mean, self.std = np.array(cfg["mean"]), np.array(cfg["std"])
+        self.margin = (cfg["input_size"][2] - 96) // 2
+
+    @torch.no_grad()
+    def look(self, image):
+        """One RGB picture in [0, 1], `[112, 96, 3]`."""
+        wide = cv2.copyMakeBorder(image, 0, 0, self.margin, self.margin, cv2.BORDER_REPLICATE)
+        x = torch.from_numpy((wide - self.mean) / self.std).float().permute(2, 0, 1)
+        return self.fnet(x[None])[0].double().numpy()
+
+    def full(self, crop):
+        views = (crop, crop[:, ::-1])
+        return np.concatenate([self.look(np.ascontiguousarray(v) / 255) for v in views])
+
+    @torch.no_grad()
+    def probe(self, crop, method, size, srnet):
+        small = cv2.resize(crop, size[::-1], interpolation=cv2.INTER_CUBIC)
+        views = []
+        for view in (small, np.ascontiguousarray(small[:, ::-1])):
+            if method in ("bilinear", "bicubic"):
+                kind = cv2.INTER_LINEAR if method == "bilinear" else cv2.INTER_CUBIC
+                large = cv2.resize(view, (96, 112), interpolation=kind) / 255
+            else:
+                x = torch.from_numpy(view).permute(2, 0, 1)[None].float() / 255
+                sr = srnet(x)[0].permute(1, 2, 0).numpy()
+                if sr.shape != (112, 96, 3):
+                    levels = np.floor(sr * 255).clip(0, 255).astype(np.uint8)
+                    sr = cv2.resize(levels, (96, 112), interpolation=cv2.INTER_CUBIC) / 255
+                large = sr.astype(np.float64)
+            views.append(self.look(large))
+        return np.concatenate(views)
+
+
+def cosine(a, b):
+    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("which", ["fnet", "arcface"])
+def test_grid_equals_the_slow_way(which, data, srnets, request):
+    net = request.getfixturevalue(which)
+    sizes = (*SIZES, (56, 48))  # there tiny gives 112x96, which is shown as it is
+    found = evaluate(data, {"f": net}, srnets, sizes, progress=False, cache=False)
+    slow = Naive(net.eval())
+    crops = data.faces.crops.permute(0, 2, 3, 1).numpy()
+    pairs = list(zip(data.pairs.first.tolist(), data.pairs.second.tolist(), strict=True))
+    gallery = {a: slow.full(crops[a]) for pair in pairs for a in pair}
+    expected = [cosine(gallery[a], gallery[b]) for a, b in pairs]
+    np.testing.assert_allclose(scores(found, "f", HR, (112, 96)), expected, atol=2e-6)
+    for method, srnet in srnets.items():
+        for size in sizes:
+            expected = [
+                cosine(gallery[a], slow.probe(crops[b], method, size, srnet)) for a, b in pairs
+            ]
+            np.testing.assert_allclose(scores(found, "f", method, size), expected, atol=1e-5)
+
+
+def test_batch_size_and_threads_do_not_change_the_answer(data, fnet, srnets):
+    before = torch.get_num_threads()
+    whole = run(data, {"f": fnet}, srnets, cache=False, batch_size=64)
+    try:
+        torch.set_num_threads(3)
+        small = run(data, {"f": fnet}, srnets, cache=False, batch_size=1)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    for cell, arrays in whole.arrays.items():
+        np.testing.assert_allclose(small.arrays[cell]["scores"], arrays["scores"], atol=2e-6)
+    assert [r.estimate for r in whole.records if r.metric == "accuracy"] == [
+        r.estimate for r in small.records if r.metric == "accuracy"
+    ]
+
+
+def test_second_run_computes_nothing(data, fnet, srnets, calls):
+    first = run(data, {"f": fnet}, srnets)
+    assert calls
+    calls.clear()
+    again = run(data, {"f": fnet}, srnets, protocol="sphereface")  # the same pictures
+    assert not calls
+    for cell, arrays in first.arrays.items():
+        np.testing.assert_array_equal(again.arrays[cell]["scores"], arrays["scores"])
+
+
+def test_another_srnet_computes_its_own_cells_only(data, fnet, srnets, calls):
+    run(data, {"f": fnet}, srnets, batch_size=64)
+    calls.clear()
+    with torch.no_grad():
+        srnets["tiny"].body[0].weight[0, 0, 0, 0] += 0.1
+    run(data, {"f": fnet}, srnets, batch_size=64)
+    probes = len(data.pairs.second.unique())
+    seen = sum(shape[0] for name, shape in calls if name == "TinyFNet" and shape[0] > 2)
+    assert seen == 2 * probes * len(SIZES)
+    assert {shape[2:] for name, shape in calls if name == "TinySRNet" and shape[0] > 2} == set(
+        SIZES
+    )
+
+
+def test_tasks_share_embeddings(data, fnet, srnets, calls):
+    alone = run(data, {"f": fnet}, srnets, tasks=("identification", "open_set"), draws=3)
+    faces = sum(s[0] for n, s in calls if n == "TinyFNet" and s[0] > 2)
+    assert faces == 2 * len(data.faces) * (1 + len(srnets) * len(SIZES))
+    assert {cell.task for cell in alone.cells()} == {"identification", "open_set"}
+    assert 0 <= alone.value(Cell("identification", "f", "tiny", 14, 12), "rank1") <= 1
+    assert alone.arrays[Cell("open_set", "f", HR, 112, 96)]["tpir"].shape == (3, 3)
+
+
+def test_changed_face_is_embedded_anew(data, fnet, calls):
+    run(data, {"f": fnet}, {})
+    calls.clear()
+    crops = data.faces.crops.clone()
+    crops[5] = 255 - crops[5]
+    found = run(replace(data, faces=replace(data.faces, crops=crops)), {"f": fnet}, {})
+    # two views of one face; the batch is sized with one image, and folding tries two three times
+    assert [shape[0] for _, shape in calls] == [1, 2, 2, 2, 2]
+    assert found.run["data"]["content"]
+
+
+def test_damaged_and_half_written_shards_are_made_anew(data, fnet, home):
+    whole = run(data, {"f": fnet}, {})
+    shards = sorted(home.rglob("*.npz"))
+    assert shards
+    shards[0].write_bytes(shards[0].read_bytes()[:-100])
+    np.testing.assert_array_equal(
+        scores(run(data, {"f": fnet}, {}), "f", HR, (112, 96)),
+        scores(whole, "f", HR, (112, 96)),
+    )
+    shard = next(home.rglob("*.npz"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1  # a bit of an embedding
+    shard.write_bytes(content)
+    np.testing.assert_array_equal(
+        scores(run(data, {"f": fnet}, {}), "f", HR, (112, 96)),
+        scores(whole, "f", HR, (112, 96)),
+    )
+
+
+def test_two_writers_at_once(tmp_path):
+    store = EmbeddingStore(tmp_path)
+    rows = np.arange(400, dtype=np.float32).reshape(100, 4)
+    names = [bytes([place]) * 32 for place in range(100)]
+
+    def write():
+        for start in range(0, 100, 10):
+            store.add("key", names[start : start + 10], rows[start : start + 10])
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.known("key") == set(names)
+    np.testing.assert_array_equal(store.load("key", names[::-1]), rows[::-1])
+    assert not store.load("key", [None, names[3]])[0].any()
+    with pytest.raises(OSError, match="1 embeddings vanished"):
+        store.load("key", [b"\xff" * 32])
+
+
+def test_digest_sees_what_repr_does_not(srnets):
+    from idloss.srnets.edsr import EDSR
+
+    torch.manual_seed(0)
+    weak = EDSR(1, 4, res_scale=0.1)
+    torch.manual_seed(0)
+    strong = EDSR(1, 4, res_scale=1.0)
+    assert digest_weights(weak) == digest_weights(strong)
+    assert digest_network(weak) != digest_network(strong)
+    assert digest_network(weak) == digest_network(weak.train())
+
+
+def test_networks_are_left_as_they_were(data, fnet, srnets):
+    srnets["tiny"].train()
+    run(data, {"f": fnet}, srnets, cache=False)
+    assert srnets["tiny"].training
+    assert srnets["tiny"].body[1].training
+    sr = srnets["tiny"](torch.rand(2, 3, 8, 8))
+    sr.sum().backward()  # no inference tensor among its weights
+    assert srnets["tiny"].body[0].weight.grad is not None
+
+
+def test_one_network_that_keeps_its_input_is_not_mixed_up(data, fnet):
+    class Forgetful(nn.Module):
+        """Keeps what it is given, as some samplers do, and takes its time."""
+
+        def forward(self, x):
+            self.kept = x
+            for _ in range(20):
+                torch.sort(torch.rand(2000))
+            return self.kept
+
+    alone = run(data, {"f": fnet}, {"n": Forgetful()}, cache=False, batch_size=1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        crowd = run(data, {"f": fnet}, {"n": Forgetful()}, cache=False, batch_size=4)
+    finally:
+        torch.set_num_threads(before)
+    for size in SIZES:
+        np.testing.assert_allclose(
+            scores(alone, "f", "n", size), scores(crowd, "f", "n", size), atol=2e-6
+        )
+
+
+def test_folding_is_exact_and_gives_up_where_it_is_not():
+    net = create_fnet("mobilefacenet").eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    quick = folded(net, (3, 112, 112))
+    assert quick is not net
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in quick.modules())
+    x = torch.randn(3, 3, 112, 112)
+    with torch.no_grad():
+        expected = net(x)
+        assert (quick(x) - expected).norm() <= 1e-5 * expected.norm()
+
+    class Branching(nn.Module):
+        """The convolution's output is used beside the batch norm, too."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+            nn.init.constant_(self.norm.running_mean, 2.0)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return (x + self.norm(x)).flatten(1)
+
+    branching = Branching().eval()
+    assert folded(branching, (3, 4, 4)) is branching
+
+
+def test_unreadable_faces_are_counted_named_and_skipped_only_when_asked(data, fnet, srnets):
+    class Damaged(type(data.faces)):
+        def read(self, index):
+            if index in (1, 6):
+                from idloss.data import Fault
+
+                raise DataError([Fault(f"{self.names[index]}.jpg", "unreadable image")])
+            return super().read(index)
+
+    faces = Damaged(**vars(data.faces))
+    broken = replace(data, faces=faces)
+    with pytest.raises(DataError, match="2 faults") as caught:
+        run(broken, {"f": fnet}, srnets)
+    assert "0/1.jpg" in str(caught.value)
+    with pytest.warns(UserWarning, match="left out"):
+        found = run(broken, {"f": fnet}, srnets, skip_missing=True, tasks=("verification",))
+    assert found.run["pairs"] == len(data.pairs) - 3
+    assert len(found.run["data"]["skipped"]) == 2
+    intact = run(data, {"f": fnet}, srnets)
+    kept = ~np.isin(data.pairs.second.numpy(), (1, 6))
+    np.testing.assert_allclose(
+        scores(found, "f", "tiny", (14, 12)), scores(intact, "f", "tiny", (14, 12))[kept]
+    )
+
+
+def test_embedding_that_is_not_finite_names_the_face(data, fnet):
+    with torch.no_grad():
+        fnet.head.bias[0] = float("nan")
+    with pytest.raises(ValueError, match=r"FNet 'f' .* not finite for 0/0"):
+        run(data, {"f": fnet}, {}, cache=False)
+
+
+def test_own_gallery_is_searched(data, fnet, srnets):
+    labels = data.faces.labels.clone()
+    labels[16:] = -1  # the last person is a stranger
+    faces = replace(data.faces, labels=labels)
+    gallery = torch.arange(0, 16, 4)
+    near, far = gallery + 1, torch.cat((gallery + 2, torch.arange(16, 20)))
+    own = EvaluationSet("own", faces, gallery=gallery, probes={"near": near, "far": far})
+    found = run(own, {"f": fnet}, srnets, tasks=("identification", "open_set"))
+    hr = Cell("identification", "f", HR, 112, 96)
+    recogniser = Recogniser(fnet, get_protocol("paper"), "cpu")
+    with torch.no_grad():
+        rows = nn.functional.normalize(recogniser.full(data.faces.crops, "sphereface"))
+    for name, places in (("near", near), ("far", far[:4])):
+        best = (rows[places] @ rows[gallery].T).argmax(1)
+        expected = (labels[gallery][best] == labels[places]).float().mean()
+        assert found.value(hr, f"rank1 {name}") == pytest.approx(float(expected))
+    assert found.arrays[hr]["correct"].shape == (8,)
+    stranger = (rows[16:20] @ rows[gallery].T).amax(1).max()
+    mated = torch.cat((near, far[:4]))
+    right = (rows[mated] * rows[gallery].repeat(2, 1)).sum(1)
+    top = (rows[mated] @ rows[gallery].T).amax(1)
+    expected = ((right >= top - 1e-6) & (right > stranger)).float().mean()
+    tpir = found.value(Cell("open_set", "f", HR, 112, 96), "tpir@fpir=0.01")
+    assert tpir == pytest.approx(float(expected))
+
+
+def test_results_round_trip_and_compare(data, fnet, srnets, tmp_path):
+    found = run(data, {"f": fnet}, srnets)
+    found.save(tmp_path / "a.json")
+    again = Results.load(tmp_path / "a.json")
+    assert again.run == json.loads(json.dumps(found.run))
+    assert again.cells() == found.cells()
+    text = comparison_table(compare(tmp_path / "a.json", found, srnets=("bicubic", "tiny")))
+    assert text.count("McNemar") == len(SIZES)
+    other = run(data, {"f": fnet}, srnets, probe="both")
+    hr = (112, 96)
+    np.testing.assert_array_equal(scores(other, "f", HR, hr), scores(found, "f", HR, hr))
+    low = SIZES[0]
+    assert not np.allclose(scores(other, "f", "tiny", low), scores(found, "f", "tiny", low))
+    with pytest.raises(ValueError, match="differ"):
+        compare(found, other)
+
+
+def test_run_says_what_it_takes_to_do_it_again(data, fnet, srnets):
+    about = run(data, {"f": fnet}, srnets, seed=7).run
+    assert about["protocol"]["name"] == "paper"
+    assert about["seed"] == 7
+    assert about["sizes"] == {"verification": [list(size) for size in SIZES]}
+    assert set(about["networks"]) == {"f", *srnets}
+    assert all(len(net["weights"]) == 64 for net in about["networks"].values())
+    assert len(about["data"]["list"]) == len(about["data"]["content"]["verification"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protocol": "papr"}, "paper"),
+        ({"tasks": ("verify",)}, "verification"),
+        ({"probe": "first"}, "second"),
+    ],
+)
+def test_unknown_words_say_what_is_known(data, fnet, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(data, {"f": fnet}, {}, **options)
+
+
+def test_batch_fits_the_machine(fnet, srnets, monkeypatch):
+    bytes_of_conv = 4 * (3 * 112 * 96 + 8 * 55 * 47)
+    assert activation_bytes(fnet, (3, 112, 96)) == bytes_of_conv
+    monkeypatch.setattr("idloss.evaluation.sizing._free_bytes", lambda _: 16 * 5 * bytes_of_conv)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert batch_size_for({"f": fnet}, srnets, SIZES, "cpu") == 5
+    monkeypatch.setattr("idloss.evaluation.sizing._free_bytes", lambda _: 1)
+    assert batch_size_for({"f": fnet}, srnets, SIZES, "cpu") == 1

@@ -1,0 +1,331 @@
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.model_selection import KFold
+
+from idloss.evaluation.intervals import (
+    estimate,
+    sign_test,
+    student_t_quantile,
+    student_t_two_sided,
+)
+from idloss.evaluation.protocols import PROTOCOLS
+from idloss.evaluation.verification import (
+    FAR_TARGETS,
+    PAPER_RULE,
+    SPHEREFACE_RULE,
+    STANDARD_RULE,
+    bootstrap,
+    bootstrap_accuracy,
+    centred_scores,
+    contiguous_folds,
+    far_threshold,
+    kfold,
+    pair_scores,
+    roc,
+    summarise,
+    verify,
+)
+
+
+def random_pairs(count, width=24, noise=1.0, seed=0, offset=0.0):
+    rng = np.random.default_rng(seed)
+    same = rng.random(count) < 0.5
+    left = rng.standard_normal((count, width))
+    other = rng.standard_normal((count, width))
+    right = np.where(same[:, None], left, other) + noise * rng.standard_normal((count, width))
+    return left + offset, right + offset, same
+
+
+def slow_kfold(left, right, same, rule):
+    """Each protocol as its authors state it, threshold by threshold and fold by fold."""
+    accuracies, thresholds = [], []
+    unit = [side / np.linalg.norm(side, axis=1, keepdims=True) for side in (left, right)]
+    grids = {
+        "paper": np.linspace(-10000, 10000, 10001) / 10000,
+        "sphereface": np.array([step / 10000 for step in range(-10000, 10001)]),
+        "standard": np.arange(0, 4, 0.01),
+    }
+    grid = grids[rule.name]
+    for train, test in KFold(n_splits=10, shuffle=False).split(left):
+        if rule.name == "standard":
+            scores = ((unit[0] - unit[1]) ** 2).sum(1)
+        elif rule.name == "paper":
+            scores = (unit[0] * unit[1]).sum(1)
+        else:
+            mean = np.concatenate((left[train], right[train])).mean(0)
+            a, b = left - mean, right - mean
+            scores = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+        def accuracy(threshold, places, scores=scores):
+            values, truth = scores[places], same[places]
+            if rule.name == "standard":
+                return np.mean((values < threshold) == truth)
+            if rule.name == "paper":
+                return np.mean((values > threshold) == truth)
+            return np.mean(np.where(truth, values > threshold, values < threshold))
+
+        found = np.array([accuracy(threshold, train) for threshold in grid])
+        best = grid[found == found.max()]
+        chosen = {"standard": best[0], "paper": best[-1], "sphereface": best.mean()}[rule.name]
+        thresholds.append(chosen)
+        accuracies.append(accuracy(chosen, test))
+    return accuracies, thresholds
+
+
+RULES = [protocol.rule for protocol in PROTOCOLS.values()]
+
+
+def test_paper_protocol_equals_released_code(golden):
+    result = kfold(golden["kfold_scores"], golden["kfold_labels"], PAPER_RULE)
+    np.testing.assert_array_equal(result.accuracies, golden["kfold_acc"])
+    np.testing.assert_array_equal(result.thresholds, golden["kfold_thresholds"])
+    assert result.correct.mean() == pytest.approx(golden["kfold_acc"].mean())
+
+
+def test_released_cosine_of_flip_concatenated_features(golden):
+    features = np.concatenate((golden["sface_feat"], golden["sface_feat_flip"]), axis=1)
+    scores = pair_scores(features[:4], features[4:])
+    np.testing.assert_allclose(scores, golden["pair_cosine"], atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("rule", "offset"),
+    [(PAPER_RULE, 0.0), (SPHEREFACE_RULE, 3.0), (STANDARD_RULE, 3.0)],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_protocols_equal_their_slow_statement(rule, offset):
+    left, right, same = random_pairs(240, noise=2.0, offset=offset)
+    accuracies, thresholds = slow_kfold(left, right, same, rule)
+    result = verify(left, right, same, rule)
+    np.testing.assert_array_equal(result.accuracies, accuracies)
+    np.testing.assert_allclose(result.thresholds, thresholds, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_scores_that_tie_with_thresholds(rule):
+    """Scores on the grid itself: the comparisons' strictness is all that counts."""
+    rng = np.random.default_rng(1)
+    grid = rule.grid()
+    places = rng.integers(grid.size // 2, grid.size // 2 + 12, size=200)
+    same = rng.random(200) < 0.5
+    result = kfold(grid[places], same, rule)
+    fold_of = contiguous_folds(200)
+    for fold in range(10):
+        correct = []
+        for threshold in grid:
+            scores = grid[places]
+            called = scores > threshold if rule.same == "above" else scores < threshold
+            right = called == same
+            if rule.ties == "wrong":
+                right &= scores != threshold
+            correct.append(right)
+        train = np.array([right[fold_of != fold].sum() for right in correct])
+        best = grid[train == train.max()]
+        chosen = {"first": best[0], "last": best[-1], "mean": best.mean()}[rule.pick]
+        assert result.thresholds[fold] == chosen
+
+
+def test_sphereface_survives_embeddings_that_lie_close_together():
+    left, right, _ = random_pairs(200, noise=0.5)
+    shift = np.random.default_rng(3).standard_normal(24)
+    folds = contiguous_folds(200)
+    plain = centred_scores(left, right, folds)
+    shifted = centred_scores(left + 1e5 * shift, right + 1e5 * shift, folds)
+    np.testing.assert_allclose(shifted, plain, atol=1e-8)
+
+
+@pytest.mark.parametrize("count", [600, 607, 61])
+def test_folds_equal_scikit_learn_and_released_code(count):
+    first = contiguous_folds(count, 10, "first")
+    for fold, (_, test) in enumerate(KFold(n_splits=10, shuffle=False).split(np.arange(count))):
+        np.testing.assert_array_equal(np.flatnonzero(first == fold), test)
+    spread = contiguous_folds(count, 10, "spread")
+    for fold in range(10):
+        cuts = range(int(fold * count / 10), int((fold + 1) * count / 10))
+        np.testing.assert_array_equal(np.flatnonzero(spread == fold), list(cuts))
+
+
+def test_folds_may_be_given_in_any_order():
+    left, right, same = random_pairs(300, noise=2.0)
+    order = np.random.default_rng(0).permutation(300)
+    plain = verify(left, right, same, PAPER_RULE)
+    mixed = verify(
+        left[order], right[order], same[order], PAPER_RULE, folds=contiguous_folds(300)[order]
+    )
+    np.testing.assert_array_equal(mixed.accuracies, plain.accuracies)
+    np.testing.assert_array_equal(mixed.correct, plain.correct[order])
+
+
+def test_zero_embedding_has_cosine_zero():
+    left = np.array([[0.0, 0.0], [3.0, 4.0]])
+    right = np.array([[1.0, 0.0], [3.0, 4.0]])
+    np.testing.assert_allclose(pair_scores(left, right), [0, 1])
+    reference = torch.nn.CosineSimilarity()(torch.tensor(left), torch.tensor(right))
+    np.testing.assert_allclose(pair_scores(left, right), reference.numpy())
+
+
+@pytest.mark.parametrize("levels", [None, 15])
+def test_roc_figures_equal_scikit_learn(levels):
+    rng = np.random.default_rng(0)
+    same = rng.random(3000) < 0.4
+    scores = same * 0.8 + rng.standard_normal(3000)
+    if levels:  # many ties
+        scores = np.round(scores * levels / 6)
+    curve = roc(scores, same)
+    far, tar, _ = roc_curve(same, scores, drop_intermediate=False)
+    np.testing.assert_allclose(curve.far, far)
+    np.testing.assert_allclose(curve.tar, tar)
+    assert curve.auc == pytest.approx(roc_auc_score(same, scores), abs=1e-12)
+    for target in (*FAR_TARGETS, 0.5, 1.0):
+        expected = tar[far <= target].max()
+        assert curve.tar_at(target) == pytest.approx(expected)
+        threshold = far_threshold(scores, same, target)
+        assert (scores[same] > threshold).mean() == pytest.approx(expected)
+        assert (scores[~same] > threshold).mean() <= target
+    # the rate at which FAR and FRR meet, found by bisection along the same straight lines
+    walk = np.linspace(0, len(far) - 1, 400001)
+    far_line, frr_line = (np.interp(walk, np.arange(len(far)), y) for y in (far, 1 - tar))
+    assert curve.eer == pytest.approx(far_line[np.abs(far_line - frr_line).argmin()], abs=1e-4)
+
+
+def test_roc_ends():
+    same = np.array([1, 1, 0, 0])
+    perfect = roc([0.9, 0.8, 0.2, 0.1], same)
+    assert (perfect.auc, perfect.eer, perfect.tar_at(1e-4)) == (1, 0, 1)
+    reversed_ = roc([0.1, 0.2, 0.8, 0.9], same)
+    assert (reversed_.auc, reversed_.eer, reversed_.tar_at(1e-4)) == (0, 1, 0)
+    constant = roc([0.5] * 4, same)
+    assert (constant.auc, constant.eer, constant.tar_at(0.1)) == (0.5, 0.5, 0)
+
+
+def test_bootstrap_equals_resampling_one_by_one():
+    """Samples rebuilt from the same seed and judged by scikit-learn."""
+    rng = np.random.default_rng(0)
+    same = rng.random(200) < 0.5
+    scores = same * 1.0 + rng.standard_normal(200)
+    found = bootstrap(scores, same, draws=20, seed=7)
+    order = np.argsort(-scores, kind="stable")
+    streams = np.random.default_rng(7).spawn(2)
+    classes = [np.flatnonzero(same[order]), np.flatnonzero(~same[order])]
+    picks = [
+        places[stream.integers(places.size, size=(20, places.size))]
+        for places, stream in zip(classes, streams, strict=True)
+    ]
+    for draw in range(20):
+        sample = order[np.concatenate([pick[draw] for pick in picks])]
+        assert found["auc"][draw] == pytest.approx(roc_auc_score(same[sample], scores[sample]))
+        expected = roc(scores[sample], same[sample])
+        assert found["eer"][draw] == pytest.approx(expected.eer)
+        for target in FAR_TARGETS:
+            assert found[f"tar@far={target:g}"][draw] == pytest.approx(expected.tar_at(target))
+
+
+def test_bootstrap_is_seeded_and_independent_of_block_size():
+    same = np.arange(300) % 2 == 0
+    scores = same + np.random.default_rng(0).standard_normal(300)
+    whole = bootstrap(scores, same, draws=30, seed=1)
+    blocks = bootstrap(scores, same, draws=30, seed=1, block_bytes=1)
+    other = bootstrap(scores, same, draws=30, seed=2)
+    for name, figures in whole.items():
+        np.testing.assert_allclose(blocks[name], figures, rtol=1e-12)
+    assert not np.array_equal(whole["auc"], other["auc"])
+
+
+def test_bootstrap_agrees_with_theory():
+    """The spread of a mean of right answers is known."""
+    rng = np.random.default_rng(0)
+    same = np.arange(2000) % 2 == 0
+    scores = same * 1.5 + rng.standard_normal(2000)
+    result = kfold(scores / 10, same)
+    sampled = bootstrap_accuracy(result, draws=4000, seed=0)
+    p = result.accuracies
+    expected = np.sqrt((p * (1 - p) / 200).mean() / 10)
+    assert sampled.mean() == pytest.approx(result.accuracy, abs=3 * expected / np.sqrt(4000))
+    assert sampled.std() == pytest.approx(expected, rel=0.05)
+
+
+def test_summary_names_and_orders_everything():
+    left, right, same = random_pairs(1000, noise=1.5)
+    scores = pair_scores(left, right)
+    result = kfold(scores, same)
+    summary = summarise(scores, same, result, draws=200, seed=3)
+    assert list(summary) == [
+        "accuracy",
+        "auc",
+        "eer",
+        "tar@far=0.1",
+        "tar@far=0.01",
+        "tar@far=0.001",
+        "tar@far=0.0001",
+    ]
+    for found in summary.values():
+        assert found.repeats == 10
+        assert found.low <= found.mean <= found.high
+        assert found.boot_low <= found.value <= found.boot_high
+    assert summary["accuracy"].value == result.accuracies.mean()
+    assert summary["auc"].value == pytest.approx(roc_auc_score(same, scores))
+    folds = [roc_auc_score(same[part], scores[part]) for part in np.split(np.arange(1000), 10)]
+    assert summary["auc"].mean == pytest.approx(np.mean(folds))
+    assert summary["auc"].std == pytest.approx(np.std(folds))
+    interval = stats.t.interval(0.95, 9, np.mean(folds), stats.sem(folds))
+    assert (summary["auc"].low, summary["auc"].high) == pytest.approx(interval)
+    assert summarise(scores, same, result, draws=0)["eer"].boot_low is None
+
+
+@pytest.mark.parametrize(
+    ("scores", "same", "says"),
+    [
+        ([0.1, np.nan] * 10, [0, 1] * 10, r"score \[1\] is nan"),
+        ([0.1] * 20, [1, -1] * 10, "pair 1 has .*-1"),
+        ([0.1] * 19, [0, 1] * 10, r"\[20\].*got \[19\]"),
+        ([0.1] * 4, [0, 1] * 2, "4 pairs cannot be cut into 10 folds"),
+    ],
+)
+def test_bad_pairs_are_named(scores, same, says):
+    with pytest.raises(ValueError, match=says):
+        kfold(scores, same)
+
+
+def test_bad_embeddings_are_named():
+    good = np.ones((20, 4))
+    bad = good.copy()
+    bad[7, 2] = np.inf
+    with pytest.raises(ValueError, match=r"right embedding \[7, 2\] is inf"):
+        verify(good, bad, [0, 1] * 10, STANDARD_RULE)
+    with pytest.raises(ValueError, match=r"\[20, 4\] and \[19, 4\]"):
+        verify(good, good[1:], [0, 1] * 10, SPHEREFACE_RULE)
+    with pytest.raises(ValueError, match="without gaps"):
+        verify(good, good, [0, 1] * 10, PAPER_RULE, folds=[0, 2] * 10)
+    with pytest.raises(ValueError, match="all 4 pairs have the label 1"):
+        roc([1, 2, 3, 4], [1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3.5, 9, 120])
+def test_student_t_equals_scipy(degrees):
+    for t in (0.0, 0.3, 1.0, 2.5, 12.0, 500.0):
+        assert student_t_two_sided(t, degrees) == pytest.approx(
+            2 * stats.t.sf(t, degrees), rel=1e-10
+        )
+    for level in (0.5, 0.9, 0.95, 0.999):
+        assert student_t_quantile(level, degrees) == pytest.approx(
+            stats.t.ppf((1 + level) / 2, degrees), rel=1e-9
+        )
+
+
+def test_sign_test_equals_scipy():
+    for wins, losses in ((0, 0), (3, 3), (10, 3), (1, 40), (700, 640), (2500, 3100)):
+        expected = stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1
+        assert sign_test(wins, losses) == pytest.approx(expected, rel=1e-9)
+
+
+def test_estimate_of_one_repeat_has_no_interval():
+    only = estimate([0.7])
+    assert only.value == 0.7
+    assert np.isnan(only.low)
+    with pytest.raises(ValueError, match="level must lie"):
+        estimate([0.1, 0.2], level=95)
+    with pytest.raises(ValueError, match="R >= 1"):
+        estimate([])
