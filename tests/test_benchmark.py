@@ -1,4 +1,17 @@
-from idloss.benchmark import LossCase, benchmark_loss, format_timings
+import re
+
+import pytest
+from minilfw import mini_lfw
+
+from idloss.benchmark import (
+    EvaluationCase,
+    LossCase,
+    benchmark_evaluation,
+    benchmark_loss,
+    format_evaluation,
+    format_timings,
+)
+from idloss.evaluation.results import HR
 
 
 def test_loss_table_covers_every_way_and_counts_the_work():
@@ -13,3 +26,27 @@ def test_loss_table_covers_every_way_and_counts_the_work():
     table = format_timings(list(timings.values()))
     assert table.count("\n") == 5
     assert "peak MiB" in table
+
+
+def test_both_ways_of_evaluating_agree(tmp_path, monkeypatch):
+    # in this process: what is looked at is the answers, not the memory
+    monkeypatch.setattr("idloss.benchmark.evaluation.in_own_process", lambda f, *rest: f(*rest))
+    data = mini_lfw(tmp_path, people=3, photos=3)
+    case = EvaluationCase(str(data), "mobilefacenet", ((7, 6), (14, 12)), pairs=8, pretrained=False)
+    released, ours, single = benchmark_evaluation(case)
+    cells = {(HR, (112, 96))} | {(m, s) for m in ("bilinear", "bicubic") for s in case.sizes}
+    assert set(released.scores) == set(ours.scores) == cells
+    assert released.images == 2 * 8 * 5
+    assert single.images == 2 * 8 * 3
+    assert all(one.seconds > 0 and one.mebibytes > 50 for one in (released, ours, single))
+    table = format_evaluation([released, ours, single])
+    assert table.count("|\n") == 5
+    apart = float(re.search(r"differ by (\S+) at most", table)[1])
+    assert apart <= 2e-3  # OpenCV's warp places pixels to 1/32
+
+
+def test_evaluation_needs_pairs(tmp_path):
+    data = mini_lfw(tmp_path, people=3, photos=3)
+    (data / "pairs.txt").unlink()
+    with pytest.raises(ValueError, match=r"no pairs; put pairs\.txt"):
+        EvaluationCase(str(data)).open()

@@ -1,23 +1,18 @@
-"""Speed and memory, side by side with a reference that does only the unavoidable work."""
+"""The identity loss, side by side with the bare arithmetic that it cannot do without."""
 
 from __future__ import annotations
 
-import multiprocessing
-import resource
 import statistics
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from idloss.benchmark.timing import Step, in_own_process, matmul_rate, resident_peak, seconds
 from idloss.distances import cosine_distance
 from idloss.losses import IdentityPreservedLoss
-
-Step = Callable[[], object]
 
 
 class Timing(NamedTuple):
@@ -29,7 +24,8 @@ class Timing(NamedTuple):
         ratio: Median over rounds of its time against the reference of the same round.
         flops: Floating-point operations of a step, convolutions and matrix products counted.
         share: Its rate against the machine's measured matrix-product rate, in [0, 1].
-        mebibytes: Peak memory a step adds, in MiB.
+        mebibytes: Peak memory, in MiB: the device's, or that of a process which does nothing else,
+            Python and torch included.
     """
 
     name: str
@@ -105,50 +101,24 @@ def benchmark_loss(case: LossCase, *, rounds: int = 7) -> list[Timing]:
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, (step, _) in steps.items():
-            times[name].append(_seconds(step, case.device))
+            times[name].append(seconds(step, case.device))
     limit = matmul_rate(case.device)
     timings = []
     for name, (step, reference) in steps.items():
-        seconds = statistics.median(times[name])
+        taken = statistics.median(times[name])
         flops = _flops(step)
         ratios = [a / b for a, b in zip(times[name], times[reference], strict=True)]
         timings.append(
             Timing(
                 name,
-                seconds,
+                taken,
                 statistics.median(ratios),
                 flops,
-                flops / seconds / limit,
+                flops / taken / limit,
                 _peak_mebibytes(case, name),
             )
         )
     return timings
-
-
-def matmul_rate(device: str = "cpu", *, size: int = 2048, rounds: int = 5) -> float:
-    """Measure the machine's float32 matrix-product rate, the limit that shares refer to.
-
-    Args:
-        device: Where.
-        size: Side of the square matrices.
-        rounds: How often; the best is given.
-
-    Returns:
-        Floating-point operations a second.
-    """
-    a = torch.rand(size, size, device=device)
-    torch.mm(a, a)
-    return 2 * size**3 / min(_seconds(lambda: torch.mm(a, a), device) for _ in range(rounds))
-
-
-def _seconds(step: Step, device: str) -> float:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    step()
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def _flops(step: Step) -> int:
@@ -160,27 +130,17 @@ def _flops(step: Step) -> int:
 def _peak_mebibytes(case: LossCase, name: str) -> float:
     if torch.device(case.device).type == "cuda":
         step = case.steps()[name][0]
-        before = torch.cuda.memory_allocated(case.device)
         torch.cuda.reset_peak_memory_stats(case.device)
         step()
-        return (torch.cuda.max_memory_allocated(case.device) - before) / 2**20
-    # A process of its own for each way: a peak is a high-water mark and never falls again.
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_added_mebibytes, (case, name))
+        return torch.cuda.max_memory_allocated(case.device) / 2**20
+    return in_own_process(_process_mebibytes, case, name)
 
 
-def _added_mebibytes(case: LossCase, name: str) -> float:
+def _process_mebibytes(case: LossCase, name: str) -> float:
     step = case.steps()[name][0]
-    before = _resident_peak()
     step()
     step()
-    return (_resident_peak() - before) / 2**20
-
-
-def _resident_peak() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return resident_peak() / 2**20
 
 
 def format_timings(timings: Sequence[Timing]) -> str:
@@ -193,7 +153,7 @@ def format_timings(timings: Sequence[Timing]) -> str:
         The table, one row for each timing.
     """
     lines = [
-        "| | ms | against bare | GFLOP | share of matmul rate | peak MiB added |",
+        "| | ms | against bare | GFLOP | share of matmul rate | peak MiB |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     lines += [

@@ -1,0 +1,5 @@
+"""`python -m idloss.cli`."""
+
+from idloss.cli import main
+
+main()

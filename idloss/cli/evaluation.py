@@ -1,0 +1,175 @@
+"""`idloss evaluate` and `idloss compare`: the bench of the paper's Tables 1 and 2."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from idloss.data import EvaluationSet
+    from idloss.evaluation.results import Task
+    from idloss.evaluation.run import Probe
+
+# typer wants lists as defaults; nobody changes them
+_FNETS = ["sface"]
+_SRNETS = ["bilinear", "bicubic"]
+_TASKS = ["verification"]
+
+
+def evaluate(
+    data: Annotated[
+        Path,
+        typer.Argument(help="LFW (folder, .tar, .tgz), .bin, pairs.csv, TinyFace, SCface, ..."),
+    ],
+    fnet: Annotated[
+        list[str], typer.Option(help="FNet or LABEL=FNET; several make a grid.")
+    ] = _FNETS,
+    srnet: Annotated[
+        list[str], typer.Option(help="SRNet or LABEL=SRNET, such as ours=local-dir:FOLDER.")
+    ] = _SRNETS,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="Probe size, rows x columns, such as 7x6. [default: the paper's]"),
+    ] = None,
+    task: Annotated[
+        list[str], typer.Option(help="verification, identification or open-set.")
+    ] = _TASKS,
+    protocol: Annotated[str, typer.Option(help="paper, sphereface or standard.")] = "paper",
+    probe: Annotated[
+        str, typer.Option(help="Which faces are LR: the second of a pair, or both.")
+    ] = "second",
+    data_set: Annotated[
+        str | None, typer.Option(help="Kind of data set. [default: by its layout]")
+    ] = None,
+    pairs: Annotated[Path | None, typer.Option(help="LFW's pairs.txt.")] = None,
+    landmarks: Annotated[Path | None, typer.Option(help="Five points of each photo.")] = None,
+    people: Annotated[Path | None, typer.Option(help="LFW's list of people, to check.")] = None,
+    crop: Annotated[
+        str | None,
+        typer.Option(help="The pictures are crops of this template, of any size: no landmarks."),
+    ] = None,
+    draws: Annotated[int, typer.Option(help="Random galleries.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the galleries and the bootstrap.")] = 0,
+    device: Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:1', ...")] = "cpu",
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Faces at a time. [default: by the machine]")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results and figures.")] = Path("results"),
+    figures: Annotated[bool, typer.Option(help="Draw the figures.")] = True,
+    faces: Annotated[int, typer.Option(min=0, help="Faces on the picture sheets.")] = 5,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out what cannot be read; recorded.")
+    ] = False,
+    cache: Annotated[bool, typer.Option(help="Keep embeddings on disk and reuse them.")] = True,
+    download: Annotated[bool, typer.Option("--download", help="Fetch LFW into DATA.")] = False,
+) -> None:
+    """Measure FNets on low-resolution faces, restored by SRNets: Tables 1 and 2."""
+    from idloss import create_fnet, create_srnet
+    from idloss.cli.options import parse_networks, parse_sizes
+    from idloss.evaluation.embedding import Bench
+    from idloss.evaluation.protocols import get_protocol
+    from idloss.evaluation.report import write_figures, write_sheets, write_tables
+    from idloss.evaluation.run import PAPER_SIZES
+    from idloss.evaluation.run import evaluate as run
+
+    fixed = get_protocol(protocol)  # a wrong name is told before gigabytes are read
+    sizes = parse_sizes(size) if size else None
+    found = _open(
+        data,
+        data_set,
+        crop,
+        skip_missing=skip_missing,
+        pairs=pairs,
+        landmarks=landmarks,
+        people=people,
+        download=download or None,
+    )
+    fnets = parse_networks("--fnet", fnet, create_fnet)
+    srnets = parse_networks("--srnet", srnet, create_srnet)
+    results = run(
+        found,
+        fnets,
+        srnets,
+        sizes,
+        tasks=cast("list[Task]", [name.replace("-", "_") for name in task]),
+        protocol=protocol,
+        probe=cast("Probe", probe),
+        draws=draws,
+        seed=seed,
+        device=device,
+        batch_size=batch_size,
+        skip_missing=skip_missing,
+        cache=cache,
+    )
+    results.run["command"] = ["idloss", *sys.argv[1:]]
+    written = results.save(out / "results.json")
+    tables = write_tables(results, out)
+    written += tables
+    if figures:
+        written += write_figures(results, out / "figures")
+        if faces:
+            bench = Bench(fnets, srnets, sizes or PAPER_SIZES["verification"], fixed, faces, device)
+            written += write_sheets(bench, found, faces, out / "figures")
+    for table in tables.values():
+        typer.echo(f"\n{table}", nl=False)
+    typer.echo(f"\n{len(written)} files in {out}: " + ", ".join(_names(written, out)))
+
+
+def compare(
+    a: Annotated[Path, typer.Argument(help="results.json of a run.")],
+    b: Annotated[Path, typer.Argument(help="results.json of another.")],
+    srnets: Annotated[
+        tuple[str, str] | None, typer.Option(help="An SRNet of A and the one of B to set by it.")
+    ] = None,
+) -> None:
+    """Say whether B is really better than A, cell by cell, on the same pairs or draws."""
+    from idloss.evaluation.compare import compare as test
+    from idloss.evaluation.compare import comparison_table
+
+    typer.echo(comparison_table(test(a, b, srnets=srnets)), nl=False)
+
+
+def _open(
+    path: Path, kind: str | None, crop: str | None, *, skip_missing: bool, **given: Any
+) -> EvaluationSet:
+    """Open the data set with those options that were given, and only if it knows them."""
+    from idloss.data import EVALUATIONS, FileFaces, open_evaluation
+    from idloss.data.opening import SUFFIXES
+    from idloss.geometry import get_template
+
+    options = {name: value for name, value in given.items() if value is not None}
+    kind = kind or SUFFIXES.get(path.suffix.lower())
+    if kind is None and options.keys() - {"landmarks"}:
+        kind = "lfw"  # no other set has these options
+    if kind is not None and kind in EVALUATIONS:
+        known = inspect.signature(EVALUATIONS[kind]).parameters
+        for name in options.keys() - known.keys():
+            raise ValueError(f"the data set {kind!r} takes no --{name}")
+    if crop is not None and kind == "pairs":
+        options["template"] = get_template(crop).name
+    found = open_evaluation(path, kind, skip_missing=skip_missing, **options)
+    if crop is not None and isinstance(found.faces, FileFaces):
+        own = replace(found.faces, template=get_template(crop).name, landmarks=None)
+        return replace(found, faces=own)
+    if found.faces.template is None and found.faces.landmarks is None:
+        raise ValueError(
+            f"{path} has no landmarks to align its photos by; name the table with --landmarks, or "
+            "the template the pictures are aligned to with --crop sphereface or --crop arcface"
+        )
+    return found
+
+
+def _names(files: list[Path], folder: Path) -> list[str]:
+    """Files below a folder, those that differ in the ending alone as one."""
+    endings: dict[Path, list[str]] = {}
+    for file in files:
+        endings.setdefault(file.relative_to(folder).with_suffix(""), []).append(file.suffix)
+    return [
+        f"{stem}{{{','.join(own)}}}" if len(own) > 1 else f"{stem}{own[0]}"
+        for stem, own in endings.items()
+    ]
