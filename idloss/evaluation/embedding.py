@@ -1,8 +1,8 @@
 """Embeddings for a whole grid of FNets, SRNets and probe sizes, in one pass over the faces.
 
-Each photo is decoded and aligned once; each batch then goes through every size, SRNet and FNet before
-the next, and embeddings go to disk as they come, so that memory does not grow with the grid. What
-was computed before is taken from there.
+Each photo is decoded and aligned once; each batch then goes through every size, SRNet and FNet
+before the next, and embeddings go to disk as they come, so that memory does not grow with the
+grid. What was computed before is taken from there.
 """
 
 from __future__ import annotations
