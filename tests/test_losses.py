@@ -264,7 +264,9 @@ class TestHallucinationLoss:
 
     def test_image_loss_is_on_the_papers_scale(self, net):
         sr, hr = sr_and_hr()
-        mr = F.interpolate(hr * 255, (14, 12), mode="bicubic").round().clamp(0, 255) / 127.5 - 1
+        levels = (hr * 255).round()  # photos are 8-bit, and so is the released code's MR
+        hr = levels / 255
+        mr = F.interpolate(levels, (14, 12), mode="bicubic").round().clamp(0, 255) / 127.5 - 1
         expected = (sr * 2 - 1 - mr).abs().mean()
         for low, high in [(0, 1), (-1, 1), (0, 255)]:
             loss = HallucinationLoss(None, value_range=(low, high))
