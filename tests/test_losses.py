@@ -272,7 +272,7 @@ class TestHallucinationLoss:
             loss = HallucinationLoss(None, value_range=(low, high))
             scaled = [x * (high - low) + low for x in (sr, hr)]
             total, parts = loss(*scaled)
-            torch.testing.assert_close(total, expected, atol=1e-3 if high == 255 else 1e-5, rtol=0)
+            torch.testing.assert_close(total, expected, atol=1e-5, rtol=0)
             assert set(parts) == {"image"}
 
     def test_lambda_zero_builds_no_fnet(self):
