@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-_SIZE = re.compile(r"([1-9]\d*)[x\N{MULTIPLICATION SIGN}]([1-9]\d*)")
+from idloss.sizes import parse_size
+
 _LABEL = re.compile(r"([\w.-]+)=(.+)")
 
 
@@ -25,10 +26,10 @@ def parse_sizes(texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
     """
     sizes: list[tuple[int, int]] = []
     for text in texts:
-        match = _SIZE.fullmatch(text.strip().lower())
-        if match is None:
-            raise ValueError(f"--size {text!r} is not rows x columns; write it as 7x6")
-        size = int(match[1]), int(match[2])
+        try:
+            size = parse_size(text)
+        except ValueError as error:
+            raise ValueError(f"--size {error}") from None
         if size in sizes:
             raise ValueError(f"--size {text!r} is given twice")
         sizes.append(size)

@@ -105,19 +105,28 @@ def settle(temporary: Path, target: Path) -> None:
         temporary: The finished file, on the file system of `target`.
         target: Where it is to be, existing or not.
     """
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
+    sync(temporary)
     # mkstemp makes files for their owner only; a cache is often shared by a group
     umask = os.umask(0)
     os.umask(umask)
     temporary.chmod(0o666 & ~umask)
     temporary.replace(target)
-    if os.name == "posix":  # the rename itself must reach the disk too
-        directory = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+    sync(target.parent)  # the rename itself must reach the disk too
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk.
+
+    Args:
+        path: The file or folder.
+    """
+    if path.is_dir() and os.name != "posix":  # where folders cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def is_safetensors(path: Path) -> bool:

@@ -24,6 +24,7 @@ from idloss.weights.errors import (
 )
 from idloss.weights.files import Piece, file_sha256
 from idloss.weights.store import Store, offline
+from idloss.weights.zoo import zoo_folder
 
 logger = logging.getLogger(__name__)
 
@@ -377,11 +378,7 @@ class ZooFile(_DiskSource):
     @property
     def file(self) -> Path:
         """In the installed package, or else in the checkout around it."""
-        package = Path(__file__).resolve().parent.parent
-        zoo = package / "zoo"
-        if not zoo.is_dir():
-            zoo = package.parent / "zoo"
-        return zoo / self.folder / "model.safetensors"
+        return zoo_folder() / self.folder / "model.safetensors"
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
