@@ -2,14 +2,17 @@
 
 from idloss.data.aligned import AlignedDataset, AlignedFaces, align_all
 from idloss.data.celeba import celeba_faces
+from idloss.data.exclusion import Exclusion
 from idloss.data.faults import DataError, Fault
 from idloss.data.folder import folder_faces
 from idloss.data.insightface import insightface_bin
 from idloss.data.lfw import lfw
 from idloss.data.listed import pairs_csv
-from idloss.data.opening import EVALUATIONS, open_evaluation, open_faces
+from idloss.data.opening import EVALUATIONS, open_evaluation, open_faces, open_training
 from idloss.data.overlap import Match, embed_faces, find_overlap, without_overlap
+from idloss.data.packed import PackedFaces, open_packed
 from idloss.data.pairs import EvaluationSet, Pairs
+from idloss.data.prepare import Report, prepare, read_report
 from idloss.data.source import FaceSource, FileFaces
 from idloss.data.surveillance import (
     scface,
@@ -25,11 +28,14 @@ __all__ = [
     "AlignedFaces",
     "DataError",
     "EvaluationSet",
+    "Exclusion",
     "FaceSource",
     "Fault",
     "FileFaces",
     "Match",
+    "PackedFaces",
     "Pairs",
+    "Report",
     "SyntheticFaces",
     "align_all",
     "celeba_faces",
@@ -40,7 +46,11 @@ __all__ = [
     "lfw",
     "open_evaluation",
     "open_faces",
+    "open_packed",
+    "open_training",
     "pairs_csv",
+    "prepare",
+    "read_report",
     "scface",
     "survface_identification",
     "survface_verification",

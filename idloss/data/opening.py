@@ -13,6 +13,7 @@ from idloss.data.folder import find_landmarks, folder_faces
 from idloss.data.insightface import insightface_bin
 from idloss.data.lfw import lfw
 from idloss.data.listed import pairs_csv
+from idloss.data.packed import PackedFaces, is_prepared, open_packed
 from idloss.data.pairs import EvaluationSet
 from idloss.data.source import FileFaces
 from idloss.data.surveillance import (
@@ -61,6 +62,26 @@ def open_faces(path: str | os.PathLike[str], *, skip_missing: bool = False) -> F
         f"no faces known in {files.location}; looked for {looked_for()} (CelebA), "
         "and for landmarks.csv at the top or one folder down"
     )
+
+
+def open_training(
+    path: str | os.PathLike[str], *, skip_missing: bool = False
+) -> PackedFaces | FileFaces:
+    """Open faces for training: a folder that `idloss prepare` made, or whatever `open_faces` takes.
+
+    Args:
+        path: the folder or archive.
+        skip_missing: leave out photos that are missing or lack readable points; prepared faces have
+            none.
+
+    Returns:
+        Prepared crops, or photos, which are to be aligned as they are read.
+
+    Raises:
+        FileNotFoundError: there is nothing, or no layout that is known; lists what was looked for.
+        DataError: the faces have faults, or their preparation is not finished; says what.
+    """
+    return open_packed(path) if is_prepared(path) else open_faces(path, skip_missing=skip_missing)
 
 
 def open_evaluation(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub.utils.tqdm import tqdm
-from torch import Tensor
+from torch import Tensor, nn
 
 from idloss.data.aligned import AlignedFaces
+from idloss.data.packed import PackedFaces
 from idloss.data.source import FaceSource, FileFaces
 from idloss.resample import to_float
 
@@ -27,7 +29,7 @@ person too few in training than one too many: hence below 0.666. Another FNet ha
 BLOCK = 4096
 """Rows and columns of the similarities held at once: 64 MB."""
 
-Faces = TypeVar("Faces", AlignedFaces, FileFaces)
+Faces = TypeVar("Faces", AlignedFaces, FileFaces, PackedFaces)
 
 
 @dataclass(frozen=True)
@@ -48,29 +50,31 @@ class Match:
 
 
 def embed_faces(
-    faces: AlignedFaces,
+    faces: AlignedFaces | PackedFaces,
     encoder: Callable[[Tensor], Tensor],
     *,
     batch_size: int = 64,
     progress: bool = True,
 ) -> Tensor:
-    """Embed aligned crops.
+    """Embed aligned crops, on the device that the encoder is on.
 
     Args:
-        faces: the crops.
+        faces: the crops, in memory or prepared.
         encoder: RGB [0, 1] `[B, 3, H, W]` to embeddings `[B, D]`, such as a `FaceEncoder`.
         batch_size: crops a call.
         progress: show a progress bar when it takes more than two seconds.
 
     Returns:
-        Embeddings of length one, `[N, D]`.
+        Embeddings of length one, `[N, D]`, on the CPU.
     """
+    device = _device(encoder)
     bar = tqdm(total=len(faces), desc="embedding", unit="face", delay=2, disable=not progress)
     found = []
     with bar, torch.inference_mode():
-        for batch in faces.crops.split(batch_size):
-            found.append(F.normalize(encoder(to_float(batch))))
-            bar.update(len(batch))
+        for places in torch.arange(len(faces)).split(batch_size):
+            crops = to_float(faces.crops_at(places).to(device))
+            found.append(F.normalize(encoder(crops).float()).cpu())
+            bar.update(len(places))
     return torch.cat(found).clone()
 
 
@@ -81,6 +85,7 @@ def find_overlap(
     evaluation_embeddings: Tensor,
     *,
     threshold: float = THRESHOLD,
+    progress: bool = True,
 ) -> list[Match]:
     """Find people of the training data in the evaluation data.
 
@@ -93,6 +98,7 @@ def find_overlap(
         evaluation: the evaluation faces; without labels every photo is a person.
         evaluation_embeddings: theirs, `[M, D]`.
         threshold: the cosine above which it is one person; depends on the FNet.
+        progress: show a progress bar when it takes more than two seconds.
 
     Returns:
         The best match of each training person and photo, most similar first.
@@ -115,12 +121,12 @@ def find_overlap(
     who = torch.cat([labels, torch.arange(len(people))])
     matches = [
         Match(training.identities[row], None, people[int(who[column])], similarity)
-        for row, column, similarity in _best(means, everyone, threshold)
+        for row, column, similarity in _best(means, everyone, threshold, progress=progress)
     ]
     found = {match.identity for match in matches}
     rest = torch.tensor([name not in found for name in training.identities])[training.labels]
     rows = rest.nonzero().flatten().tolist()
-    for row, column, similarity in _best(photos[rest], others, threshold):
+    for row, column, similarity in _best(photos[rest], others, threshold, progress=progress):
         identity = training.identities[int(training.labels[rows[row]])]
         other = people[int(labels[column])]
         matches.append(Match(identity, training.names[rows[row]], other, similarity))
@@ -167,6 +173,14 @@ def identity_means(embeddings: Tensor, labels: Tensor, count: int) -> Tensor:
     return F.normalize(sums.index_add_(0, labels[known], embeddings[known]))
 
 
+def _device(encoder: Callable[[Tensor], Tensor]) -> torch.device:
+    """Where a module's first tensor is; the CPU for a function."""
+    tensors = (
+        chain(encoder.parameters(), encoder.buffers()) if isinstance(encoder, nn.Module) else ()
+    )
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
 def _people(faces: FaceSource) -> tuple[Tensor, Sequence[str]]:
     if faces.labels is None:
         return torch.arange(len(faces)), faces.names
@@ -177,9 +191,12 @@ def _people(faces: FaceSource) -> tuple[Tensor, Sequence[str]]:
     return labels, [*faces.identities, *(faces.names[i] for i in nobody.tolist())]
 
 
-def _best(rows: Tensor, columns: Tensor, threshold: float) -> Iterator[tuple[int, int, float]]:
+def _best(
+    rows: Tensor, columns: Tensor, threshold: float, *, progress: bool
+) -> Iterator[tuple[int, int, float]]:
     """Row, column and cosine of each row's best column, where it exceeds the threshold."""
-    for start in range(0, len(rows), BLOCK):
+    starts = range(0, len(rows), BLOCK)
+    for start in tqdm(starts, desc="comparing", unit="block", delay=2, disable=not progress):
         block = rows[start : start + BLOCK]
         best = torch.full((len(block),), -torch.inf)
         place = torch.zeros(len(block), dtype=torch.int64)

@@ -1,0 +1,125 @@
+"""`idloss prepare`: photos to aligned crops that training reads without decoding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from idloss.data import Exclusion, FaceSource, Report
+
+_KINDS = ("celeba", "folder", "lfw")
+_FNET = "mobilefacenet"
+
+
+def prepare(
+    kind: Annotated[str, typer.Argument(help="celeba, folder (with landmarks.csv) or lfw.")],
+    path: Annotated[Path, typer.Argument(help="Folder, .tar or .tgz; tars are read in place.")],
+    out: Annotated[Path, typer.Argument(help="Folder to fill; a run that stopped goes on.")],
+    clean_list: Annotated[
+        Path | None,
+        typer.Option(help="Images to take, one a row, with ten coordinates or without."),
+    ] = None,
+    exclude_overlap: Annotated[
+        Path | None, typer.Option(help="Evaluation set whose people are removed, such as LFW.")
+    ] = None,
+    fnet: Annotated[str, typer.Option(help="FNet that finds the people to remove.")] = _FNET,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help=f"Cosine of one person. [default: the one measured for {_FNET}]"),
+    ] = None,
+    crop: Annotated[
+        str, typer.Option(help="Template to align to: sphereface (112x96), arcface (112x112), ...")
+    ] = "sphereface",
+    split: Annotated[
+        str | None, typer.Option(help="Of CelebA: train, valid or test. [default: all]")
+    ] = None,
+    shard_faces: Annotated[int, typer.Option(min=1, help="Crops in a file.")] = 8192,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Drop what cannot be read; recorded.")
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Decoding threads. [default: one a core, 8 at most]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Of the FNet: 'cpu', 'cuda', ...")] = "cpu",
+) -> None:
+    """Align faces once, for training to read them as they are."""
+    from idloss.data import prepare as run
+
+    source = _source(kind, path, split, skip_missing=skip_missing)
+    exclude = None
+    if exclude_overlap is not None:
+        exclude = _exclusion(
+            exclude_overlap, fnet, threshold, crop, device, skip_missing=skip_missing
+        )
+    report = run(
+        source,
+        out,
+        template=crop,
+        clean_list=clean_list,
+        exclude=exclude,
+        shard_faces=shard_faces,
+        skip_missing=skip_missing,
+        threads=threads,
+    )
+    for line in _lines(report):
+        typer.echo(line)
+
+
+def _source(kind: str, path: Path, split: str | None, *, skip_missing: bool) -> FaceSource:
+    from idloss.data import celeba_faces, folder_faces, lfw
+    from idloss.errors import did_you_mean
+
+    if kind not in _KINDS:
+        raise ValueError(did_you_mean("kind of faces", kind, _KINDS))
+    if kind == "celeba":
+        return celeba_faces(path, split=split or "all", skip_missing=skip_missing)
+    if split is not None:
+        raise ValueError(f"--split is CelebA's; {kind!r} has none")
+    if kind == "folder":
+        return folder_faces(path, skip_missing=skip_missing)
+    return lfw(path, skip_missing=skip_missing).faces
+
+
+def _exclusion(
+    path: Path,
+    fnet: str,
+    threshold: float | None,
+    crop: str,
+    device: str,
+    *,
+    skip_missing: bool,
+) -> Exclusion:
+    from idloss import FaceEncoder
+    from idloss.data import Exclusion, open_evaluation
+    from idloss.data.overlap import THRESHOLD
+
+    if threshold is None and fnet != _FNET:
+        raise ValueError(
+            f"the cosine of one person depends on the FNet, and only that of {_FNET} was measured: "
+            f"give the one of {fnet} with --threshold"
+        )
+    found = open_evaluation(path, skip_missing=skip_missing)
+    encoder = FaceEncoder(fnet, crop=crop).to(device).eval()
+    return Exclusion(
+        found.name, found.faces, encoder, fnet, THRESHOLD if threshold is None else threshold
+    )
+
+
+def _lines(report: Report) -> list[str]:
+    """What came of it, in a few lines."""
+    faces = report.faces
+    height, width = faces.shards.size
+    people = f" of {len(faces.identities):,} people" if faces.labels is not None else ""
+    lines = [f"{len(faces):,} faces{people}, {faces.template} {height}x{width}, in {faces.folder}"]
+    lines += [f"dropped {count:,}: {reason}" for reason, count in report.dropped.items()]
+    if report.dropped:
+        lines.append(f"each is named in {faces.folder / 'dropped.csv'}")
+    for match in report.matches:
+        who = f"{match.photo} of {match.identity}" if match.photo else f"all of {match.identity}"
+        lines.append(f"removed: {who} is {match.other} (cosine {match.similarity:.2f})")
+    if report.duplicates:
+        lines.append(f"{report.duplicates:,} crops have the pixels of another; they are kept")
+    return lines
