@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models import generate_default_cfgs
+from timm.models import checkpoint_seq, generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -88,9 +88,18 @@ class EDSR(nn.Module):
             nn.Conv2d(width, 4 * width, 3, padding=1) for _ in range(scale.bit_length() - 1)
         )
         self.tail = nn.Conv2d(width, in_chans, 3, padding=1)
+        self.grad_checkpointing = False
         # Arguments, not weights: kept out of the state dict.
         self.register_buffer("mean", _per_channel(mean, in_chans), persistent=False)
         self.register_buffer("std", _per_channel(std, in_chans), persistent=False)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks' activations in the backward pass, as for any model of timm's.
+
+        Args:
+            enable: Whether to.
+        """
+        self.grad_checkpointing = enable
 
     def forward(self, x: Tensor) -> Tensor:
         """Super-resolve a batch.
@@ -102,7 +111,10 @@ class EDSR(nn.Module):
             RGB `[B, 3, scale * H, scale * W]`, in [0, 1] if `tanh`.
         """
         x = self.head((x - self.mean) / self.std)
-        x = x + self.body_end(self.body(x))
+        if self.grad_checkpointing:
+            x = x + self.body_end(checkpoint_seq(self.body, x))
+        else:
+            x = x + self.body_end(self.body(x))
         for convolution in self.upsample:
             x = F.pixel_shuffle(convolution(x), 2)
         x = self.tail(x)
