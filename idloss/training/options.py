@@ -1,0 +1,121 @@
+"""What every training run can be told, whatever it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from idloss.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+
+
+class RunOptions(BaseModel):
+    """How a run goes: batches, optimizer, schedule, arithmetic, checkpoints and logs.
+
+    The same numbers come out whatever `accumulate`, `device`, `crops`, `workers`, the number of
+    processes, and everything about logs and checkpoints: only rounding differs.
+
+    Attributes:
+        iterations: Optimizer steps.
+        batch_size: Faces of a step, over all processes and parts of it.
+        accumulate: Parts that each process computes its share of a step in.
+        optimizer: `"adam"`, `"adamw"` or `"sgd"` (momentum 0.9, Nesterov).
+        learning_rate: Its peak.
+        weight_decay: As the optimizer has it.
+        schedule: `"step"`: times `decay_rate` after every `decay_every` steps, counted as in the
+            paper's released code, where the last step of 50,000 is halved twice; `"cosine"` to
+            zero; `"constant"`.
+        decay_every: Steps; None for half of `iterations`, as in the paper.
+        decay_rate: Factor.
+        warmup: Steps of linear warm-up.
+        clip: Largest norm of the gradient; None to leave it.
+        ema: Decay of an exponential moving average of the weights, warmed up as in timm's
+            `ModelEmaV3`, which is then what is validated and saved; None for none.
+        precision: `"fp32"`, `"tf32"` (float32 products rounded to TF32, on a GPU that has it),
+            `"bf16"` or `"fp16"` (autocast; weights stay float32).
+        channels_last: Keep images and weights in that memory format.
+        compile: `"no"`, or a mode of `torch.compile`: `"default"`, `"reduce-overhead"` (CUDA
+            graphs, one for each input size), `"max-autotune"`.
+        grad_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        seed: Of weights, batches and degradations.
+        non_finite: At a loss that is not finite, `"stop"`, or `"skip"` the step. The batch is saved
+            either way.
+        device: `"auto"` or `"cpu"`.
+        crops: Where aligned crops stay: `"device"`, `"host"`, or `"auto"`: on a GPU if a third of
+            its free memory holds them.
+        workers: Processes that read faces which are not held in memory.
+        log_every: Steps a row of the log covers.
+        checkpoint_every: Steps between checkpoints.
+        keep: How many checkpoints stay.
+        trackers: Names that Accelerate knows: `"tensorboard"`, `"wandb"`, `"mlflow"`, ...
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    PASSIVE: ClassVar[frozenset[str]] = frozenset(
+        {"accumulate", "device", "crops", "workers", "non_finite"}
+        | {"log_every", "checkpoint_every", "keep", "trackers"}
+    )
+    """Fields that do not change what comes out; a run may be resumed with others."""
+
+    iterations: Annotated[int, Field(gt=0)] = 50_000
+    batch_size: Annotated[int, Field(gt=0)] = 64
+    accumulate: Annotated[int, Field(gt=0)] = 1
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    decay_every: Annotated[int, Field(gt=0)] | None = None
+    decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.5
+    warmup: Annotated[int, Field(ge=0)] = 0
+    clip: Annotated[float, Field(gt=0)] | None = None
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    precision: Precision = "fp32"
+    channels_last: bool = True
+    compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = "no"
+    grad_checkpointing: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    non_finite: Literal["stop", "skip"] = "stop"
+    device: Literal["auto", "cpu"] = "auto"
+    crops: Literal["auto", "device", "host"] = "auto"
+    workers: Annotated[int, Field(ge=0)] = 4
+    log_every: Annotated[int, Field(gt=0)] = 50
+    checkpoint_every: Annotated[int, Field(gt=0)] = 1000
+    keep: Annotated[int, Field(gt=0)] = 2
+    trackers: tuple[str, ...] = ("tensorboard",)
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, Any], where: str = "the recipe") -> Self:
+        """Check fields that a person wrote.
+
+        Args:
+            fields: Values by name.
+            where: What to call their place in an error.
+
+        Returns:
+            The options.
+
+        Raises:
+            ValueError: A field is unknown or its value is not valid; one line that names each.
+        """
+        try:
+            return cls.model_validate(dict(fields))
+        except ValidationError as error:
+            complaints = [cls._complaint(one) for one in error.errors()]
+            raise ValueError(f"{where}: {'; '.join(complaints)}") from None
+
+    @classmethod
+    def _complaint(cls, error: Any) -> str:
+        name = ".".join(str(part) for part in error["loc"])
+        if error["type"] == "extra_forbidden":
+            return did_you_mean("field", name, cls.model_fields)
+        message = error["msg"].removeprefix("Value error, ")
+        if not name:
+            return str(message)
+        return f"{name}: {message[:1].lower()}{message[1:]}, got {error['input']!r}"

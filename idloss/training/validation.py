@@ -1,0 +1,68 @@
+"""Verification while a run goes on, and a sheet of pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from idloss.data import EvaluationSet
+from idloss.evaluation.embedding import Bench
+from idloss.evaluation.protocols import get_protocol
+from idloss.evaluation.report import write_sheets
+from idloss.evaluation.results import HR
+from idloss.evaluation.run import evaluate_verification
+from idloss.registry import create_srnet
+from idloss.sizes import Size
+
+FACES = 5
+"""On a sheet."""
+
+
+class Verification:
+    """Verifies pairs with the network as it is, protocol `paper`.
+
+    Args:
+        data: The pairs.
+        fnet: The FNet that judges.
+        sizes: Probe sizes, rows and columns.
+        folder: Where the sheets go, a folder for each validation.
+        device: Where the networks run.
+    """
+
+    def __init__(
+        self,
+        data: EvaluationSet,
+        fnet: nn.Module,
+        sizes: tuple[Size, ...],
+        folder: Path,
+        device: str,
+    ) -> None:
+        self.data = data
+        self.fnet = fnet
+        self.sizes = sizes
+        self.folder = folder
+        self.device = device
+
+    def __call__(self, network: nn.Module, step: int) -> dict[str, float]:
+        """Verify, and draw the first faces.
+
+        Args:
+            network: The SRNet.
+            step: Number of the step that was completed last.
+
+        Returns:
+            Share of right answers by probe size, `"7x6"` and the like.
+        """
+        fnets, srnets = {"fnet": self.fnet}, {"srnet": network}
+        results = evaluate_verification(
+            self.data, fnets, srnets, self.sizes, device=self.device, cache=False, progress=False
+        )
+        shown = {"bicubic": create_srnet("bicubic"), **srnets}
+        bench = Bench(fnets, shown, self.sizes, get_protocol("paper"), FACES, self.device)
+        write_sheets(bench, self.data, FACES, self.folder / f"step-{step:06d}")
+        return {
+            f"{record.cell.height}x{record.cell.width}": record.estimate.value
+            for record in results.records
+            if record.metric == "accuracy" and record.cell.srnet != HR
+        }

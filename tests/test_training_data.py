@@ -1,0 +1,103 @@
+"""Crops and HR features: from wherever they come, the same."""
+
+import numpy as np
+import pytest
+import torch
+from minilfw import mini_lfw
+from nets import tiny_fnet
+from tinytraining import losses, tiny_faces, tiny_run
+
+from idloss import IdentityPreservedLoss
+from idloss.data import align_all, lfw, prepare
+from idloss.resample import to_float
+from idloss.training.crops import Crops
+from idloss.training.features import compute_features, features_key, stored_features
+from idloss.training.task import Draw
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return lfw(mini_lfw(tmp_path_factory.mktemp("lfw"), people=4, photos=3)).faces
+
+
+@pytest.fixture(scope="module")
+def prepared(photos, tmp_path_factory):
+    return prepare(photos, tmp_path_factory.mktemp("prepared"), shard_faces=5, progress=False).faces
+
+
+def draws(count, steps=3, size=4):
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, steps + 1):
+        faces = torch.randint(count, (size,), generator=generator)
+        yield Draw(step, faces, slice(0, size), size)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("held", ["photos", "prepared", "in memory", "on the device"])
+def test_crops_are_those_of_the_aligner(photos, prepared, held, workers):
+    expected = align_all(photos, progress=False).crops
+    faces = {"photos": photos, "prepared": prepared, "in memory": prepared.load()}
+    crops = Crops(
+        faces.get(held, prepared),
+        device=CPU,
+        keep="device" if held == "on the device" else "auto",
+        workers=workers,
+    )
+    assert (crops.resident is not None) == (held == "on the device")
+    wanted = list(draws(len(photos)))
+    found = list(crops.read(iter(wanted)))
+    assert [draw.step for draw, _ in found] == [1, 2, 3]
+    for draw, pixels in found:
+        assert pixels.dtype == torch.uint8
+        # batches of photos are warped together: sums in another order, a level at most
+        difference = (pixels.int() - expected[draw.faces].int()).abs()
+        assert difference.max() <= (1 if held == "photos" else 0)
+
+
+def test_photos_cannot_stay_on_the_device(photos):
+    with pytest.raises(ValueError, match="needs prepared faces: run 'idloss prepare'"):
+        Crops(photos, device=CPU, keep="device")
+
+
+def test_features_are_those_of_the_crops_and_their_mirror_images():
+    faces, identity = tiny_faces(), IdentityPreservedLoss(tiny_fnet(), crop="sphereface")
+    features = torch.from_numpy(compute_features(faces, identity, CPU, progress=False))
+    assert features.shape == (2, 20, 16)
+    hr = to_float(faces.crops)
+    torch.testing.assert_close(features[0], identity.embed(hr))
+    torch.testing.assert_close(features[1], identity.embed(hr.flip(-1)))
+
+
+def test_features_are_kept_beside_prepared_faces(prepared):
+    identity = IdentityPreservedLoss(tiny_fnet(), crop="sphereface")
+    calls = identity.encoders[0].fnet.calls
+    first = stored_features(prepared, identity, device=CPU, progress=False)
+    assert calls
+    calls.clear()
+    again = stored_features(prepared, identity, device=CPU, progress=False)
+    assert torch.equal(first, again)
+    assert not calls  # from the disk
+    (file,) = prepared.folder.glob("features-*.npy")
+    assert np.load(file).shape == (2, len(prepared), 16)
+
+
+def test_features_of_other_faces_or_fnets_are_not_taken(prepared):
+    identity = IdentityPreservedLoss(tiny_fnet(), crop="sphereface")
+    other = IdentityPreservedLoss(tiny_fnet(seed=1), crop="sphereface")
+    stretched = IdentityPreservedLoss(tiny_fnet(), crop="sphereface", interpolation="bicubic")
+    fewer = prepared.select(torch.arange(len(prepared) - 1))
+    keys = [features_key(prepared.content, one) for one in (identity, other, stretched)]
+    keys.append(features_key(fewer.content, identity))
+    assert len(set(keys)) == 4
+    assert features_key(prepared.content, identity) == keys[0]
+
+
+def test_a_run_gives_the_same_on_photos_and_prepared(photos, prepared, tmp_path):
+    """Photos: HR features live, each photo decoded again; to a level of a pixel."""
+    tiny_run(tmp_path / "prepared", faces=prepared, iterations=3)
+    tiny_run(tmp_path / "photos", faces=photos, iterations=3)
+    one, other = losses(tmp_path / "prepared"), losses(tmp_path / "photos")
+    np.testing.assert_allclose(list(one.values()), list(other.values()), atol=1e-3)
+    assert not list((tmp_path / "photos").rglob("features-*"))

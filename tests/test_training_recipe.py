@@ -1,0 +1,138 @@
+"""Recipes: the paper's, those of a person, and everything that is wrong before training starts."""
+
+import pytest
+import torch
+import yaml
+from nets import tiny_fnet
+from tinytraining import FIELDS, tiny_faces, tiny_run
+
+from idloss import HallucinationLoss, create_srnet
+from idloss.training import Recipe, load_recipe, recipe_names, train
+from idloss.training.recipe import save_recipe
+
+PAPER = [name for name in recipe_names() if name.startswith("paper_")]
+
+
+def test_the_zoo_has_the_four_of_the_paper():
+    assert [
+        f"paper_edsr{size}{identity}" for size in ("16_64", "32_256") for identity in ("", "_id")
+    ] == PAPER
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_they_are_section_4_1(name):
+    recipe = load_recipe(name)
+    assert recipe.weight == (0.5 if name.endswith("_id") else 0)
+    assert recipe.srnet == name.removeprefix("paper_")
+    assert (recipe.iterations, recipe.batch_size, recipe.learning_rate) == (50_000, 64, 1e-4)
+    assert recipe.lr_sizes() == ((28, 24), (14, 12), (7, 6))
+    assert (recipe.schedule, recipe.decay_every, recipe.decay_rate) == ("step", 25_000, 0.5)
+    assert (recipe.fnet, recipe.crop, recipe.degradation) == ("sface", "sphereface", "bicubic")
+
+
+def test_any_field_can_be_changed_and_comes_back(tmp_path):
+    overrides = ["batch_size=32", "factors=[4, 8]", "fnet={sface: 1, mobilefacenet: 0.5}"]
+    overrides += ["learning_rate=4e-4", "data=some/folder", "srnet_options={depth: 4}"]
+    recipe = load_recipe("paper_edsr16_64_id", overrides)
+    assert (recipe.batch_size, recipe.factors, recipe.learning_rate) == (32, (4, 8), 4e-4)
+    assert recipe.fnet == {"sface": 1.0, "mobilefacenet": 0.5}
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["precision"] == "fp32"
+
+
+def test_sizes_take_the_place_of_factors():
+    recipe = load_recipe("paper_edsr16_64", ["sizes=[7x6, 16x16]"])
+    assert recipe.lr_sizes() == ((7, 6), (16, 16))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch=32", r"paper_edsr16_64.yaml: unknown field 'batch'. Did you mean 'batch_size'"),
+        ("batch_size=many", r"batch_size: input should be a valid integer.*got 'many'"),
+        ("batch_size=0", r"batch_size: input should be greater than 0, got 0"),
+        ("precision=fp8", r"precision: input should be 'fp32', 'tf32', 'bf16' or 'fp16'"),
+        ("factors=[5]", r"5.*112x96"),
+        ("factors=[]", r"factors and sizes are empty"),
+        ("sizes=[7by6]", r"'7by6' is not rows x columns; write it as 7x6"),
+        ("distance=cosin", r"unknown distance 'cosin'. Did you mean 'cosine'"),
+        ("degradation=blur", r"unknown degradation 'blur'.*bicubic"),
+        ("crop=sphereface2", r"unknown template 'sphereface2'. Did you mean 'sphereface'"),
+        ("ema=1.5", r"ema: input should be less than 1, got 1.5"),
+        ("batch_size 32", r"'batch_size 32' is not field=value, such as batch_size=32"),
+        ("factors=[4, 8", r"not YAML"),
+    ],
+)
+def test_what_is_wrong_is_named_in_one_line(override, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_recipe("paper_edsr16_64", [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_recipes(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"unknown recipe 'paper_edsr16'.*Did you mean"):
+        load_recipe("paper_edsr16")
+    with pytest.raises(FileNotFoundError, match=r"no recipe at .*mine\.yaml"):
+        load_recipe(tmp_path / "mine.yaml")
+    (tmp_path / "mine.yaml").write_text("- a list")
+    with pytest.raises(ValueError, match=r"mine\.yaml: a recipe is a list of 'field: value'"):
+        load_recipe(tmp_path / "mine.yaml")
+
+
+def refuse(folder, message, **given):
+    fields = {**FIELDS, "weight": 0, "srnet_options": {"depth": 1, "width": 8}}
+    fields |= given.pop("fields", {})
+    kind = given.pop("kind", ValueError)
+    with pytest.raises(kind, match=message) as caught:
+        train(Recipe(**fields), folder, **given)
+    assert "\n" not in str(caught.value)
+    assert not (folder / "training.csv").exists()
+
+
+def test_what_does_not_fit_fails_before_training(tmp_path):
+    faces = tiny_faces()
+    refuse(tmp_path, "set data=FOLDER")
+    gone = {"data": tmp_path / "gone"}
+    refuse(tmp_path, "no folder and no archive at", fields=gone, kind=FileNotFoundError)
+    refuse(tmp_path, "20 faces do not fill a batch", faces=faces, fields={"batch_size": 32})
+    refuse(tmp_path, "multiple of 3", faces=faces, fields={"accumulate": 3})
+    refuse(
+        tmp_path,
+        r"size 56x48 does not fit: its SR of 224x192 is larger than the 112x96 crops",
+        faces=faces,
+        fields={"sizes": ["56x48"]},
+    )
+    refuse(
+        tmp_path,
+        "Interpolation has nothing to train",
+        faces=faces,
+        srnet=create_srnet("bicubic"),
+    )
+    refuse(
+        tmp_path, "aligned to 'sphereface'.*crop=arcface", faces=faces, fields={"crop": "arcface"}
+    )
+    refuse(tmp_path, "needs faces to verify", faces=faces, fields={"validate_every": 5})
+    refuse(
+        tmp_path, "unknown tracker 'tensorbord'", faces=faces, fields={"trackers": ["tensorbord"]}
+    )
+    refuse(
+        tmp_path,
+        "TinySR has no set_grad_checkpointing",
+        faces=faces,
+        srnet=type("TinySR", (torch.nn.Conv2d,), {})(3, 3, 3, padding=1),
+        fields={"grad_checkpointing": True},
+    )
+
+
+def test_a_recogniser_that_sees_more_of_a_face_than_the_crops_hold(tmp_path):
+    fnet = tiny_fnet()
+    fnet.crop = "facenet"
+    refuse(
+        tmp_path,
+        r"FNet and crop do not fit.*'facenet' crops, of which crop=sphereface holds \d+%",
+        faces=tiny_faces(),
+        criterion=HallucinationLoss(fnet, crop="sphereface"),
+    )
+    fnet.crop = "arcface"  # eight columns more on either side are the field's habit
+    tiny_run(tmp_path, fnet=fnet, iterations=1)

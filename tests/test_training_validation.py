@@ -1,0 +1,109 @@
+"""Verification while training: figures in a log, faces on a sheet, and no trace in the run."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from minilfw import mini_lfw
+from nets import tiny_fnet
+from PIL import Image
+from tinytraining import FIELDS, losses, tiny_faces
+
+from idloss import HallucinationLoss, create_srnet
+from idloss.data import lfw
+from idloss.training import Recipe, create_accelerator, train
+from idloss.training.crops import Crops
+from idloss.training.engine import Engine
+from idloss.training.hallucination import Hallucination, HallucinationTask
+from idloss.training.validation import Verification
+
+SIZES = ((14, 12), (7, 6))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return lfw(mini_lfw(tmp_path_factory.mktemp("lfw"), people=4, photos=3))
+
+
+def engine(folder, validate, every=0, **fields):
+    recipe = Recipe(**{**FIELDS, **fields})
+    accelerator = create_accelerator(recipe, folder)
+    torch.manual_seed(0)
+    srnet = create_srnet("edsr16_64", depth=1, width=8)
+    criterion = HallucinationLoss(tiny_fnet(), weight=0.5, crop="sphereface")
+    task = HallucinationTask(
+        Hallucination(srnet, criterion),
+        Crops(tiny_faces(), device=accelerator.device),
+        recipe.lr_sizes(),
+        lambda hr, size, *, seeds: torch.zeros(len(hr), 3, *size),
+        seed=0,
+        content="",
+    )
+    return Engine(task, recipe, folder, accelerator, validate=validate, validate_every=every)
+
+
+def read(folder):
+    with (folder / "validation.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_it_verifies_every_so_often_and_at_the_end(pairs, tmp_path):
+    verification = Verification(pairs, tiny_fnet(), SIZES, tmp_path / "pictures", "cpu")
+    engine(tmp_path, verification, every=3).run()
+    rows = read(tmp_path)
+    assert [row["step"] for row in rows] == ["3", "6", "8"]
+    assert all(0 <= float(row[size]) <= 1 for row in rows for size in ("14x12", "7x6"))
+    sheets = tmp_path / "pictures" / "step-000006"
+    with Image.open(sheets / "faces-7x6.png") as sheet:
+        assert np.asarray(sheet).std() > 10
+
+
+def test_training_does_not_notice(tmp_path):
+    seen = []
+
+    def judge(network, step):
+        seen.append((step, network.training))
+        network.eval().to(torch.float64)
+        for parameter in network.parameters():
+            parameter.data.zero_()
+        return {"figure": 1.0}
+
+    engine(tmp_path / "judged", judge, every=2).run()
+    engine(tmp_path / "alone", None).run()
+    assert [step for step, _ in seen] == [2, 4, 6, 8]
+    assert losses(tmp_path / "judged") == losses(tmp_path / "alone")
+
+
+def test_a_validation_that_was_cut_off_is_made_up_for(tmp_path):
+    def fails(network, step):
+        if step == 6:
+            raise OSError("the disk of the pairs is gone")
+        return {"figure": step}
+
+    with pytest.raises(OSError, match="gone"):
+        engine(tmp_path, fails, every=3).run()
+    engine(tmp_path, lambda network, step: {"figure": step}, every=3).run(resume=True)
+    assert [row["step"] for row in read(tmp_path)] == ["3", "6", "8"]
+    assert list(losses(tmp_path)) == list(range(1, 9))
+
+
+def test_by_recipe_the_first_fnet_judges(tmp_path, monkeypatch):
+    data = mini_lfw(tmp_path / "lfw", people=4, photos=3)
+    named = []
+
+    def fnet(name, pretrained):
+        named.append((name, pretrained))
+        return tiny_fnet()
+
+    monkeypatch.setattr("idloss.training.run.create_fnet", fnet)
+    fields = {"validate_on": data, "sizes": ["7x6"], "fnet": {"one": 1, "two": 2}}
+    train(
+        Recipe(**FIELDS | fields),
+        tmp_path / "run",
+        faces=tiny_faces(),
+        srnet=create_srnet("edsr16_64", depth=1, width=8),
+        criterion=HallucinationLoss(tiny_fnet(), crop="sphereface"),
+    )
+    assert named == [("one", True)]
+    assert read(tmp_path / "run")[0].keys() == {"step", "7x6"}

@@ -1,0 +1,131 @@
+"""A training run small enough for a test; as a script, one to be launched, killed and resumed.
+
+python tests/tinytraining.py FOLDER [--resume] [--die-writing STEP] [--die-at STEP] [field=value]
+"""
+
+import argparse
+import csv
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from nets import tiny_fnet
+
+import idloss.training.checkpoint
+from idloss import HallucinationLoss, create_srnet
+from idloss.data import AlignedFaces
+from idloss.training import Recipe, train
+from idloss.training.hallucination import HallucinationTask
+
+FIELDS = {
+    "iterations": 8,
+    "batch_size": 8,
+    "learning_rate": 1e-3,
+    "log_every": 1,
+    "checkpoint_every": 3,
+    "device": "cpu",
+    "trackers": (),
+    "workers": 0,
+}
+
+
+def tiny_faces(count=20, seed=0):
+    """Smooth random crops, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 7, 6, generator=generator)
+    crops = torch.nn.functional.interpolate(coarse, (112, 96), mode="bilinear")
+    labels = torch.arange(count) // 2
+    return AlignedFaces(
+        crops=(crops * 255).to(torch.uint8),
+        names=tuple(f"{i}.jpg" for i in range(count)),
+        labels=labels,
+        identities=tuple(str(i) for i in range(int(labels.max()) + 1)),
+        template="sphereface",
+    )
+
+
+def tiny_run(folder, *, resume=False, faces=None, fnet=None, srnet=None, weight=0.5, **fields):
+    """Train a very small EDSR; gives the network."""
+    if srnet is None:
+        torch.manual_seed(0)
+        srnet = create_srnet("edsr16_64", depth=1, width=8)
+    criterion = HallucinationLoss(fnet or tiny_fnet(), weight=weight, crop="sphereface")
+    return train(
+        Recipe(**{**FIELDS, "weight": weight, **fields}),
+        folder,
+        resume=resume,
+        faces=tiny_faces() if faces is None else faces,
+        srnet=srnet,
+        criterion=criterion,
+    )
+
+
+def losses(folder):
+    """Loss columns of a run's log, by step."""
+    with (Path(folder) / "training.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name in rows[0] if name not in ("step", "faces_per_second")]
+    return {int(row["step"]): [float(row[name]) for name in names] for row in rows}
+
+
+def weights(folder):
+    """Weights that a run saved at its end."""
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "model" / "model.safetensors")
+
+
+def _die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_writing(step):
+    """Be killed when half of a checkpoint is on the disk."""
+    save = torch.save
+    saved = idloss.training.checkpoint.Checkpoints.save
+
+    def dying(checkpoints, at, **options):
+        if at == step:
+
+            def half(value, place, *rest, **more):
+                save(value, place, *rest, **more)
+                _die()
+
+            torch.save = half
+        saved(checkpoints, at, **options)
+
+    idloss.training.checkpoint.Checkpoints.save = dying
+
+
+def die_at(step):
+    """Be killed between the batch of a step and its end."""
+    batch = HallucinationTask.batch
+
+    def dying(task, draw, crops):
+        if draw.step == step:
+            _die()
+        return batch(task, draw, crops)
+
+    HallucinationTask.batch = dying
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("fields", nargs="*")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--die-writing", type=int)
+    parser.add_argument("--die-at", type=int)
+    arguments = parser.parse_intermixed_args()
+    torch.set_num_threads(1)
+    if arguments.die_writing:
+        die_writing(arguments.die_writing)
+    if arguments.die_at:
+        die_at(arguments.die_at)
+    changed = dict(field.split("=") for field in arguments.fields)
+    try:
+        tiny_run(arguments.folder, resume=arguments.resume, **changed)
+    except (RuntimeError, OSError) as error:
+        sys.exit(str(error))
