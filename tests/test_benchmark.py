@@ -1,4 +1,5 @@
 import re
+from importlib.util import find_spec
 
 import pytest
 from minilfw import mini_lfw
@@ -6,9 +7,12 @@ from minilfw import mini_lfw
 from idloss.benchmark import (
     EvaluationCase,
     LossCase,
+    SearchCase,
     benchmark_evaluation,
     benchmark_loss,
+    benchmark_search,
     format_evaluation,
+    format_search,
     format_timings,
 )
 from idloss.evaluation.results import HR
@@ -43,6 +47,17 @@ def test_both_ways_of_evaluating_agree(tmp_path, monkeypatch):
     assert table.count("|\n") == 5
     apart = float(re.search(r"differ by (\S+) at most", table)[1])
     assert apart <= 2e-3  # OpenCV's warp places pixels to 1/32
+
+
+def test_search_is_timed_with_what_is_installed():
+    case = SearchCase(gallery=300, probes=20, width=8, k=3)
+    searched = benchmark_search(case, rounds=1)
+    assert "610 people, 10 draws" in searched[0].name
+    ways = ["idloss", "FAISS"] if find_spec("faiss") else ["idloss"]
+    assert [one.name for one in searched[1:]] == [f"3 best of 300, {way}" for way in ways]
+    assert all(one.seconds > 0 for one in searched)
+    assert searched[1].cosines == 6000
+    assert format_search(searched).count("\n") == 1 + len(searched)
 
 
 def test_evaluation_needs_pairs(tmp_path):

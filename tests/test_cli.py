@@ -1,4 +1,5 @@
 import io
+import os
 import pickle
 import re
 import shutil
@@ -92,8 +93,16 @@ def test_evaluate_from_end_to_end(lfw, networks, command, tmp_path, capsys):
     assert len(results.cells()) == 3 * (1 + 2 * 2)
     assert results.run["command"][:2] == ["idloss", "evaluate"]
     assert results.run["sizes"]["identification"] == [[7, 6], [14, 12]]
-    table = (out / "table1.md").read_text()
-    assert table in shown
+    captions = {
+        "table1": "Verification accuracy (%)",
+        "table2": "Rank-1 identification rate (%), mean ± deviation of 2 draws",
+        "open_set": "TPIR@FPIR 0.1 (%), mean ± deviation of 2 draws",
+    }
+    for name, caption in captions.items():
+        table = (out / f"{name}.md").read_text()
+        assert table in shown
+        assert table.startswith(f"{caption}: lfw, protocol paper\n\n| FNet")
+        assert ("±" in table.partition("\n")[2]) == (name != "table1")
     made = {path.name for path in (out / "figures").iterdir()}
     for stem in ("table1-by-size", "roc-f-7x6", "similarity-f-14x12", "cmc-f-7x6", "faces-7x6"):
         assert {f"{stem}.png", f"{stem}.pdf"} <= made, made
@@ -146,12 +155,30 @@ def half_a_photo(folder):
     photo.write_bytes(photo.read_bytes()[:700])
 
 
-def half_a_tar(folder):
-    with tarfile.open(folder / "lfw.tar", "w") as archive:
+def half_an_archive(folder, name):
+    with tarfile.open(folder / name, "w:gz" if name.endswith("gz") else "w") as archive:
         archive.add(folder / "lfw", "lfw")
     shutil.rmtree(folder / "lfw")
-    whole = (folder / "lfw.tar").read_bytes()
-    (folder / "lfw.tar").write_bytes(whole[: len(whole) // 2])
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: len(whole) // 2])
+
+
+def half_a_tar(folder):
+    half_an_archive(folder, "lfw.tar")
+
+
+def half_a_tgz(folder):
+    half_an_archive(folder, "lfw.tgz")
+
+
+def one_person_only(folder):
+    rows = "".join(f"Person_0\t{a}\t{b}\n" for a, b in ((1, 2), (1, 3), (1, 4)))
+    others = "".join(f"Person_0\t{a}\tPerson_0\t{b}\n" for a, b in ((2, 3), (2, 4), (3, 4)))
+    (folder / "pairs.txt").write_text(f"1\t3\n{rows}{others}")
+
+
+def no_pairs(folder):
+    (folder / "pairs.txt").write_text("\n\n")
 
 
 def no_points(folder):
@@ -165,7 +192,10 @@ def no_points(folder):
         (wrong_name, r"pairs\.txt:2: there is no image Person_0/Person_0_0009\.jpg"),
         (wrong_point, r"lfw_landmarks\.csv:4: Person_0/Person_0_0004\.jpg: expected ten finite"),
         (half_a_photo, r"Person_1_0002\.jpg: unreadable image"),
-        (half_a_tar, r"lfw\.tar: .*cut short"),
+        (half_a_tar, r"lfw\.tar: .*cut short.* after lfw/Person_\d/"),
+        (half_a_tgz, r"lfw\.tgz: the gzip stream is damaged or cut short"),
+        (one_person_only, r"lfw: 6 pairs in 1 folds; .* give two folds or more"),
+        (no_pairs, r"pairs\.txt: the file is empty"),
         (no_points, r"no landmarks .* --landmarks"),
     ],
 )
@@ -240,6 +270,10 @@ def test_pairs_csv_and_bin(networks, command, tmp_path):
         (["--data-set", "lwf"], "lfw"),
         (["--data-set", "bin", "--people", "x"], "'bin' takes no --people"),
         (["--task", "verify"], "verification"),
+        (["--size", "224x192"], "224x192 is no smaller version of the 112x96 crop"),
+        (["--srnet", "hr=bicubic"], "cannot be called 'hr'"),
+        (["--srnet", "f=bicubic"], "'f' is both an FNet and an SRNet"),
+        (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
     ],
 )
 def test_wrong_words_are_one_line(words, said, lfw, networks, command, tmp_path):
@@ -247,6 +281,31 @@ def test_wrong_words_are_one_line(words, said, lfw, networks, command, tmp_path)
     error = command("evaluate", lfw, *fnet, *words, "--out", tmp_path / "out")
     assert re.search(said, error, re.IGNORECASE), error
     assert "\n" not in error
+
+
+def test_results_that_cannot_be_written_are_told_first(lfw, networks, command, tmp_path):
+    (tmp_path / "file").write_text("")
+    places = [(tmp_path / "file", "file is a file"), (tmp_path / "file" / "x", "file is a file")]
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    if not os.access(closed, os.W_OK):  # root writes anywhere
+        places.append((closed / "out", "closed may not be written to"))
+    for place, said in places:
+        error = command("evaluate", tmp_path / "no data", "--out", place)
+        assert re.search(rf"--out .*{said}; name another folder", error), error
+
+
+def test_photos_without_points_say_what_to_give(networks, command, tmp_path):
+    picture = Image.fromarray(np.zeros((20, 20, 3), np.uint8))
+    for name in "abcd":
+        picture.save(tmp_path / f"{name}.png")
+    (tmp_path / "pairs.csv").write_text("a.png,b.png,1\nc.png,d.png,0\n")
+    words = ["--fnet", networks[0], "--out", tmp_path / "out"]
+    error = command("evaluate", tmp_path / "pairs.csv", *words)
+    assert "put landmarks.csv beside it" in error
+    assert "--crop arcface" in error
+    error = command("evaluate", tmp_path / "pairs.csv", *words, "--crop", "arcface")
+    assert "pairs: 2 pairs in 1 folds" in error
 
 
 def test_cache_is_found_by_another_process(networks):

@@ -1,20 +1,20 @@
 """LFW in all its layouts, its lists, and its download from a real server on loopback."""
 
 import hashlib
-import http.server
 import io
 import shutil
 import sys
 import tarfile
-import threading
 
 import pytest
 import torch
+from _servers import Fault, FileServer
 from test_data_faces import NUMBERS, write
 from test_data_files import jpeg
 
 from idloss.data import DataError, lfw
-from idloss.data.pairs import balanced_folds, contiguous_folds, lfw_name
+from idloss.data.folds import balanced_folds
+from idloss.data.pairs import lfw_name
 from idloss.weights.errors import HashMismatchError
 from idloss.weights.files import Piece
 
@@ -91,15 +91,6 @@ def test_golden_landmarks_and_the_real_lists(golden, shared):
     assert int((labels.bincount() >= 4).sum()) == 610  # the paper's Table 2
 
 
-def test_folds_are_scikit_learns():
-    sklearn = pytest.importorskip("sklearn.model_selection")
-    for count in (10, 17, 6000):
-        theirs = torch.empty(count, dtype=torch.int64)
-        for fold, (_, test) in enumerate(sklearn.KFold(10).split(range(count))):
-            theirs[torch.tensor(test)] = fold
-        assert torch.equal(contiguous_folds(count), theirs)
-
-
 @pytest.mark.parametrize(
     ("old", "new", "line", "what"),
     [
@@ -171,44 +162,50 @@ def host(home, monkeypatch):
         "pairs.txt": PAIRS.encode(),
         "lfw_landmarks.csv": (home / "lfw_landmarks.csv").read_bytes(),
     }
-    asked = []
+    with FileServer() as server:
+        server.files = {f"/{name}": data for name, data in contents.items()}
+        pieces = tuple(
+            Piece(name, f"{server.url}/{name}", hashlib.sha256(data).hexdigest())
+            for name, data in contents.items()
+        )
+        # by its full name: the package exports a function of the module's name
+        monkeypatch.setattr(sys.modules["idloss.data.lfw"], "HOSTED", pieces)
+        monkeypatch.setattr("idloss.weights.http.time.sleep", lambda _: None)
+        yield server
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            data = contents[self.path[1:]]
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
 
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    pieces = tuple(
-        Piece(name, f"{address}/{name}", hashlib.sha256(data).hexdigest())
-        for name, data in contents.items()
-    )
-    # by its full name: the package exports a function of the module's name
-    monkeypatch.setattr(sys.modules["idloss.data.lfw"], "HOSTED", pieces)
-    yield contents, asked
-    server.shutdown()
-    server.server_close()
+def asked(server):
+    return sorted(seen.path for seen in server.seen)
 
 
 def test_download_once(host, tmp_path):
-    _, asked = host
     check(lfw(tmp_path / "new", download=True))
     check(lfw(tmp_path / "new", download=True))
-    assert sorted(asked) == ["/lfw.tgz", "/lfw_landmarks.csv", "/pairs.txt"]
+    assert asked(host) == ["/lfw.tgz", "/lfw_landmarks.csv", "/pairs.txt"]
+
+
+def test_download_goes_on_where_it_broke_off(host, tmp_path):
+    host.faults["/lfw.tgz"] = [Fault(cut=1000)]
+    check(lfw(tmp_path / "new", download=True))
+    assert [seen.range for seen in host.gets("/lfw.tgz")] == [None, "bytes=1000-"]
+
+
+def test_images_that_are_there_are_not_downloaded_again(host, home):
+    (home / "pairs.txt").unlink()
+    check(lfw(home, download=True))
+    assert asked(host) == ["/pairs.txt"]
+
+
+def test_download_goes_into_a_folder(host, home):
+    with tarfile.open(home / "lfw.tar", "w") as tar:
+        tar.add(home / "lfw", "lfw")
+    with pytest.raises(NotADirectoryError, match=r"lfw\.tar is a file; .* into a folder"):
+        lfw(home / "lfw.tar", download=True)
+    assert not asked(host)
 
 
 def test_download_of_another_file_is_refused(host, tmp_path):
-    contents, _ = host
-    contents["pairs.txt"] += b"more"
+    host.files["/pairs.txt"] += b"more"
     with pytest.raises(HashMismatchError, match=r"pairs\.txt is not the pinned file"):
         lfw(tmp_path / "new", download=True)
     assert not (tmp_path / "new" / "pairs.txt").exists()

@@ -81,6 +81,16 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, function, name, proto
     assert not marker.exists()
 
 
+def test_what_a_pickle_sets_does_not_outlive_it(tmp_path):
+    # BUILD sets attributes of what a name stands for: here the default of bytearray
+    state = b"N}(\x8c\x0c__defaults__C\x04evil\x85u\x86b."
+    path = bin_file(tmp_path, b"\x80\x04\x8c\x08builtins\x8c\x09bytearray\x93" + state)
+    with pytest.raises(DataError, match="expected images and labels"):
+        insightface_bin(path)
+    empty = _Reader.allowed["builtins", "bytearray"]()
+    assert empty == b""
+
+
 def test_dotted_names_do_not_slip_through(tmp_path):
     # STACK_GLOBAL lets a pickle ask for an attribute of an attribute
     data = b"\x80\x04\x8c\x08builtins\x8c\x0fbytes.__class__\x93."
@@ -133,6 +143,7 @@ def test_damaged_image_in_a_bin(tmp_path):
         found = insightface_bin(path, skip_missing=True)
     assert found.pairs.first.tolist() == [0, 4, 6]
     assert found.pairs.same.tolist() == [True, True, False]
+    assert found.pairs.fold.tolist() == [0, 2, 3]  # those of the whole list
     assert len(found.faces.skipped) == 1
 
 
@@ -160,6 +171,27 @@ def test_pairs_csv(tmp_path, header):
     assert found.pairs.fold.tolist() == [0, 0, 1]
 
 
+def test_names_may_be_quoted_and_of_any_letters(tmp_path):
+    odd = ["a, b.jpg", "Zoë 李.jpg", "c.jpg"]
+    images = {name: jpeg(seed=i) for i, name in enumerate(odd)}
+    table = 'first,second,same\n"a, b.jpg",Zoë 李.jpg,1\n"c.jpg", "a, b.jpg",0\n'
+    found = pairs_csv(write(tmp_path, {"pairs.csv": table, **images}) / "pairs.csv")
+    assert found.faces.names == tuple(odd)
+    assert found.pairs.second.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "folds"), [((3, 12), [0, 1, 2]), ((25, 12), list(range(10))), ((1, 5), [0])]
+)
+def test_there_are_no_more_folds_than_pairs_of_a_kind(tmp_path, kinds, folds):
+    images = {f"{n}.jpg": jpeg(size=(9, 9)) for n in range(2 * max(kinds))}
+    rows = [f"{2 * n}.jpg,{2 * n + 1}.jpg,1\n" for n in range(kinds[0])]
+    rows += [f"{n}.jpg,{n + 2}.jpg,0\n" for n in range(kinds[1])]
+    pairs = pairs_csv(write(tmp_path, {"pairs.csv": "".join(rows), **images}) / "pairs.csv").pairs
+    both = set(pairs.fold[pairs.same].tolist()) & set(pairs.fold[~pairs.same].tolist())
+    assert sorted(both) == folds
+
+
 def test_pairs_csv_beside_landmarks(tmp_path):
     table = "\n".join([HEADER, f"c.jpg,{NUMBERS},3", f"a.jpg,{NUMBERS},3", f"b/b.jpg,{NUMBERS},4"])
     path = listed(tmp_path, "a.jpg,c.jpg,1\n", **{"landmarks.csv": table})
@@ -181,6 +213,15 @@ def test_pairs_csv_beside_landmarks(tmp_path):
 def test_faulty_rows_are_named_with_their_line(tmp_path, row, what):
     with pytest.raises(DataError, match=rf"pairs\.csv:2: .*{what}"):
         pairs_csv(listed(tmp_path, f"a.jpg,b/b.jpg,1\n{row}\n"))
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [(b"b\xff.jpg,c.jpg,1", "not UTF-8 text"), (b"a" * 200_000 + b",c.jpg,1", "not a row")],
+)
+def test_lines_that_are_no_text_are_named(tmp_path, row, what):
+    with pytest.raises(DataError, match=rf"pairs\.csv:3: {what}"):
+        pairs_csv(listed(tmp_path, b"a.jpg,b/b.jpg,1\n\n" + row + b"\n"))
 
 
 def test_skipping_is_recorded(tmp_path):

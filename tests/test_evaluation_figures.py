@@ -12,7 +12,6 @@ import idloss.evaluation.figures as figures_module
 from idloss.evaluation.figures import (
     accuracy_figure,
     cmc_figure,
-    method_styles,
     picture_sheet,
     roc_figure,
     save_figure,
@@ -20,7 +19,8 @@ from idloss.evaluation.figures import (
 )
 from idloss.evaluation.intervals import estimate
 from idloss.evaluation.results import HR, Cell, Results
-from idloss.evaluation.verification import roc
+from idloss.evaluation.roc import roc
+from idloss.evaluation.styles import method_styles
 
 METHODS = ("bilinear", "bicubic", "edsr16_64", "edsr16_64_id", "edsr32_256", "edsr32_256_id")
 SIZES = ((7, 6), (14, 12), (16, 16), (28, 24))
@@ -36,6 +36,8 @@ def run():
             for step, size in enumerate(SIZES):
                 value = 0.5 + 0.02 * number + 0.1 * step
                 repeats = value + 0.01 * rng.standard_normal(10)
+                if name == METHODS[0]:
+                    repeats = [value - 0.2, value + 0.2]  # an interval beyond 0 and 100 %
                 results.add(
                     Cell("verification", fnet, name, *size), {"accuracy": estimate(repeats)}
                 )
@@ -112,13 +114,17 @@ def test_figures_are_saved_and_nothing_is_cut_off_or_overlaps(run, scores, tmp_p
                 assert across <= 1 or down <= 1, (name, text, other_text)
 
 
+def drawn_bars(axes):
+    return {bars.get_label(): bars for bars in axes.containers}
+
+
 def test_accuracy_figure_shows_the_figures(run):
     figure = accuracy_figure(run)
     assert len(figure.axes) == 2
     first = figure.axes[0]
     ticks = [label.get_text() for label in first.get_xticklabels()]
     assert ticks == [f"{h}\N{MULTIPLICATION SIGN}{w}" for h, w in SIZES]
-    drawn = {bars.get_label(): bars.lines[0].get_ydata() for bars in first.containers}
+    drawn = {name: bars.lines[0].get_ydata() for name, bars in drawn_bars(first).items()}
     for name in METHODS:
         expected = [
             100 * run.value(Cell("verification", "sface", name, *size), "accuracy")
@@ -127,6 +133,13 @@ def test_accuracy_figure_shows_the_figures(run):
         np.testing.assert_allclose(drawn[name], expected)
     assert "%" in first.get_ylabel()
     assert "pixels" in first.get_xlabel()
+    # bars stand side by side, and none is longer than a share can be
+    places = {name: bars.lines[0].get_xdata() for name, bars in drawn_bars(first).items()}
+    assert len({places[name][0] for name in METHODS}) == len(METHODS)
+    for bars in first.containers:
+        ends = np.concatenate([segment[:, 1] for segment in bars.lines[2][0].get_segments()])
+        assert ends.min() >= 0
+        assert ends.max() <= 100
     with pytest.raises(ValueError, match="no 'eer' for verification; it has accuracy"):
         accuracy_figure(run, metric="eer")
 
@@ -147,9 +160,9 @@ def test_methods_look_the_same_in_every_figure(run, scores):
     values, same = scores
     axes = roc_figure({name: roc(row, same) for name, row in values.items()}).axes[0]
     colours = {line.get_label().split(" ")[0]: line.get_color() for line in axes.lines}
-    bars = {b.get_label(): b.lines[0].get_color() for b in accuracy_figure(run).axes[0].containers}
+    bars = drawn_bars(accuracy_figure(run).axes[0])
     for name in METHODS:
-        assert colours[name] == bars[name] == styles[name].colour
+        assert colours[name] == bars[name].lines[0].get_color() == styles[name].colour
 
 
 def test_colours_stay_apart_for_the_colour_blind():

@@ -1,13 +1,11 @@
 import numpy as np
 import pytest
-import torch
 
 from idloss.evaluation import identification
 from idloss.evaluation.identification import (
     draw_galleries,
     identify,
     identify_open_set,
-    search,
 )
 
 
@@ -139,69 +137,9 @@ def test_open_set_equals_loops(monkeypatch, block_bytes):
     assert list(found.summarise()) == ["tpir@fpir=0.3", "tpir@fpir=0.1", "tpir@fpir=0.01"]
 
 
-@pytest.mark.parametrize("block_bytes", [1, 5000, 60000, 2**24])
-@pytest.mark.parametrize("k", [1, 7])
-def test_search_equals_full_sort(block_bytes, k):
-    rng = np.random.default_rng(0)
-    gallery = rng.standard_normal((501, 12)) * rng.uniform(0.1, 10, (501, 1))
-    probes = rng.standard_normal((23, 12))
-    found = search(gallery, probes, k, block_bytes=block_bytes)
-    full = np.array([[cosine(probe, row) for row in gallery] for probe in probes])
-    order = np.argsort(-full, axis=1)[:, :k]
-    np.testing.assert_array_equal(found.places.numpy(), order)
-    np.testing.assert_allclose(found.scores.numpy(), np.take_along_axis(full, order, 1), atol=1e-6)
-
-
-def test_search_equals_faiss():
-    faiss = pytest.importorskip("faiss")
-    rng = np.random.default_rng(0)
-    gallery = rng.standard_normal((4000, 64), dtype=np.float32)
-    gallery /= np.linalg.norm(gallery, axis=1, keepdims=True)
-    probes = rng.standard_normal((50, 64), dtype=np.float32)
-    probes /= np.linalg.norm(probes, axis=1, keepdims=True)
-    scores, places = faiss.knn(probes, gallery, 5, metric=faiss.METRIC_INNER_PRODUCT)
-    found = search(gallery, torch.from_numpy(probes), 5, block_bytes=2**18)
-    np.testing.assert_array_equal(found.places.numpy(), places)
-    np.testing.assert_allclose(found.scores.numpy(), scores, atol=1e-6)
-
-
-def test_search_stays_within_its_memory(tmp_path, monkeypatch):
-    """The rows read at once, and the scores, from a gallery on disk."""
-    path = tmp_path / "gallery.npy"
-    np.save(path, np.random.default_rng(0).standard_normal((20000, 32), dtype=np.float32))
-    gallery = np.load(path, mmap_mode="r")
-    taken = []
-    norms = identification._norms
-
-    def watched(embeddings, what, start=0):
-        if what == "gallery":
-            taken.append(embeddings.numel())
-        return norms(embeddings, what, start)
-
-    monkeypatch.setattr(identification, "_norms", watched)
-    probes = torch.from_numpy(gallery[::2000].copy())
-    found = search(gallery, probes, 1, block_bytes=2**18)
-    assert found.places.squeeze(1).tolist() == list(range(0, 20000, 2000))
-    assert sum(taken) == gallery.size
-    rows = max(taken) // 32
-    assert 0.4 * 2**18 < 4 * rows * (32 + 1 + len(probes)) <= 2**18
-
-
-def test_search_of_nothing():
-    found = search(np.ones((3, 2)), np.ones((0, 2)), 2)
-    assert found.scores.shape == found.places.shape == (0, 2)
-
-
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: search(np.ones((5, 4)), np.ones((2, 3))), r"\[5, 4\] and \[2, 3\]"),
-        (lambda: search(np.ones((5, 4)), np.ones((2, 4)), 6), r"1\.\.5.*got 6"),
-        (lambda: search(np.ones((5, 4)), np.ones((2, 4)), block_bytes=0), "positive, got 0"),
-        (
-            lambda: search(np.array([[1.0], [np.nan]]), np.ones((2, 1))),
-            "gallery embedding 1 is not finite",
-        ),
         (lambda: identify(np.ones((4, 2)), np.ones((4, 2)), list("aabb")), "0 of 2 subjects"),
         (
             lambda: identify(np.ones((8, 2)), np.full((8, 2), np.nan), list("aaaabbbb")),

@@ -9,8 +9,9 @@ from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from idloss.evaluation.compare import compare, comparison_table, mcnemar, paired_t
+from idloss.evaluation.environment import environment
 from idloss.evaluation.intervals import estimate
-from idloss.evaluation.results import COLUMNS, HR, Cell, Results, environment, paper_table
+from idloss.evaluation.results import COLUMNS, HR, Cell, Results, paper_table
 
 # Table 1 of the paper, SFace
 TABLE_1 = {
@@ -251,13 +252,13 @@ def test_compare_tests_identification_over_draws():
     found = {one.cell_a: one for one in compare(first, second)}
     assert len(found) == 6
     for cell, one in found.items():
-        name = "rank1" if cell.task == "identification" else "tpir"
-        a, b = (run.arrays[cell][name] for run in (first, second))
+        closed = cell.task == "identification"
+        a, b = (run.arrays[cell]["rank1" if closed else "tpir"] for run in (first, second))
         a, b = (x if x.ndim == 1 else x[:, 0] for x in (a, b))
         assert one.p == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-9)
         wins = (b > a).sum()
         assert one.p_sign == pytest.approx(stats.binomtest(wins, 10).pvalue)
-        assert one.metric == name
+        assert one.metric == ("rank1" if closed else "tpir@fpir=0.1")
 
 
 @pytest.mark.parametrize(

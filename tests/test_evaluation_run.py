@@ -13,6 +13,7 @@ from torch import nn
 
 from idloss import create_fnet, create_srnet
 from idloss.data import DataError, EvaluationSet, Pairs, SyntheticFaces
+from idloss.evaluation import passes
 from idloss.evaluation import store as store_module
 from idloss.evaluation.compare import compare, comparison_table
 from idloss.evaluation.folding import folded
@@ -203,6 +204,60 @@ def test_tasks_share_embeddings(data, fnet, srnets, calls):
     assert alone.arrays[Cell("open_set", "f", HR, 112, 96)]["tpir"].shape == (3, 3)
 
 
+def test_faces_are_read_once_for_all_tasks(data, fnet, srnets, monkeypatch):
+    read = []
+    real = passes.read_batch
+
+    def watched(faces, places, template):
+        read.extend(places)
+        return real(faces, places, template)
+
+    monkeypatch.setattr(passes, "read_batch", watched)
+    tasks = ("verification", "identification", "open_set")  # the first has other sizes
+    found = evaluate(data, {"f": fnet}, srnets, tasks=tasks, cache=False, progress=False)
+    assert sorted(read) == list(range(len(data.faces)))
+    sizes = {task: {cell.size for cell in found.cells(task) if cell.srnet != HR} for task in tasks}
+    assert sizes["verification"] == {"7x6", "14x12", "16x16", "28x24"}
+    assert sizes["identification"] == sizes["open_set"] == {"7x6", "14x12", "16x14", "18x16"}
+
+
+def test_interrupted_run_goes_on_where_it_left_off(data, fnet, home, calls, monkeypatch):
+    class Interrupted(nn.Module):
+        """Ctrl-C at the fourth batch, once."""
+
+        seen = 0
+
+        def forward(self, x):
+            type(self).seen += 1
+            if self.seen == 4:
+                raise KeyboardInterrupt
+            return x
+
+    def work():
+        return evaluate(
+            data, {"f": fnet}, {"n": Interrupted()}, SIZES[:1], batch_size=1, progress=False
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    kept = sum(len(EmbeddingStore(home).known(key.name)) for key in home.iterdir())
+    assert kept >= 3 + 3  # at full resolution and degraded
+    calls.clear()
+    work()
+    faces = len(torch.cat((data.pairs.first, data.pairs.second)).unique())
+    folding = 3  # folding batch norm tries the network three times
+    assert len(calls) == faces + len(data.pairs.second.unique()) - kept + folding
+
+
+def test_embeddings_do_not_wait_in_memory_for_long(data, fnet, srnets, home, monkeypatch):
+    monkeypatch.setattr(passes, "FLUSH_SECONDS", 0.0)
+    found = run(data, {"f": fnet}, srnets, batch_size=1)
+    assert len([*home.rglob("*.npz")]) > len(data.faces)  # a file for each batch and variant
+    whole = run(data, {"f": fnet}, srnets, cache=False)
+    for cell, arrays in whole.arrays.items():
+        np.testing.assert_allclose(found.arrays[cell]["scores"], arrays["scores"], atol=2e-6)
+
+
 def test_changed_face_is_embedded_anew(data, fnet, calls):
     run(data, {"f": fnet}, {})
     calls.clear()
@@ -345,8 +400,9 @@ def test_unreadable_faces_are_counted_named_and_skipped_only_when_asked(data, fn
     assert "0/1.jpg" in str(caught.value)
     with pytest.warns(UserWarning, match="left out"):
         found = run(broken, {"f": fnet}, srnets, skip_missing=True, tasks=("verification",))
-    assert found.run["pairs"] == len(data.pairs) - 3
+    assert found.run["judged"]["verification"]["pairs"] == len(data.pairs) - 3
     assert len(found.run["data"]["skipped"]) == 2
+    assert found.run["skip_missing"] is True
     intact = run(data, {"f": fnet}, srnets)
     kept = ~np.isin(data.pairs.second.numpy(), (1, 6))
     np.testing.assert_allclose(
@@ -383,8 +439,16 @@ def test_own_gallery_is_searched(data, fnet, srnets):
     right = (rows[mated] * rows[gallery].repeat(2, 1)).sum(1)
     top = (rows[mated] @ rows[gallery].T).amax(1)
     expected = ((right >= top - 1e-6) & (right > stranger)).float().mean()
-    tpir = found.value(Cell("open_set", "f", HR, 112, 96), "tpir@fpir=0.01")
-    assert tpir == pytest.approx(float(expected))
+    open_hr = Cell("open_set", "f", HR, 112, 96)
+    assert found.value(open_hr, "tpir@fpir=0.01") == pytest.approx(float(expected))
+    # one gallery, no draws: runs are compared probe by probe
+    laxest = found.arrays[open_hr]["correct"]
+    assert laxest.mean() == pytest.approx(found.value(open_hr, "tpir@fpir=0.3"))
+    compared = {one.metric: one for one in compare(found, found, srnets=("bilinear", "tiny"))}
+    assert set(compared) == {"rank1", "tpir@fpir=0.3"}
+    assert {one.test for one in compared.values()} == {"McNemar, exact"}
+    with pytest.raises(ValueError, match="own has no probes of strangers"):
+        run(replace(own, probes={"near": near}), {"f": fnet}, {}, tasks=("open_set",))
 
 
 def test_results_round_trip_and_compare(data, fnet, srnets, tmp_path):
@@ -404,10 +468,22 @@ def test_results_round_trip_and_compare(data, fnet, srnets, tmp_path):
         compare(found, other)
 
 
+def test_runs_are_compared_where_they_hold_the_same(data, fnet, srnets):
+    srnets = {name: srnets[name] for name in ("bicubic", "tiny")}
+    few = run(data, {"f": fnet}, srnets)
+    many = run(data, {"f": fnet}, srnets, tasks=("verification", "open_set"), draws=2)
+    assert {one.cell_a.task for one in compare(few, many)} == {"verification"}
+    other = run(data, {"f": fnet}, srnets, tasks=("open_set",), draws=2, seed=1)
+    with pytest.raises(ValueError, match="the gallery draws of the runs differ"):
+        compare(many, other)
+    assert {one.test for one in compare(many, many)} == {"McNemar, exact", "paired t"}
+
+
 def test_run_says_what_it_takes_to_do_it_again(data, fnet, srnets):
     about = run(data, {"f": fnet}, srnets, seed=7).run
     assert about["protocol"]["name"] == "paper"
     assert about["seed"] == 7
+    assert about["skip_missing"] is False
     assert about["sizes"] == {"verification": [list(size) for size in SIZES]}
     assert set(about["networks"]) == {"f", *srnets}
     assert all(len(net["weights"]) == 64 for net in about["networks"].values())
@@ -420,11 +496,43 @@ def test_run_says_what_it_takes_to_do_it_again(data, fnet, srnets):
         ({"protocol": "papr"}, "paper"),
         ({"tasks": ("verify",)}, "verification"),
         ({"probe": "first"}, "second"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
+        ({"device": "gpu"}, "device 'gpu' cannot be used here"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
     ],
 )
 def test_unknown_words_say_what_is_known(data, fnet, options, message):
     with pytest.raises(ValueError, match=message):
         run(data, {"f": fnet}, {}, **options)
+
+
+@pytest.mark.parametrize("size", [(112, 112), (224, 192), (0, 6), (7, -6)])
+def test_probes_are_smaller_than_the_crop(data, fnet, size):
+    with pytest.raises(ValueError, match=rf"{size[0]}x{size[1]} is no smaller version of the 112x"):
+        evaluate(data, {"f": fnet}, {}, [size])
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [("hr", "cannot be called 'hr'"), ("lr", "cannot be called 'lr'"), ("f", "'f' is both")],
+)
+def test_labels_mean_one_thing(data, fnet, srnets, label, message):
+    with pytest.raises(ValueError, match=message):
+        run(data, {"f": fnet}, {label: srnets["tiny"]})
+    with pytest.raises(ValueError, match="no FNet to measure"):
+        run(data, {}, srnets)
+
+
+def test_pairs_that_cannot_be_judged_cost_no_time(data, fnet, calls):
+    second = ~data.pairs.same | (data.pairs.fold == 0)
+    for keep, message in (
+        (data.pairs.fold == 0, "drawn: 8 pairs in 1 folds"),
+        (second, "drawn: fold 2 of 2 has 0 pairs of one person and 4 of two"),
+        (torch.zeros(16, dtype=torch.bool), "drawn: 0 pairs in 0 folds"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(replace(data, pairs=data.pairs.select(keep)), {"f": fnet}, {})
+    assert not calls
 
 
 def test_batch_fits_the_machine(fnet, srnets, monkeypatch):

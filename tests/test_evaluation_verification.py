@@ -2,32 +2,21 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import KFold
 
-from idloss.evaluation.intervals import (
-    estimate,
-    sign_test,
-    student_t_quantile,
-    student_t_two_sided,
-)
-from idloss.evaluation.protocols import PROTOCOLS
-from idloss.evaluation.verification import (
-    FAR_TARGETS,
+from idloss.data.folds import contiguous_folds
+from idloss.evaluation.kfold import (
     PAPER_RULE,
     SPHEREFACE_RULE,
     STANDARD_RULE,
-    bootstrap,
-    bootstrap_accuracy,
-    centred_scores,
-    contiguous_folds,
-    far_threshold,
     kfold,
-    pair_scores,
-    roc,
-    summarise,
     verify,
 )
+from idloss.evaluation.protocols import PROTOCOLS
+from idloss.evaluation.roc import roc
+from idloss.evaluation.scores import centred_scores, pair_scores
+from idloss.evaluation.verification import summarise
 
 
 def random_pairs(count, width=24, noise=1.0, seed=0, offset=0.0):
@@ -112,7 +101,7 @@ def test_scores_that_tie_with_thresholds(rule):
     places = rng.integers(grid.size // 2, grid.size // 2 + 12, size=200)
     same = rng.random(200) < 0.5
     result = kfold(grid[places], same, rule)
-    fold_of = contiguous_folds(200)
+    fold_of = contiguous_folds(200).numpy()
     for fold in range(10):
         correct = []
         for threshold in grid:
@@ -137,23 +126,16 @@ def test_sphereface_survives_embeddings_that_lie_close_together():
     np.testing.assert_allclose(shifted, plain, atol=1e-8)
 
 
-@pytest.mark.parametrize("count", [600, 607, 61])
-def test_folds_equal_scikit_learn_and_released_code(count):
-    first = contiguous_folds(count, 10, "first")
-    for fold, (_, test) in enumerate(KFold(n_splits=10, shuffle=False).split(np.arange(count))):
-        np.testing.assert_array_equal(np.flatnonzero(first == fold), test)
-    spread = contiguous_folds(count, 10, "spread")
-    for fold in range(10):
-        cuts = range(int(fold * count / 10), int((fold + 1) * count / 10))
-        np.testing.assert_array_equal(np.flatnonzero(spread == fold), list(cuts))
-
-
 def test_folds_may_be_given_in_any_order():
     left, right, same = random_pairs(300, noise=2.0)
     order = np.random.default_rng(0).permutation(300)
     plain = verify(left, right, same, PAPER_RULE)
     mixed = verify(
-        left[order], right[order], same[order], PAPER_RULE, folds=contiguous_folds(300)[order]
+        left[order],
+        right[order],
+        same[order],
+        PAPER_RULE,
+        folds=contiguous_folds(300).numpy()[order],
     )
     np.testing.assert_array_equal(mixed.accuracies, plain.accuracies)
     np.testing.assert_array_equal(mixed.correct, plain.correct[order])
@@ -165,86 +147,6 @@ def test_zero_embedding_has_cosine_zero():
     np.testing.assert_allclose(pair_scores(left, right), [0, 1])
     reference = torch.nn.CosineSimilarity()(torch.tensor(left), torch.tensor(right))
     np.testing.assert_allclose(pair_scores(left, right), reference.numpy())
-
-
-@pytest.mark.parametrize("levels", [None, 15])
-def test_roc_figures_equal_scikit_learn(levels):
-    rng = np.random.default_rng(0)
-    same = rng.random(3000) < 0.4
-    scores = same * 0.8 + rng.standard_normal(3000)
-    if levels:  # many ties
-        scores = np.round(scores * levels / 6)
-    curve = roc(scores, same)
-    far, tar, _ = roc_curve(same, scores, drop_intermediate=False)
-    np.testing.assert_allclose(curve.far, far)
-    np.testing.assert_allclose(curve.tar, tar)
-    assert curve.auc == pytest.approx(roc_auc_score(same, scores), abs=1e-12)
-    for target in (*FAR_TARGETS, 0.5, 1.0):
-        expected = tar[far <= target].max()
-        assert curve.tar_at(target) == pytest.approx(expected)
-        threshold = far_threshold(scores, same, target)
-        assert (scores[same] > threshold).mean() == pytest.approx(expected)
-        assert (scores[~same] > threshold).mean() <= target
-    # the rate at which FAR and FRR meet, found by bisection along the same straight lines
-    walk = np.linspace(0, len(far) - 1, 400001)
-    far_line, frr_line = (np.interp(walk, np.arange(len(far)), y) for y in (far, 1 - tar))
-    assert curve.eer == pytest.approx(far_line[np.abs(far_line - frr_line).argmin()], abs=1e-4)
-
-
-def test_roc_ends():
-    same = np.array([1, 1, 0, 0])
-    perfect = roc([0.9, 0.8, 0.2, 0.1], same)
-    assert (perfect.auc, perfect.eer, perfect.tar_at(1e-4)) == (1, 0, 1)
-    reversed_ = roc([0.1, 0.2, 0.8, 0.9], same)
-    assert (reversed_.auc, reversed_.eer, reversed_.tar_at(1e-4)) == (0, 1, 0)
-    constant = roc([0.5] * 4, same)
-    assert (constant.auc, constant.eer, constant.tar_at(0.1)) == (0.5, 0.5, 0)
-
-
-def test_bootstrap_equals_resampling_one_by_one():
-    """Samples rebuilt from the same seed and judged by scikit-learn."""
-    rng = np.random.default_rng(0)
-    same = rng.random(200) < 0.5
-    scores = same * 1.0 + rng.standard_normal(200)
-    found = bootstrap(scores, same, draws=20, seed=7)
-    order = np.argsort(-scores, kind="stable")
-    streams = np.random.default_rng(7).spawn(2)
-    classes = [np.flatnonzero(same[order]), np.flatnonzero(~same[order])]
-    picks = [
-        places[stream.integers(places.size, size=(20, places.size))]
-        for places, stream in zip(classes, streams, strict=True)
-    ]
-    for draw in range(20):
-        sample = order[np.concatenate([pick[draw] for pick in picks])]
-        assert found["auc"][draw] == pytest.approx(roc_auc_score(same[sample], scores[sample]))
-        expected = roc(scores[sample], same[sample])
-        assert found["eer"][draw] == pytest.approx(expected.eer)
-        for target in FAR_TARGETS:
-            assert found[f"tar@far={target:g}"][draw] == pytest.approx(expected.tar_at(target))
-
-
-def test_bootstrap_is_seeded_and_independent_of_block_size():
-    same = np.arange(300) % 2 == 0
-    scores = same + np.random.default_rng(0).standard_normal(300)
-    whole = bootstrap(scores, same, draws=30, seed=1)
-    blocks = bootstrap(scores, same, draws=30, seed=1, block_bytes=1)
-    other = bootstrap(scores, same, draws=30, seed=2)
-    for name, figures in whole.items():
-        np.testing.assert_allclose(blocks[name], figures, rtol=1e-12)
-    assert not np.array_equal(whole["auc"], other["auc"])
-
-
-def test_bootstrap_agrees_with_theory():
-    """The spread of a mean of right answers is known."""
-    rng = np.random.default_rng(0)
-    same = np.arange(2000) % 2 == 0
-    scores = same * 1.5 + rng.standard_normal(2000)
-    result = kfold(scores / 10, same)
-    sampled = bootstrap_accuracy(result, draws=4000, seed=0)
-    p = result.accuracies
-    expected = np.sqrt((p * (1 - p) / 200).mean() / 10)
-    assert sampled.mean() == pytest.approx(result.accuracy, abs=3 * expected / np.sqrt(4000))
-    assert sampled.std() == pytest.approx(expected, rel=0.05)
 
 
 def test_summary_names_and_orders_everything():
@@ -301,31 +203,3 @@ def test_bad_embeddings_are_named():
         verify(good, good, [0, 1] * 10, PAPER_RULE, folds=[0, 2] * 10)
     with pytest.raises(ValueError, match="all 4 pairs have the label 1"):
         roc([1, 2, 3, 4], [1, 1, 1, 1])
-
-
-@pytest.mark.parametrize("degrees", [1, 2, 3.5, 9, 120])
-def test_student_t_equals_scipy(degrees):
-    for t in (0.0, 0.3, 1.0, 2.5, 12.0, 500.0):
-        assert student_t_two_sided(t, degrees) == pytest.approx(
-            2 * stats.t.sf(t, degrees), rel=1e-10
-        )
-    for level in (0.5, 0.9, 0.95, 0.999):
-        assert student_t_quantile(level, degrees) == pytest.approx(
-            stats.t.ppf((1 + level) / 2, degrees), rel=1e-9
-        )
-
-
-def test_sign_test_equals_scipy():
-    for wins, losses in ((0, 0), (3, 3), (10, 3), (1, 40), (700, 640), (2500, 3100)):
-        expected = stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1
-        assert sign_test(wins, losses) == pytest.approx(expected, rel=1e-9)
-
-
-def test_estimate_of_one_repeat_has_no_interval():
-    only = estimate([0.7])
-    assert only.value == 0.7
-    assert np.isnan(only.low)
-    with pytest.raises(ValueError, match="level must lie"):
-        estimate([0.1, 0.2], level=95)
-    with pytest.raises(ValueError, match="R >= 1"):
-        estimate([])

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from idloss.benchmark.timing import in_own_process, resident_peak
 from idloss.data import EvaluationSet, FileFaces, Pairs, open_evaluation
 from idloss.encoder import FaceEncoder
-from idloss.evaluation.embedding import Size
 from idloss.evaluation.results import HR
 from idloss.evaluation.run import PAPER_SIZES, evaluate
 from idloss.geometry import fit_similarity, get_template
 from idloss.registry import create_fnet, create_srnet
+from idloss.sizes import Size
 
 METHODS = ("bilinear", "bicubic")
 Scores = dict[tuple[str, Size], NDArray[np.float64]]
@@ -251,7 +251,4 @@ def _some(pairs: Pairs, count: int) -> Pairs:
     for one in group.unique():
         members = (group == one).nonzero().flatten()
         rank[members] = torch.arange(len(members))
-    chosen = rank.argsort(stable=True)[:count].sort().values
-    return Pairs(
-        *(column[chosen] for column in (pairs.first, pairs.second, pairs.same, pairs.fold))
-    )
+    return pairs.select(rank.argsort(stable=True)[:count].sort().values)

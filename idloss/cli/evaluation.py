@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import typer
 if TYPE_CHECKING:
     from idloss.data import EvaluationSet
     from idloss.evaluation.results import Task
-    from idloss.evaluation.run import Probe
+    from idloss.evaluation.tasks import Probe
 
 # typer wants lists as defaults; nobody changes them
 _FNETS = ["sface"]
@@ -53,8 +54,8 @@ def evaluate(
         str | None,
         typer.Option(help="The pictures are crops of this template, of any size: no landmarks."),
     ] = None,
-    draws: Annotated[int, typer.Option(help="Random galleries.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of the galleries and the bootstrap.")] = 0,
+    draws: Annotated[int, typer.Option(min=1, help="Random galleries.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Of the galleries and the bootstrap.")] = 0,
     device: Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:1', ...")] = "cpu",
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Faces at a time. [default: by the machine]")
@@ -74,10 +75,11 @@ def evaluate(
     from idloss.evaluation.embedding import Bench
     from idloss.evaluation.protocols import get_protocol
     from idloss.evaluation.report import write_figures, write_sheets, write_tables
-    from idloss.evaluation.run import PAPER_SIZES
     from idloss.evaluation.run import evaluate as run
 
-    fixed = get_protocol(protocol)  # a wrong name is told before gigabytes are read
+    # what is wrong with these is told before gigabytes are read and hours are spent
+    fixed = get_protocol(protocol)
+    _require_writable(out)
     sizes = parse_sizes(size) if size else None
     found = _open(
         data,
@@ -110,14 +112,18 @@ def evaluate(
     written = results.save(out / "results.json")
     tables = write_tables(results, out)
     written += tables
+    drawn: list[Path] = []
     if figures:
-        written += write_figures(results, out / "figures")
+        drawn += write_figures(results, out / "figures")
         if faces:
-            bench = Bench(fnets, srnets, sizes or PAPER_SIZES["verification"], fixed, faces, device)
-            written += write_sheets(bench, found, faces, out / "figures")
+            used = tuple((h, w) for own in results.run["sizes"].values() for h, w in own)
+            bench = Bench(fnets, srnets, used, fixed, faces, device)
+            drawn += write_sheets(bench, found, faces, out / "figures", progress=True)
     for table in tables.values():
         typer.echo(f"\n{table}", nl=False)
-    typer.echo(f"\n{len(written)} files in {out}: " + ", ".join(_names(written, out)))
+    typer.echo(f"\nIn {out}: {', '.join(path.name for path in written)}")
+    if drawn:
+        typer.echo(f"In {out / 'figures'}: {len(drawn) // 2} figures, each as PNG and PDF")
 
 
 def compare(
@@ -157,19 +163,17 @@ def _open(
         own = replace(found.faces, template=get_template(crop).name, landmarks=None)
         return replace(found, faces=own)
     if found.faces.template is None and found.faces.landmarks is None:
+        way = "put landmarks.csv beside it" if kind == "pairs" else "name a table with --landmarks"
         raise ValueError(
-            f"{path} has no landmarks to align its photos by; name the table with --landmarks, or "
-            "the template the pictures are aligned to with --crop sphereface or --crop arcface"
+            f"{path} has no landmarks to align its photos by; {way}, or name the template the "
+            "pictures are aligned to with --crop sphereface or --crop arcface"
         )
     return found
 
 
-def _names(files: list[Path], folder: Path) -> list[str]:
-    """Files below a folder, those that differ in the ending alone as one."""
-    endings: dict[Path, list[str]] = {}
-    for file in files:
-        endings.setdefault(file.relative_to(folder).with_suffix(""), []).append(file.suffix)
-    return [
-        f"{stem}{{{','.join(own)}}}" if len(own) > 1 else f"{stem}{own[0]}"
-        for stem, own in endings.items()
-    ]
+def _require_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "may not be written to" if there.is_dir() else "is a file"
+        raise ValueError(f"--out {folder}: {there} {why}; name another folder")

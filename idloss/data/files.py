@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import mmap
 import os
-import shutil
 import tarfile
 import tempfile
 import zlib
@@ -14,9 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from huggingface_hub.utils.tqdm import tqdm
+
 from idloss.data.faults import DataError, Fault
 
 GZIP_MAGIC = b"\x1f\x8b"
+BLOCK = 1 << 20
+"""Bytes unpacked at a time."""
 
 
 class Files(Protocol):
@@ -144,9 +147,14 @@ class TarFiles:
 
     def _unpack(self, packed: IO[bytes], unpacked: IO[bytes]) -> None:
         packed.seek(0)
+        whole = self.path.stat().st_size
+        what = f"unpacking {self.path.name}"
+        bar = tqdm(total=whole, desc=what, unit="B", unit_scale=True, delay=2)
         try:
-            with gzip.open(packed) as stream:
-                shutil.copyfileobj(stream, unpacked, 1 << 20)
+            with bar, gzip.open(packed) as stream:
+                while block := stream.read(BLOCK):
+                    unpacked.write(block)
+                    bar.update(packed.tell() - bar.n)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise self._damaged(f"the gzip stream is damaged or cut short ({error})") from error
         unpacked.flush()

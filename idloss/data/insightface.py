@@ -6,15 +6,18 @@ import io
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.utils.tqdm import tqdm
 
 from idloss.data.faults import DataError, Fault, settle
 from idloss.data.files import MemoryFiles, read_file
-from idloss.data.pairs import EvaluationSet, Pairs, contiguous_folds
+from idloss.data.folds import contiguous_folds
+from idloss.data.pairs import EvaluationSet, Pairs
 from idloss.data.source import FileFaces
 
 
@@ -111,7 +114,8 @@ class _Reader(pickle.Unpickler):
     """Builds lists, tuples, arrays and bytes; every name outside a short list is refused.
 
     Even the names on the list are not looked up: harmless stand-ins of this module are given, so
-    that a pickle reaches neither numpy nor anything else.
+    that a pickle reaches neither numpy nor anything else. Each is a function made on the spot: a
+    pickle may set attributes of what it is given, which must not outlive it.
     """
 
     allowed = _allowed()
@@ -122,7 +126,8 @@ class _Reader(pickle.Unpickler):
             raise pickle.UnpicklingError(
                 f"it asks for {module}.{name}; only lists, tuples, arrays and bytes are read"
             )
-        return self.allowed[module, name]
+        stand_in = self.allowed[module, name]
+        return lambda *arguments: stand_in(*arguments)
 
 
 def insightface_bin(path: str | os.PathLike[str], *, skip_missing: bool = False) -> EvaluationSet:
@@ -160,15 +165,14 @@ def insightface_bin(path: str | os.PathLike[str], *, skip_missing: bool = False)
     names = tuple(f"{i:05d}" for i in range(len(images)))
     files = MemoryFiles(str(place), dict(zip(names, images, strict=True)))
     faces = FileFaces(files, names, names, template="arcface")
-    pairs = torch.arange(len(images)).view(-1, 2)
+    first, second = torch.arange(len(images)).view(-1, 2).unbind(1)
+    pairs = Pairs(first, second, same, contiguous_folds(len(same)))
     if skip_missing:
         faults = _unreadable(faces)
-        skipped = settle(faults.values(), skip_missing=True)
-        good = torch.tensor([not faults.keys() & set(pair) for pair in pairs.tolist()])
-        faces = FileFaces(files, names, names, template="arcface", skipped=skipped)
-        pairs, same = pairs[good], same[good]
-    first, second = pairs.unbind(1)
-    return EvaluationSet(place.stem, faces, Pairs(first, second, same, contiguous_folds(len(same))))
+        faces = replace(faces, skipped=settle(faults.values(), skip_missing=True))
+        lost = torch.tensor([*faults], dtype=torch.int64)
+        pairs = pairs.select(~(torch.isin(first, lost) | torch.isin(second, lost)))
+    return EvaluationSet(place.stem, faces, pairs)
 
 
 def _content(content: object) -> tuple[list[bytes], torch.Tensor]:
@@ -192,7 +196,7 @@ def _content(content: object) -> tuple[list[bytes], torch.Tensor]:
 
 def _unreadable(faces: FileFaces) -> dict[int, Fault]:
     faults = {}
-    for index in range(len(faces)):
+    for index in tqdm(range(len(faces)), desc="decoding", unit="face", delay=2):
         try:
             faces.read(index)
         except DataError as error:  # noqa: PERF203 -- each image may fail

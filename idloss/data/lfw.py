@@ -116,14 +116,19 @@ def fetch(root: Path) -> None:
     """Download what of LFW is missing, 184 MB in all.
 
     Args:
-        root: the folder to put it in.
+        root: the folder to put it in; its images are enough where it has them in another layout.
 
     Raises:
+        NotADirectoryError: it is a file.
         WeightsError: it could not be had, or is not the pinned file.
     """
+    if root.is_file():
+        raise NotADirectoryError(f"{root} is a file; LFW is downloaded into a folder, name that")
+    files = FolderFiles(root)
+    there = any(archive in files for archive in ARCHIVES) or _prefix(files) is not None
     for piece in HOSTED:
         target = root / piece.filename
-        if target.exists():
+        if target.exists() or (piece.filename == ARCHIVE and there):
             continue
         root.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(root / f".{piece.filename}.lock"):
@@ -144,16 +149,24 @@ def find(place: Path) -> tuple[Files, str]:
         FileNotFoundError: it is not there; lists what was looked for.
     """
     files = open_files(place)
-    for prefix in FOLDERS:
-        names = (name.removeprefix(prefix) for name in files.names(prefix))
-        if any(IMAGE.fullmatch(name) for name in names):
-            return files, prefix
+    prefix = _prefix(files)
+    if prefix is not None:
+        return files, prefix
     if isinstance(files, FolderFiles):
         for archive in ARCHIVES:
             if archive in files:
                 return find(place / archive)
     looked = [folder + "Name/Name_0001.jpg" for folder in FOLDERS] + list(ARCHIVES)
     raise FileNotFoundError(f"no LFW in {place}; looked for {', '.join(looked)}")
+
+
+def _prefix(files: Files) -> str | None:
+    """The folder that holds the people, where there is one."""
+    for prefix in FOLDERS:
+        names = (name.removeprefix(prefix) for name in files.names(prefix))
+        if any(IMAGE.fullmatch(name) for name in names):
+            return prefix
+    return None
 
 
 def _table(

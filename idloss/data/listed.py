@@ -27,7 +27,7 @@ def pairs_csv(
         skip_missing: leave out pairs with missing images.
 
     Returns:
-        The faces and the pairs; each kind of pair is cut into 10 folds.
+        The faces and the pairs; each kind of pair is cut into 10 folds, or as many as it has pairs.
 
     Raises:
         DataError: the tables or images have faults; names file and line.

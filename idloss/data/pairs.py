@@ -10,11 +10,9 @@ from torch import Tensor
 
 from idloss.data.aligned import AlignedFaces
 from idloss.data.faults import DataError, Fault
+from idloss.data.folds import FOLDS, balanced_folds
 from idloss.data.source import FileFaces
 from idloss.data.tables import Table, read_number
-
-FOLDS = 10
-"""Folds of a verification list that does not say its own, as in LFW's View 2 and insightface."""
 
 PAIR_COLUMNS = ["first", "second", "same"]
 
@@ -38,6 +36,17 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.same)
 
+    def select(self, keep: Tensor) -> Pairs:
+        """Some of the pairs, in their folds.
+
+        Args:
+            keep: int64 positions, or a bool mask `[P]`.
+
+        Returns:
+            The pairs left.
+        """
+        return Pairs(self.first[keep], self.second[keep], self.same[keep], self.fold[keep])
+
 
 @dataclass(frozen=True, eq=False)
 class EvaluationSet:
@@ -57,36 +66,6 @@ class EvaluationSet:
     pairs: Pairs | None = None
     gallery: Tensor | None = None
     probes: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-def contiguous_folds(count: int, folds: int = FOLDS) -> Tensor:
-    """Cut a list into contiguous folds, the first ones a pair longer where it does not go evenly.
-
-    Args:
-        count: pairs.
-        folds: parts.
-
-    Returns:
-        The fold of each pair, int64 `[count]`; scikit-learn's `KFold` without shuffling.
-    """
-    sizes = [count // folds + (fold < count % folds) for fold in range(folds)]
-    return torch.arange(folds).repeat_interleave(torch.tensor(sizes))
-
-
-def balanced_folds(same: Tensor, folds: int = FOLDS) -> Tensor:
-    """Cut the pairs of each kind into contiguous folds, whatever order the kinds come in.
-
-    Args:
-        same: bool `[P]`.
-        folds: parts.
-
-    Returns:
-        The fold of each pair, int64 `[P]`; LFW's own on LFW's list.
-    """
-    fold = torch.empty(len(same), dtype=torch.int64)
-    for kind in (same, ~same):
-        fold[kind] = contiguous_folds(int(kind.sum()), folds)
-    return fold
 
 
 @dataclass
@@ -131,7 +110,8 @@ class PairList:
         """The pairs taken.
 
         Args:
-            refold: cut them into balanced folds; else they keep the folds given.
+            refold: cut them into balanced folds, fewer where there are fewer than ten pairs of a
+                kind; else they keep the folds given.
 
         Returns:
             The pairs, in the list's order.
@@ -143,7 +123,11 @@ class PairList:
             raise DataError(self.faults or [Fault(self.where, "there are no pairs")])
         first, second, same, fold = torch.tensor(self.rows, dtype=torch.int64).unbind(1)
         same = same.bool()
-        return Pairs(first, second, same, balanced_folds(same) if refold else fold)
+        if refold:
+            alike = int(same.sum())
+            rarer = min(alike, len(same) - alike)
+            fold = balanced_folds(same, max(2, min(FOLDS, rarer)))
+        return Pairs(first, second, same, fold)
 
 
 def read_lfw_pairs(table: Table, index: Mapping[str, int]) -> PairList:

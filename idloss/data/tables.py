@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -31,7 +32,7 @@ class Table:
     """
 
     where: str
-    rows: Sequence[tuple[int, list[str]]]
+    rows: list[tuple[int, list[str]]]
 
     def at(self, line: int) -> str:
         """A line of this file, for messages."""
@@ -52,26 +53,35 @@ def read_table(files: Files, name: str, separator: str | None = ",") -> Table:
     Args:
         files: where it is.
         name: its name there.
-        separator: between fields; None for any run of blanks.
+        separator: between fields, which may be quoted; None for any run of blanks.
 
     Returns:
         Its rows, fields stripped of blanks.
 
     Raises:
-        DataError: the file is missing or not UTF-8 text.
+        DataError: the file is missing, or a line is not UTF-8 text or no row.
     """
-    where = files.where(name)
+    table = Table(files.where(name), [])
+    data = files.read(name)
     try:
-        text = files.read(name).decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError([Fault(where, f"not UTF-8 text ({error})")]) from error
-    numbered = enumerate(text.splitlines(), start=1)
-    rows = [
-        (line, [cell.strip() for cell in content.split(separator)])
-        for line, content in numbered
-        if content.strip()
-    ]
-    return Table(where, rows)
+        line = 1 + data[: error.start].count(b"\n")
+        raise DataError([table.fault(line, f"not UTF-8 text ({error})")]) from error
+    for line, content in enumerate(text.splitlines(), start=1):
+        if content.strip():
+            table.rows.append((line, _cells(table, line, content, separator)))
+    return table
+
+
+def _cells(table: Table, line: int, content: str, separator: str | None) -> list[str]:
+    if separator is None:
+        return content.split()
+    try:
+        cells = next(csv.reader([content], delimiter=separator, skipinitialspace=True))
+    except csv.Error as error:
+        raise DataError([table.fault(line, f"not a row of a table ({error})")]) from error
+    return [cell.strip() for cell in cells]
 
 
 @dataclass

@@ -22,14 +22,14 @@ class Comparison:
     Attributes:
         cell_a: The cell in the first run.
         cell_b: The cell in the second.
-        metric: `accuracy` or `rank1`.
+        metric: What was compared, `accuracy`, `rank1` or the first TPIR.
         a: The first run's figure.
         b: The second run's.
-        wins_a: Pairs or draws in which only, or more of, the first was right.
+        wins_a: Pairs, probes or draws in which only, or more of, the first was right.
         wins_b: The same for the second.
         test: The test behind `p`.
         p: Two-sided p-value: how likely so large a difference is if neither is better.
-        p_sign: The sign test's p-value over pairs (where it is McNemar's) or draws.
+        p_sign: The sign test's p-value over pairs or probes (where it is McNemar's) or draws.
         p_holm: `p` corrected for the number of cells compared (Holm).
     """
 
@@ -102,8 +102,9 @@ def compare(
 ) -> list[Comparison]:
     """Compare two runs cell by cell, on the same pairs and the same draws.
 
-    Verification is tested pair by pair (McNemar, exact), identification draw by draw (paired t;
-    the draws share images, so its p-value is too small rather than too large).
+    Verification is tested pair by pair, and identification against a set's own gallery probe by
+    probe (McNemar, exact); with drawn galleries draw by draw (paired t; the draws share images, so
+    its p-value is too small rather than too large).
 
     Args:
         a: The first run, or its result file.
@@ -138,15 +139,15 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
         One row for each, figures in per cent, differences in percentage points.
     """
     lines = [
-        "| cell | A | B | B - A | only A : only B | test | p | p (Holm) |",
-        "|---|---:|---:|---:|---:|---|---:|---:|",
+        "| cell | metric | A | B | B - A | only A : only B | test | p | p (Holm) |",
+        "|---|---|---:|---:|---:|---:|---|---:|---:|",
     ]
     for found in comparisons:
         name = found.cell_a.label
         if found.cell_a.srnet != found.cell_b.srnet:
             name += f" → {found.cell_b.srnet}"
         lines.append(
-            f"| {name} | {100 * found.a:.2f} | {100 * found.b:.2f} | "
+            f"| {name} | {found.metric} | {100 * found.a:.2f} | {100 * found.b:.2f} | "
             f"{100 * found.difference:+.2f} | {found.wins_a} : {found.wins_b} | {found.test} | "
             f"{_p(found.p)} | {_p(found.p_holm)} |"
         )
@@ -155,23 +156,24 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
 
 def _compare_cell(first: Results, second: Results, cell_a: Cell, cell_b: Cell) -> Comparison:
     ours, theirs = _arrays(first, cell_a), _arrays(second, cell_b)
-    if cell_a.task == "verification":
-        if not np.array_equal(_of(ours, "same", cell_a), _of(theirs, "same", cell_b)):
-            raise ValueError(f"{cell_a.label}: the runs hold other pairs; use one list for both")
+    verified = cell_a.task == "verification"
+    if verified and not np.array_equal(_of(ours, "same", cell_a), _of(theirs, "same", cell_b)):
+        raise ValueError(f"{cell_a.label}: the runs hold other pairs; use one list for both")
+    # the first of a cell's metrics: of an open set the laxest, on the most false positives
+    metric = next(record.metric for record in first.records if record.cell == cell_a)
+    a, b = first.value(cell_a, metric), second.value(cell_b, metric)
+    if verified or "correct" in ours:
         correct_a, correct_b = _of(ours, "correct", cell_a), _of(theirs, "correct", cell_b)
         wins_a, wins_b, p = mcnemar(correct_a, correct_b)
-        a, b = first.value(cell_a, "accuracy"), second.value(cell_b, "accuracy")
-        test = "McNemar, exact"
-        return Comparison(cell_a, cell_b, "accuracy", a, b, wins_a, wins_b, test, p, p)
+        return Comparison(cell_a, cell_b, metric, a, b, wins_a, wins_b, "McNemar, exact", p, p)
     name = "rank1" if cell_a.task == "identification" else "tpir"
     draws_a, draws_b = _of(ours, name, cell_a), _of(theirs, name, cell_b)
-    if draws_a.ndim > 1:  # open set: the laxest target rests on the most false positives
+    if draws_a.ndim > 1:
         draws_a, draws_b = draws_a[:, 0], draws_b[:, 0]
     p = paired_t(draws_a, draws_b)
     wins_a, wins_b = int((draws_a > draws_b).sum()), int((draws_b > draws_a).sum())
-    a, b = float(draws_a.mean()), float(draws_b.mean())
     p_sign = sign_test(wins_a, wins_b)
-    return Comparison(cell_a, cell_b, name, a, b, wins_a, wins_b, "paired t", p, p_sign)
+    return Comparison(cell_a, cell_b, metric, a, b, wins_a, wins_b, "paired t", p, p_sign)
 
 
 def _matching(
@@ -209,11 +211,20 @@ def _require_same(run_a: Mapping[str, Any], run_b: Mapping[str, Any]) -> None:
         ("probe", "which faces are LR (the probe option)"),
         ("draws", "the gallery draws"),
     ):
-        if key in run_a and key in run_b and run_a[key] != run_b[key]:
+        if key in run_a and key in run_b and _differ(run_a[key], run_b[key]):
             raise ValueError(
                 f"{what} of the runs differ, so they cannot be paired: {run_a[key]} and "
                 f"{run_b[key]}; run both alike"
             )
+
+
+def _differ(a: Any, b: Any) -> bool:
+    """Whether two descriptions differ in what both hold: one run may have more tasks."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        # what was left out shows in the lists and contents; its paths differ between machines
+        shared = (a.keys() & b.keys()) - {"skipped"}
+        return any(_differ(a[key], b[key]) for key in shared)
+    return bool(a != b)
 
 
 def _holm(found: Sequence[Comparison]) -> list[Comparison]:

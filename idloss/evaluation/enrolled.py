@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from idloss.evaluation.identification import search
-from idloss.evaluation.intervals import Estimate, Floats, estimate
-from idloss.evaluation.verification import BOOTSTRAP_DRAWS, Bools, rejecting_threshold
+from idloss.evaluation.arrays import Bools, Floats
+from idloss.evaluation.bootstrap import BOOTSTRAP_DRAWS
+from idloss.evaluation.intervals import Estimate, estimate
+from idloss.evaluation.roc import rejecting_threshold
+from idloss.evaluation.search import search
 
 MAX_RANK = 20
 RANKS = (1, 5, 10, 20)
@@ -73,7 +75,7 @@ def open_set(
     *,
     fpir: Sequence[float] = FPIR_TARGETS,
     seed: int = 0,
-) -> tuple[dict[str, Estimate], Floats]:
+) -> tuple[dict[str, Estimate], Bools]:
     """TPIR at FPIR: how many of the enrolled people are found when strangers are turned away.
 
     A mated probe counts where an image of its person is among the first r of the gallery and its
@@ -89,7 +91,8 @@ def open_set(
         seed: Seed of the bootstrap.
 
     Returns:
-        Estimates named `tpir@fpir=0.1` (rank 1) and `tpir20@fpir=0.1`, and the rank-1 rates `[T]`.
+        Estimates named `tpir@fpir=0.1` (rank 1) and `tpir20@fpir=0.1`, and whether each mated probe
+        counts at the first of the rates and rank 1, `[P]`.
     """
     best = search(gallery, strangers, 1).scores[:, 0].numpy()
     matches = search(gallery, mated, min(max(TPIR_RANKS), len(gallery)))
@@ -102,7 +105,8 @@ def open_set(
             passed = own[:, rank - 1] > rejecting_threshold(best, target)
             name = f"tpir{'' if rank == 1 else rank}@fpir={target:g}"
             figures[name] = share(float(passed.mean()), len(mated), seed=seed)
-    return figures, np.array([figures[f"tpir@fpir={target:g}"].value for target in fpir])
+    correct: Bools = own[:, 0] > rejecting_threshold(best, fpir[0])
+    return figures, correct
 
 
 def share(value: float, count: int, *, seed: int) -> Estimate:

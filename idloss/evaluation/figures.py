@@ -7,82 +7,43 @@ matplotlib's global state: each is a `Figure` of its own, to be changed or saved
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from idloss.evaluation.results import HR, Cell, Record, Results, Task
-from idloss.evaluation.verification import Roc
+from idloss.evaluation.layout import FONT, TITLE, lay_out, legend, wrapped
+from idloss.evaluation.results import (
+    HR,
+    Cell,
+    Record,
+    Results,
+    Task,
+    metric_title,
+    pretty_size,
+)
+from idloss.evaluation.roc import Roc
+from idloss.evaluation.styles import (
+    BLACK,
+    BLUE,
+    DASHED,
+    ORANGE,
+    Styles,
+    method_name,
+    method_styles,
+)
 from idloss.resample import to_uint8
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
-class Style(NamedTuple):
-    """How a method looks, in every figure."""
-
-    colour: str
-    marker: str
-    line: str
-
-
-# The colours of Okabe and Ito (jfly.uni-koeln.de/color), told apart by colour-blind readers;
-# markers and line styles repeat the distinction for print in grey. A network and its
-# identity-preserving twin share a family: light and dark blue, orange and vermilion.
-_BLACK, _GREY, _SKY, _BLUE = "#000000", "#767676", "#56B4E9", "#0072B2"
-_ORANGE, _VERMILION, _GREEN, _PURPLE = "#E69F00", "#D55E00", "#009E73", "#CC79A7"
-_FIXED = {
-    HR: Style(_BLACK, "*", (dashed := "--")),
-    "bilinear": Style(_GREY, "v", ":"),
-    "bicubic": Style(_GREY, "^", dashed),
-    "edsr16_64": Style(_SKY, "s", dashed),
-    "edsr16_64_id": Style(_BLUE, "s", "-"),
-    "edsr32_256": Style(_ORANGE, "o", dashed),
-    "edsr32_256_id": Style(_VERMILION, "o", "-"),
-}
-_SPARE = (
-    Style(_GREEN, "D", "-"),
-    Style(_PURPLE, "P", "-"),
-    Style(_BLUE, "X", "-."),
-    Style(_VERMILION, "h", "-."),
-    Style(_GREEN, "<", dashed),
-    Style(_PURPLE, ">", dashed),
-)
-_GRID = "#D9D9D9"
-_NAMES = {HR: "HR", "lr": "LR"}
-_FONT = 9.0
-_TITLE = 10.0
 _DPI = 200
-_BY = "\N{MULTIPLICATION SIGN}"
 
 Curves = Mapping[str, Roc]
-Styles = Mapping[str, Style]
-
-
-def method_styles(methods: Iterable[str]) -> dict[str, Style]:
-    """Give each method a colour, a marker and a line, the same in every figure.
-
-    Interpolations, HR and the paper's networks always look alike. Others take what is left in the
-    order of their names: where figures show different subsets of them, hand all figures the styles
-    of the whole set.
-
-    Args:
-        methods: Names of SRNets and interpolations.
-
-    Returns:
-        Style by name.
-    """
-    names = list(dict.fromkeys(methods))
-    others = sorted(set(names) - set(_FIXED))
-    spare = {name: _SPARE[place % len(_SPARE)] for place, name in enumerate(others)}
-    return {name: _FIXED[name] if name in _FIXED else spare[name] for name in names}
 
 
 def accuracy_figure(
@@ -95,7 +56,7 @@ def accuracy_figure(
     """Accuracy against probe resolution (Fig. 1), a panel for each FNet.
 
     Sizes stand at equal distances, from small to large; bars are the intervals over folds or
-    draws; HR is a line across.
+    draws, cut off at 0 and 100 %; HR is a line across.
 
     Args:
         results: The run.
@@ -110,21 +71,16 @@ def accuracy_figure(
         ModuleNotFoundError: matplotlib is missing.
         ValueError: The run has no such results.
     """
-    records = [record for record in results.records if record.cell.task == task]
-    known = list(dict.fromkeys(record.metric for record in records))
-    metric = metric or next((m for m in ("accuracy", "rank1", *known) if m in known), "accuracy")
-    records = [record for record in records if record.metric == metric]
-    if not records:
-        raise ValueError(f"the run has no {metric!r} for {task}; it has {', '.join(known) or '-'}")
+    records = results.select(task, metric)
     styles = styles or method_styles(cell.srnet for cell in results.cells())
     fnets = list(dict.fromkeys(record.cell.fnet for record in records))
-    figure, panels = _panels(len(fnets), width=3.6, height=3.3, share_y=True)
+    figure, panels = lay_out(len(fnets), width=3.6, height=3.3, share_y=True)
     for fnet, axes in zip(fnets, panels, strict=True):
         mine = [record for record in records if record.cell.fnet == fnet]
         _accuracy_panel(axes, mine, styles)
-        axes.set_title(_wrapped(fnet, 36), fontsize=_TITLE)
-    panels[0].set_ylabel(f"{_metric_name(metric)} (%)")
-    _legend(figure, panels)
+        axes.set_title(wrapped(fnet, 36), fontsize=TITLE)
+    panels[0].set_ylabel(f"{metric_title(records[0].metric)} (%)")
+    legend(figure, panels)
     return figure
 
 
@@ -147,7 +103,7 @@ def roc_figure(
         ValueError: There are no curves.
     """
     styles = styles or method_styles(_require_some(curves))
-    figure, (axes,) = _panels(1, width=4.8, height=3.9)
+    figure, (axes,) = lay_out(1, width=4.8, height=3.9)
     for name, curve in curves.items():
         style = styles[name]
         # FAR 0 has no place on the axis: a step from its left end to the first false accept
@@ -158,15 +114,11 @@ def roc_figure(
             where="post",
             color=style.colour,
             linestyle=style.line,
-            label=f"{_label(name)} (AUC {curve.auc:.4f})",
+            label=f"{method_name(name)} (AUC {curve.auc:.4f})",
         )
     axes.set_xscale("log")
     axes.set_xlim(far_floor, 1)
-    axes.set_ylim(0, 101)
-    axes.set_xlabel("False accept rate")
-    axes.set_ylabel("True accept rate (%)")
-    axes.set_title(title, fontsize=_TITLE)
-    _legend(figure, [axes])
+    _finish_curves(figure, axes, "False accept rate", "True accept rate (%)", title)
     return figure
 
 
@@ -188,7 +140,7 @@ def cmc_figure(
         ValueError: There are no curves.
     """
     styles = styles or method_styles(_require_some(curves))
-    figure, (axes,) = _panels(1, width=4.8, height=3.9)
+    figure, (axes,) = lay_out(1, width=4.8, height=3.9)
     for name, draws in curves.items():
         style = styles[name]
         shares = 100 * np.atleast_2d(np.asarray(draws))
@@ -202,7 +154,7 @@ def cmc_figure(
             marker=style.marker,
             markevery=max(1, len(ranks) // 10),
             markersize=5,
-            label=f"{_label(name)} (rank 1: {mean[0]:.2f} %)",
+            label=f"{method_name(name)} (rank 1: {mean[0]:.2f} %)",
         )
         axes.fill_between(
             ranks, mean - spread, mean + spread, color=style.colour, alpha=0.2, linewidth=0
@@ -211,11 +163,7 @@ def cmc_figure(
     step = max(1, longest // 20) * 5 if longest > 10 else 1
     axes.set_xticks(sorted({1, *range(step, longest + 1, step)}))
     axes.set_xlim(0.5, longest + 0.5)
-    axes.set_ylim(0, 101)
-    axes.set_xlabel("Rank")
-    axes.set_ylabel("Identification rate (%)")
-    axes.set_title(title, fontsize=_TITLE)
-    _legend(figure, [axes])
+    _finish_curves(figure, axes, "Rank", "Identification rate (%)", title)
     return figure
 
 
@@ -248,12 +196,12 @@ def similarity_figure(
     high = max(row.max() for row in values.values())
     edges = np.linspace(low, high, 61)
     columns = min(3, len(values))
-    figure, panels = _panels(len(values), width=3.1, height=2.5, columns=columns, share_y=True)
+    figure, panels = lay_out(len(values), width=3.1, height=2.5, columns=columns, share_y=True)
     for place, (name, row) in enumerate(values.items()):
         axes = panels[place]
         for members, colour, hatch, label in (
-            (~truth, _ORANGE, None, "different people"),
-            (truth, _BLUE, "////", "same person"),
+            (~truth, ORANGE, None, "different people"),
+            (truth, BLUE, "////", "same person"),
         ):
             weights = np.full(int(members.sum()), 100 / max(1, int(members.sum())))
             axes.hist(
@@ -269,16 +217,16 @@ def similarity_figure(
             )
         if thresholds and name in thresholds:
             axes.axvline(
-                thresholds[name], color=_BLACK, linestyle=dashed, linewidth=1, label="threshold"
+                thresholds[name], color=BLACK, linestyle=DASHED, linewidth=1, label="threshold"
             )
-        axes.set_title(_wrapped(_label(name), 32), fontsize=_TITLE)
+        axes.set_title(wrapped(method_name(name), 32), fontsize=TITLE)
         if place + columns >= len(values):
             axes.set_xlabel("Cosine similarity")
         if place % columns == 0:
             axes.set_ylabel("Pairs (% of class)")
     if title:
-        figure.suptitle(title, fontsize=_TITLE)
-    _legend(figure, panels[:1])
+        figure.suptitle(title, fontsize=TITLE)
+    legend(figure, panels[:1])
     return figure
 
 
@@ -316,7 +264,7 @@ def picture_sheet(
     rated = [name for name in columns if name in marks and name != HR]
     height, width = list(columns.values())[-1].shape[-2:]
     side = 1.15
-    figure, panels = _panels(
+    figure, panels = lay_out(
         rows * len(columns),
         width=side,
         height=side * height / width + (0.2 if marks else 0.05),
@@ -333,23 +281,24 @@ def picture_sheet(
             for edge in axes.spines.values():
                 edge.set_visible(False)
             if row == 0:
-                small = _pretty_size(images) if images.shape[-2:] != (height, width) else ""
-                head = filter(None, (_wrapped(_label(name), 14), small))
-                axes.set_title("\n".join(head), fontsize=_FONT)
+                head = wrapped(method_name(name), 14)
+                if images.shape[-2:] != (height, width):
+                    head += f"\n{pretty_size(images.shape[-2:])}"
+                axes.set_title(head, fontsize=FONT)
             if column == 0 and names:
-                axes.set_ylabel(names[row], fontsize=_FONT - 1)
+                axes.set_ylabel(names[row], fontsize=FONT - 1)
             if name in marks:
                 best = name in rated and marks[name][row] >= max(marks[r][row] for r in rated)
                 axes.set_xlabel(
                     f"{marks[name][row]:.3f}",
-                    fontsize=_FONT,
+                    fontsize=FONT,
                     labelpad=2,
                     fontweight="bold" if best else "normal",
                 )
     if title:
-        figure.suptitle(title, fontsize=_TITLE)
+        figure.suptitle(title, fontsize=TITLE)
     if marks:
-        figure.supxlabel("Under each face: cosine similarity to HR", fontsize=_FONT - 0.5)
+        figure.supxlabel("Under each face: cosine similarity to HR", fontsize=FONT - 0.5)
     return figure
 
 
@@ -379,96 +328,54 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> list[Path]:
     return files
 
 
+def _finish_curves(figure: Figure, axes: Axes, across: str, up: str, title: str) -> None:
+    """Name the axes of a figure of rates, and the methods."""
+    axes.set_ylim(0, 101)
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.set_title(title, fontsize=TITLE)
+    legend(figure, [axes])
+
+
 def _accuracy_panel(axes: Axes, records: Sequence[Record], styles: Styles) -> None:
     degraded = [record for record in records if record.cell.srnet != HR]
     sizes = sorted({_size(record.cell) for record in degraded}, key=lambda s: (s[0] * s[1], s))
-    for name in dict.fromkeys(record.cell.srnet for record in degraded):
+    names = list(dict.fromkeys(record.cell.srnet for record in degraded))
+    apart = min(0.08, 0.5 / max(1, len(names)))
+    for number, name in enumerate(names):
         mine = [record for record in degraded if record.cell.srnet == name]
         mine.sort(key=lambda record: sizes.index(_size(record.cell)))
         found = [record.estimate for record in mine]
         values = 100 * np.array([one.value for one in found])
         # the interval is round the mean of the folds, which need not be the figure of all pairs
         reach = 100 * np.array([[one.mean - one.low, one.high - one.mean] for one in found]).T
+        # Student's interval of a few folds may reach beyond all that a share can be
+        reach = np.minimum(np.nan_to_num(reach), [values, 100 - values])
+        # side by side, so that one method's bar does not hide another's
+        shift = apart * (number - (len(names) - 1) / 2)
         style = styles[name]
         axes.errorbar(
-            [sizes.index(_size(record.cell)) for record in mine],
+            [sizes.index(_size(record.cell)) + shift for record in mine],
             values,
-            yerr=np.nan_to_num(reach),
+            yerr=reach,
             color=style.colour,
             linestyle=style.line,
             marker=style.marker,
             markersize=5,
             capsize=2,
             elinewidth=1,
-            label=_label(name),
+            label=method_name(name),
         )
     for record in records:
         if record.cell.srnet == HR:
             value = 100 * record.estimate.value
-            style = styles.get(HR, _FIXED[HR])
+            style = {**method_styles([HR]), **styles}[HR]
             axes.axhline(value, color=style.colour, linestyle=style.line, linewidth=1, label="HR")
-    axes.set_xticks(range(len(sizes)), [f"{height}{_BY}{width}" for height, width in sizes])
+    axes.set_xticks(range(len(sizes)), [pretty_size(size) for size in sizes])
     axes.set_xlim(-0.3, len(sizes) - 0.7)
     if len(sizes) > 5:
         axes.tick_params(axis="x", labelrotation=45)
     axes.set_xlabel("Probe resolution (pixels, height \N{MULTIPLICATION SIGN} width)")
-
-
-def _panels(
-    count: int,
-    *,
-    width: float,
-    height: float,
-    columns: int | None = None,
-    share_y: bool = False,
-    grid: bool = True,
-) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels, sizes in inches; the places that are over stay empty."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "figures need matplotlib, which comes with the extra: pip install 'idloss[eval]'"
-        ) from error
-    columns = columns or count
-    rows = -(-count // columns)
-    figure = Figure(figsize=(width * columns + 0.6, height * rows + 0.7), layout="constrained")
-    laid_out = figure.subplots(rows, columns, sharey=share_y, squeeze=False).ravel()
-    for unused in laid_out[count:]:
-        unused.remove()
-    panels: list[Axes] = list(laid_out[:count])
-    for axes in panels:
-        axes.tick_params(labelsize=_FONT - 1)
-        axes.xaxis.label.set_fontsize(_FONT)
-        axes.yaxis.label.set_fontsize(_FONT)
-        if grid:
-            axes.grid(visible=True, color=_GRID, linewidth=0.6)
-            axes.set_axisbelow(True)
-            axes.spines[["top", "right"]].set_visible(False)
-    return figure, panels
-
-
-def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    """One legend under all panels, each method once."""
-    entries: dict[str, Any] = {}
-    for axes in panels:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label, handle)
-    for last in ("HR", "threshold"):  # what is only a line across comes after the methods
-        if last in entries:
-            entries[last] = entries.pop(last)
-    # inches: the line and the gap before a label, and about what a letter takes
-    entry = 0.6 + 0.065 * max(map(len, entries))
-    columns = int(figure.get_figwidth() / entry)
-    figure.legend(
-        entries.values(),
-        entries.keys(),
-        loc="outside lower center",
-        ncols=max(1, min(len(entries), columns)),
-        frameon=False,
-        fontsize=_FONT - 0.5,
-        handlelength=2.6,
-    )
 
 
 def _require_some(curves: Mapping[str, Any]) -> list[str]:
@@ -483,31 +390,5 @@ def _pictures(images: Tensor) -> NDArray[np.uint8]:
     return pictures
 
 
-def _pretty_size(images: Tensor) -> str:
-    return f"{images.shape[-2]}{_BY}{images.shape[-1]}"
-
-
 def _size(cell: Cell) -> tuple[int, int]:
     return cell.height, cell.width
-
-
-def _label(name: str) -> str:
-    return _NAMES.get(name, name)
-
-
-def _wrapped(name: str, width: int) -> str:
-    """A name on as many lines as it needs: those from timm and the Hub are long."""
-    lines = [""]
-    for part in re.split(r"(?<=[/_.-])", name):
-        if lines[-1] and len(lines[-1]) + len(part) > width:
-            lines.append("")
-        lines[-1] += part
-    return "\n".join(lines)
-
-
-def _metric_name(metric: str) -> str:
-    if metric == "accuracy":
-        return "Verification accuracy"
-    if metric.startswith("rank"):
-        return f"Rank-{metric.removeprefix('rank')} identification rate"
-    return metric.upper().replace("FAR=", "FAR ").replace("FPIR=", "FPIR ")

@@ -1,32 +1,26 @@
-"""Face identification from ready embeddings: rank-1 and CMC, open set, and search of a gallery."""
+"""Face identification from ready embeddings: rank-1 and CMC, and the open set."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from idloss.evaluation.intervals import Estimate, Floats, estimate
-from idloss.evaluation.verification import rejecting_threshold
-
-Ints = NDArray[np.int64]
+from idloss.evaluation.arrays import Floats, Ints
+from idloss.evaluation.intervals import Estimate, estimate
+from idloss.evaluation.roc import rejecting_threshold
+from idloss.evaluation.search import BLOCK_BYTES, as_tensor, normalised
 
 # Paper, section 4.4: subjects with at least four images, ten runs.
 MIN_IMAGES = 4
 DRAWS = 10
 FPIR_TARGETS = (1e-1, 1e-2, 1e-3)
-# A block of 512-d embeddings and its scores then stay about in a core's share of the cache; larger
-# blocks were slower.
-BLOCK_BYTES = 16 * 2**20
-# Matrix products run a third faster on whole vector registers of columns.
-_ALIGNED_ROWS = 64
-_EPS = 1e-12
 
 
 class GalleryDraws(NamedTuple):
@@ -291,128 +285,19 @@ def identify_open_set(
     return OpenSet(np.asarray(fpir, dtype=np.float64), tpir, thresholds, n_mated, n_non_mated)
 
 
-class Matches(NamedTuple):
-    """The best matches of each probe, best first.
-
-    Attributes:
-        scores: Cosines, `[P, k]`.
-        places: Rows of the gallery, `[P, k]`.
-    """
-
-    scores: Tensor
-    places: Tensor
-
-
-def search(
-    gallery: ArrayLike | Tensor,
-    probes: ArrayLike | Tensor,
-    k: int = 1,
-    *,
-    block_bytes: int = BLOCK_BYTES,
-) -> Matches:
-    """Find the k nearest of a gallery of any size by cosine, exactly, in blocks.
-
-    The gallery may be a memory-mapped array; it is read once for each block of probes and never
-    copied whole. Beyond the arguments and the answer the search takes `block_bytes`, but never
-    less than one row of the gallery against one probe. Among equal scores any may be given.
-
-    Args:
-        gallery: Embeddings `[G, D]`, not necessarily normalised.
-        probes: Embeddings `[P, D]`, on the device the search is to run on.
-        k: Matches wanted for each probe.
-        block_bytes: Working memory, in bytes.
-
-    Returns:
-        Cosines and rows, on the probes' device.
-
-    Raises:
-        ValueError: Shapes do not fit, `k` is not in 1..G, an embedding is not finite, or
-            `block_bytes` is not positive.
-    """
-    source = gallery if isinstance(gallery, Tensor) else np.asanyarray(gallery)
-    searched = _tensor(probes)
-    if source.ndim != 2 or searched.ndim != 2 or source.shape[1] != searched.shape[1]:
-        raise ValueError(
-            f"gallery and probes must be [G, D] and [P, D] with one D, got {list(source.shape)} "
-            f"and {list(searched.shape)}"
-        )
-    size, width = int(source.shape[0]), int(source.shape[1])
-    if not 1 <= k <= size:
-        raise ValueError(f"k must lie in 1..{size}, the size of the gallery, got {k}")
-    if block_bytes < 1:
-        raise ValueError(f"block_bytes must be positive, got {block_bytes}")
-    # In float32 a probe takes its features, and k scores with their rows (twice as wide) both old
-    # and new; a row of the gallery its features, its norm and a score with each probe.
-    per_probe = 4 * (width + 6 * k)
-    n_probes = max(1, min(len(searched), block_bytes // 4 // per_probe))
-    rows = (block_bytes - n_probes * per_probe) // (4 * (width + 1 + n_probes))
-    if rows > _ALIGNED_ROWS:
-        rows -= rows % _ALIGNED_ROWS
-    rows = max(1, min(size, rows))
-    answers = [
-        _search_block(source, searched[start : start + n_probes], k, rows)
-        for start in range(0, len(searched), n_probes)
-    ]
-    if not answers:
-        return Matches(searched.new_zeros(0, k).float(), searched.new_zeros(0, k).long())
-    return Matches(*(torch.cat(parts) for parts in zip(*answers, strict=True)))
-
-
-def _search_block(source: Tensor | NDArray[Any], probes: Tensor, k: int, rows: int) -> Matches:
-    searched = _unit(probes, "probe")
-    scores = searched.new_full((len(searched), k), -torch.inf)
-    places = torch.zeros(scores.shape, dtype=torch.int64, device=searched.device)
-    for start in range(0, len(source), rows):
-        part = _tensor(source[start : start + rows]).to(searched.device, torch.float32)
-        # cheaper than to normalise the rows where probes are fewer than features
-        found = (searched @ part.T).div_(_norms(part, "gallery", start))
-        # a maximum costs a fraction of a top k, and few blocks hold anything better
-        better = (found.amax(1) > scores[:, -1]).nonzero().squeeze(1)
-        if len(better):
-            best, place = found[better].topk(min(k, found.shape[1]), dim=1)
-            merged = torch.cat((scores[better], best), 1)
-            scores[better], order = merged.topk(k, dim=1)
-            places[better] = torch.cat((places[better], place + start), 1).gather(1, order)
-    return Matches(scores, places)
-
-
-def _tensor(values: ArrayLike | Tensor) -> Tensor:
-    if isinstance(values, Tensor):
-        return values.detach()
-    # a memory-mapped array is read-only, which a tensor cannot be: read it here
-    return torch.from_numpy(np.require(values, requirements="W"))
-
-
-def _norms(embeddings: Tensor, what: str, start: int = 0) -> Tensor:
-    """Norms `[B]`, never quite zero."""
-    norms: Tensor = torch.linalg.vector_norm(embeddings, dim=1)
-    if not norms.isfinite().all():
-        row = start + int(norms.isfinite().logical_not().nonzero()[0])
-        raise ValueError(
-            f"{what} embedding {row} is not finite; look for a network that overflowed (fp16?) or "
-            "an image that failed to load"
-        )
-    return norms.clamp_(min=_EPS)
-
-
-def _unit(embeddings: Tensor, what: str) -> Tensor:
-    exact = embeddings.float()
-    return exact / _norms(exact, what)[:, None]
-
-
 def _both(
     gallery: ArrayLike | Tensor, probes: ArrayLike | Tensor, count: int, places: Ints
 ) -> tuple[Tensor, Tensor]:
     """Normalised embeddings of some images as gallery and as probes."""
     sides = []
     for name, embeddings in (("gallery", gallery), ("probe", probes)):
-        side = _tensor(embeddings).cpu()
+        side = as_tensor(embeddings).cpu()
         if side.ndim != 2 or len(side) != count:
             raise ValueError(
                 f"{name} embeddings must be [{count}, D], one for each subject label, got "
                 f"{list(side.shape)}"
             )
-        sides.append(_unit(side, name)[places])
+        sides.append(normalised(side, name)[places])
     if sides[0].shape != sides[1].shape:
         raise ValueError(
             f"gallery and probe embeddings differ in width: {sides[0].shape[1]} and "

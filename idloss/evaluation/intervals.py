@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-
 # Lentz's continued fraction gains about a digit a step here; it has always settled long before.
 _STEPS = 1000
 _TINY = 1e-300

@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from idloss.errors import did_you_mean
-from idloss.evaluation.verification import (
+from idloss.evaluation.kfold import (
     PAPER_RULE,
     SPHEREFACE_RULE,
     STANDARD_RULE,
@@ -80,23 +80,16 @@ _PAPER = Protocol(
     flip="concat",
     source="github.com/johnnysclai/SR_LRFR at 4cf3b4bc79bcf145df1b579ba2010f709e5470b4",
 )
-_SPHEREFACE = Protocol(
+_SPHEREFACE = replace(
+    _PAPER,
     name="sphereface",
     rule=SPHEREFACE_RULE,
-    down_mode="bicubic",
-    up_mode="bicubic",
-    convention="cv2",
-    rounding="floor",
-    keep_exact_size=True,
-    flip="concat",
     source="github.com/wy1iu/sphereface at f20b130a6e080bb51d2e46a9e157686df622bef3",
 )
-_STANDARD = Protocol(
+_STANDARD = replace(
+    _PAPER,
     name="standard",
     rule=STANDARD_RULE,
-    down_mode="bicubic",
-    up_mode="bicubic",
-    convention="cv2",
     rounding="nearest",
     keep_exact_size=False,
     flip="sum",

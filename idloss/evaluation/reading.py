@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 
 from idloss.data import DataError, FaceSource, Fault
@@ -72,19 +73,22 @@ def read_crops(faces: FaceSource, places: Sequence[int], template: str) -> Tenso
     return torch.stack([resize(faces.read(place), wanted.size) for place in places])
 
 
-def digest_faces(faces: FaceSource, places: Tensor) -> tuple[dict[int, bytes], dict[int, Fault]]:
+def digest_faces(
+    faces: FaceSource, places: Tensor, *, progress: bool = True
+) -> tuple[dict[int, bytes], dict[int, Fault]]:
     """Digests of some faces, and what is wrong with those whose files cannot be read.
 
     Args:
         faces: The faces.
         places: Which, int64.
+        progress: Show a progress bar when it takes more than two seconds.
 
     Returns:
         Digests and faults by position.
     """
     digests: dict[int, bytes] = {}
     faults: dict[int, Fault] = {}
-    for place in places.tolist():
+    for place in tqdm(places.tolist(), desc="hashing", unit="face", delay=2, disable=not progress):
         try:
             digests[place] = digest_face(faces, place)
         except DataError as error:  # noqa: PERF203 -- each file may be missing

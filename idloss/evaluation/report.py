@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 
 from idloss.data import EvaluationSet
@@ -18,7 +19,6 @@ from idloss.evaluation.embedding import CANVAS, Bench
 from idloss.evaluation.figures import (
     accuracy_figure,
     cmc_figure,
-    method_styles,
     picture_sheet,
     roc_figure,
     save_figure,
@@ -34,8 +34,18 @@ from idloss.evaluation.recogniser import (
     evaluating,
     super_resolve,
 )
-from idloss.evaluation.results import HR, Cell, Results, Task, paper_table
-from idloss.evaluation.verification import roc
+from idloss.evaluation.results import (
+    HR,
+    LR,
+    Cell,
+    Results,
+    Task,
+    metric_title,
+    paper_table,
+    pretty_size,
+)
+from idloss.evaluation.roc import roc
+from idloss.evaluation.styles import method_styles
 from idloss.weights.files import written_whole
 
 if TYPE_CHECKING:
@@ -50,14 +60,14 @@ TABLES: Mapping[Task, str] = {
 
 
 def write_tables(results: Results, folder: str | os.PathLike[str]) -> dict[Path, str]:
-    """Write a Markdown table in the paper's layout for each task.
+    """Write a Markdown table in the paper's layout for each task, under a line that says of what.
 
     Args:
         results: The run.
         folder: Where to.
 
     Returns:
-        The tables by file.
+        The texts by file.
 
     Raises:
         OSError: The folder cannot be written to.
@@ -66,10 +76,21 @@ def write_tables(results: Results, folder: str | os.PathLike[str]) -> dict[Path,
     for task, name in TABLES.items():
         if results.cells(task):
             file = Path(folder) / f"{name}.md"
-            tables[file] = paper_table(results, task)
+            # the paper's Table 1 gives no deviations; of drawn galleries they are asked for
+            table = paper_table(results, task, deviation=task != "verification")
+            tables[file] = f"{_caption(results, task)}\n\n{table}"
             with written_whole(file) as temporary:
                 temporary.write_text(tables[file], "utf-8")
     return tables
+
+
+def _caption(results: Results, task: Task) -> str:
+    """What a table shows, of what, and by which protocol."""
+    record = results.select(task)[0]
+    what = f"{metric_title(record.metric)} (%)"
+    if task != "verification" and record.estimate.repeats > 1:
+        what += f", mean ± deviation of {record.estimate.repeats} draws"
+    return f"{what}: {results.run['data']['name']}, protocol {results.run['protocol']['name']}"
 
 
 def write_figures(results: Results, folder: str | os.PathLike[str]) -> list[Path]:
@@ -87,7 +108,7 @@ def write_figures(results: Results, folder: str | os.PathLike[str]) -> list[Path
         OSError: The folder cannot be written to.
     """
     files = []
-    for name, draw in _figures(results):
+    for name, draw in tqdm(list(_figures(results)), desc="drawing", unit="figure", delay=2):
         files += save_figure(draw(), Path(folder) / name)
     return files
 
@@ -100,7 +121,7 @@ def _figures(results: Results) -> Iterator[tuple[str, Callable[[], Figure]]]:
         if any(cell.srnet != HR for cell in cells):
             yield f"{name}-by-size", partial(accuracy_figure, results, task, styles=styles)
         for fnet, size, row in _rows(cells):
-            title = f"{fnet}, probes {size}"
+            title = f"{fnet}, probes {pretty_size((row[0].height, row[0].width))}"
             arrays = {cell.srnet: results.arrays.get(cell, {}) for cell in row}
             scores = {method: a["scores"] for method, a in arrays.items() if "scores" in a}
             curves = {method: a["cmc"] for method, a in arrays.items() if "cmc" in a}
@@ -133,7 +154,12 @@ def _rows(cells: list[Cell]) -> Iterator[tuple[str, str, list[Cell]]]:
 
 
 def write_sheets(
-    bench: Bench, data: EvaluationSet, count: int, folder: str | os.PathLike[str]
+    bench: Bench,
+    data: EvaluationSet,
+    count: int,
+    folder: str | os.PathLike[str],
+    *,
+    progress: bool = False,
 ) -> list[Path]:
     """Draw the sheets of Fig. 5: LR, each method and HR, with the cosine to HR under each.
 
@@ -142,26 +168,31 @@ def write_sheets(
         data: Whose probes to show; those that cannot be read are passed over.
         count: How many, spread over the set.
         folder: Where to.
+        progress: Show a progress bar when it takes more than two seconds.
 
     Returns:
-        The files.
+        The files; none where no face could be read.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
     """
     template = data.faces.template or CANVAS
     batch = read_batch(data.faces, _some_probes(data, count).tolist(), template)
+    if not len(batch.places):
+        return []
     names = [Path(data.faces.names[i]).stem.replace("_", "\n") for i in batch.places.tolist()]
     canvas = batch.crops.to(bench.device)
     name, fnet = next(iter(bench.fnets.items()))
     files = []
     recogniser = Recogniser(fnet, bench.protocol, bench.device)
-    with evaluating(bench.srnets.values(), bench.device):
+    sizes = list(dict.fromkeys(bench.sizes))
+    bar = tqdm(sizes, desc="drawing", unit="sheet", delay=2, disable=not progress)
+    with bar, evaluating(bench.srnets.values(), bench.device):
         reference = recogniser.full(canvas, template)
         hr = cut(canvas, template, SR_CROP)
-        for size in dict.fromkeys(bench.sizes):
+        for size in bar:
             lr = prepare_probe(hr, size, bench.protocol)
-            columns = {"lr": lr}
+            columns = {LR: lr}
             cosines = {}
             for method, srnet in bench.srnets.items():
                 shown = super_resolve(srnet, both_views(lr), bench.protocol)

@@ -13,38 +13,25 @@ import io
 import json
 import math
 import os
-import platform
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from idloss import __version__
+from idloss.evaluation.environment import environment
 from idloss.evaluation.intervals import Estimate
 from idloss.weights.files import written_whole
 
 SCHEMA = 1
 # The method of a row whose probes are not degraded: the last column of the paper's tables.
 HR = "hr"
+LR = "lr"
 
 Task = Literal["verification", "identification", "open_set"]
-_PACKAGES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "numpy",
-    "safetensors",
-    "huggingface-hub",
-    "opencv-python",
-    "opencv-python-headless",
-)
 
 
 @dataclass(frozen=True, order=True)
@@ -106,12 +93,14 @@ class Results:
 
     Attributes:
         run: Circumstances, as plain values: `protocol`, `seed`, command, `data` (sets with the
-            hash of their lists and what was skipped), `draws` (digest of the galleries), weights
-            with their hashes. Two runs are comparable where `protocol`, `data` and `draws` agree.
+            hash of their lists and what was skipped), `draws` (digest of the galleries of each
+            task), weights with their hashes. Two runs are comparable where `protocol`, `data` and
+            `draws` agree.
         records: The rows.
         arrays: What the rows were made of, by cell: `scores`, `same`, `correct`, `folds`, each
             `[N]`, for verification; `rank1` `[draws]` and `cmc` `[draws, R]` for identification;
-            `tpir` `[draws, T]` for the open set.
+            `tpir` `[draws, T]` for the open set; `correct`, `[P]`, in place of `rank1` and `tpir`
+            where the set has a gallery of its own.
         environment: Versions and hardware.
         created: When, UTC, ISO 8601.
     """
@@ -119,7 +108,7 @@ class Results:
     run: dict[str, Any] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
     arrays: dict[Cell, dict[str, NDArray[Any]]] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=lambda: environment())
+    environment: dict[str, Any] = field(default_factory=environment)
     created: str = field(
         default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
     )
@@ -175,6 +164,28 @@ class Results:
             if record.cell == cell and record.metric == metric:
                 return record.estimate.value
         raise KeyError(f"no {metric} for {cell.label}")
+
+    def select(self, task: Task, metric: str | None = None) -> list[Record]:
+        """The rows of one task and metric.
+
+        Args:
+            task: The task.
+            metric: The metric; None for accuracy, rank 1, or the first there is.
+
+        Returns:
+            At least one row.
+
+        Raises:
+            ValueError: There are none; says what there is.
+        """
+        records = [record for record in self.records if record.cell.task == task]
+        known = list(dict.fromkeys(record.metric for record in records))
+        if not known:
+            raise ValueError(f"the run has no {task} results")
+        metric = metric or next((m for m in ("accuracy", "rank1") if m in known), known[0])
+        if metric not in known:
+            raise ValueError(f"the run has no {metric!r} for {task}; it has {', '.join(known)}")
+        return [record for record in records if record.metric == metric]
 
     def save(self, path: str | os.PathLike[str]) -> list[Path]:
         """Write `.json`, `.csv` and `.npz` beside each other, each whole or not at all.
@@ -270,27 +281,6 @@ class Results:
             raise ValueError(f"{main} is damaged: {type(error).__name__} {error}") from error
 
 
-def environment() -> dict[str, Any]:
-    """Versions and hardware of this process, as plain values.
-
-    Returns:
-        idloss, Python, packages, system, processor, threads and GPU.
-    """
-    versions = {name: version for name in _PACKAGES if (version := _version(name))}
-    gpu = torch.cuda.is_available()
-    return {
-        "idloss": __version__,
-        "python": platform.python_version(),
-        "packages": versions,
-        "system": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if gpu else None,
-        "cuda": torch.version.cuda if gpu else None,
-    }
-
-
 def paper_table(
     results: Results,
     task: Task = "verification",
@@ -308,7 +298,7 @@ def paper_table(
         results: The run.
         task: `"verification"` for Table 1, `"identification"` for Table 2.
         metric: The metric; None for accuracy, rank 1, or the first there is.
-        deviation: Add the standard deviation over folds or draws.
+        deviation: Add the standard deviation over folds or draws, where there are several.
 
     Returns:
         The table in per cent, `-` where nothing was measured.
@@ -316,14 +306,7 @@ def paper_table(
     Raises:
         ValueError: There are no results for the task or the metric.
     """
-    records = [record for record in results.records if record.cell.task == task]
-    known = list(dict.fromkeys(record.metric for record in records))
-    if not known:
-        raise ValueError(f"the run has no {task} results")
-    metric = metric or next((m for m in ("accuracy", "rank1") if m in known), known[0])
-    if metric not in known:
-        raise ValueError(f"the run has no {metric!r} for {task}; it has {', '.join(known)}")
-    chosen = {record.cell: record.estimate for record in records if record.metric == metric}
+    chosen = {record.cell: record.estimate for record in results.select(task, metric)}
     # the paper prints two decimals: the best are those that print the same
     shown = {cell: f"{100 * figure.value:.2f}" for cell, figure in chosen.items()}
     best: dict[str, str] = {}
@@ -335,18 +318,20 @@ def paper_table(
         if cell not in chosen:
             return "-"
         text = shown[cell]
-        if deviation:
+        if deviation and chosen[cell].repeats > 1:
             text += f" ± {100 * chosen[cell].std:.2f}"
         return f"**{text}**" if cell.srnet != HR and shown[cell] == best[cell.size] else text
 
     columns = _columns([cell for cell in chosen if cell.srnet != HR], pair=task == "verification")
     hr = {cell.fnet: cell for cell in chosen if cell.srnet == HR}
     heads = [
-        " ".join([_pretty(main), *(f"({_pretty(size)})" for size in other)])
+        " ".join([pretty_size(main), *(f"({pretty_size(size)})" for size in other)])
         for main, *other in columns
     ]
     if hr:
-        heads.append(" / ".join(dict.fromkeys(_pretty((c.height, c.width)) for c in hr.values())))
+        heads.append(
+            " / ".join(dict.fromkeys(pretty_size((c.height, c.width)) for c in hr.values()))
+        )
     lines = [["FNet", "Method/SRNet", *heads]]
     for fnet in dict.fromkeys(cell.fnet for cell in chosen):
         methods = dict.fromkeys(c.srnet for c in chosen if c.fnet == fnet and c.srnet != HR)
@@ -360,6 +345,15 @@ def paper_table(
                 line.append(text_of(hr[fnet]) if place == 0 and fnet in hr else "")
             lines.append(line)
     return _markdown(lines)
+
+
+def metric_title(metric: str) -> str:
+    """A metric in words, such as `Rank-1 identification rate`."""
+    if metric == "accuracy":
+        return "Verification accuracy"
+    if metric.startswith("rank"):
+        return f"Rank-{metric.removeprefix('rank')} identification rate"
+    return metric.upper().replace("FAR=", "FAR ").replace("FPIR=", "FPIR ")
 
 
 def _columns(cells: Iterable[Cell], *, pair: bool) -> list[list[tuple[int, int]]]:
@@ -376,7 +370,8 @@ def _columns(cells: Iterable[Cell], *, pair: bool) -> list[list[tuple[int, int]]
     return columns
 
 
-def _pretty(size: tuple[int, int]) -> str:
+def pretty_size(size: Sequence[int]) -> str:
+    """Rows and columns with a multiplication sign between, for people."""
     return f"{size[0]}\N{MULTIPLICATION SIGN}{size[1]}"
 
 
@@ -432,19 +427,3 @@ def _load_arrays(main: Path, index: Mapping[str, Any]) -> dict[Cell, dict[str, N
             place, name = key.split("/", 1)
             arrays[cells[int(place)]][name] = stored[key]
     return arrays
-
-
-def _version(package: str) -> str | None:
-    with suppress(metadata.PackageNotFoundError):
-        return metadata.version(package)
-    return None
-
-
-def _processor() -> str:
-    """The processor's name; `platform.processor()` is empty on most Linux systems."""
-    listing = Path("/proc/cpuinfo")
-    if listing.is_file():
-        for line in listing.read_text("utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
