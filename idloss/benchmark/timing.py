@@ -36,18 +36,26 @@ def seconds(step: Step, device: str) -> float:
     return time.perf_counter() - start
 
 
-def matmul_rate(device: str = "cpu", *, size: int = 2048, rounds: int = 5) -> float:
-    """Measure the machine's float32 matrix-product rate, the limit that shares refer to.
+def matmul_rate(
+    device: str = "cpu",
+    *,
+    size: int | None = None,
+    rounds: int = 5,
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """Measure the machine's matrix-product rate, the limit that shares refer to.
 
     Args:
         device: Where.
-        size: Side of the square matrices.
+        size: Side of the square matrices; None for one that fills a CPU or a GPU.
         rounds: How often; the best is given.
+        dtype: Of the matrices.
 
     Returns:
         Floating-point operations a second.
     """
-    a = torch.rand(size, size, device=device)
+    size = size or (2048 if torch.device(device).type == "cpu" else 8192)
+    a = torch.rand(size, size, device=device).to(dtype)
     torch.mm(a, a)
     return 2 * size**3 / min(seconds(lambda: torch.mm(a, a), device) for _ in range(rounds))
 
