@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from idloss import adapters
 from idloss.errors import did_you_mean
 from idloss.fnets.base import FNet, downsampled
+from idloss.fnets.prelu import PReLU
 from idloss.registry import register_fnet
 from idloss.weights import GitHubBlob, Weights, build_model, register_weights
 
@@ -29,7 +30,7 @@ BOTTLENECKS = (
 
 _Activation = Callable[[int], nn.Module]
 
-ACTIVATIONS: dict[str, _Activation] = {"prelu": nn.PReLU, "relu6": lambda _: nn.ReLU6()}
+ACTIVATIONS: dict[str, _Activation] = {"prelu": PReLU, "relu6": lambda _: nn.ReLU6()}
 """Activations by name, each made for a number of channels."""
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from idloss import adapters
 from idloss.fnets.base import FNet, downsampled
+from idloss.fnets.prelu import PReLU
 from idloss.registry import register_fnet
 from idloss.weights import GitHubBlob, Weights, build_model, register_weights
 
@@ -68,7 +69,7 @@ class _Stage(nn.Module):
     def __init__(self, in_channels: int, width: int, depth: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, width, 3, stride=2, padding=1)
-        self.act = nn.PReLU(width)
+        self.act = PReLU(width)
         self.blocks = nn.Sequential(*(_Unit(width) for _ in range(depth)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,9 +83,9 @@ class _Unit(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.act1 = nn.PReLU(width)
+        self.act1 = PReLU(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.act2 = nn.PReLU(width)
+        self.act2 = PReLU(width)
 
     def forward(self, x: Tensor) -> Tensor:
         residual: Tensor = self.act2(self.conv2(self.act1(self.conv1(x))))
