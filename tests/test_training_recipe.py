@@ -32,9 +32,15 @@ def test_they_are_section_4_1(name):
 
 def test_any_field_can_be_changed_and_comes_back(tmp_path):
     overrides = ["batch_size=32", "factors=[4, 8]", "fnet={sface: 1, mobilefacenet: 0.5}"]
-    overrides += ["learning_rate=4e-4", "data=some/folder", "srnet_options={depth: 4}"]
+    overrides += [
+        "exclude=[7398, 191847.jpg]",
+        "learning_rate=4e-4",
+        "data=some/folder",
+        "srnet_options={depth: 4}",
+    ]
     recipe = load_recipe("paper_edsr16_64_id", overrides)
     assert (recipe.batch_size, recipe.factors, recipe.learning_rate) == (32, (4, 8), 4e-4)
+    assert recipe.exclude == ("7398", "191847.jpg")
     assert recipe.fnet == {"sface": 1.0, "mobilefacenet": 0.5}
     save_recipe(recipe, tmp_path / "recipe.yaml")
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
@@ -54,7 +60,7 @@ def test_sizes_take_the_place_of_factors():
         ("batch_size=0", r"batch_size: input should be greater than 0, got 0"),
         ("precision=fp8", r"precision: input should be 'fp32', 'tf32', 'bf16' or 'fp16'"),
         ("factors=[5]", r"5.*112x96"),
-        ("factors=[]", r"factors and sizes are empty"),
+        ("factors=[]", r"factors is empty: give at least one"),
         ("sizes=[7by6]", r"'7by6' is not rows x columns; write it as 7x6"),
         ("distance=cosin", r"unknown distance 'cosin'. Did you mean 'cosine'"),
         ("degradation=blur", r"unknown degradation 'blur'.*bicubic"),

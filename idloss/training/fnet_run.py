@@ -192,7 +192,7 @@ def _low_resolution(recipe: FNetRecipe) -> LowResolution | None:
         return None
     return LowResolution(
         recipe.low_resolution,
-        recipe.sizes(recipe.crop),
+        recipe.sizes_by_factor(recipe.crop),
         get_degradation(recipe.degradation, **recipe.degradation_options),
     )
 
@@ -207,4 +207,4 @@ def _with_margin(recipe: FNetRecipe, fnet: nn.Module, faces: Faces) -> Recogniti
 
 def _validation(recipe: FNetRecipe, device: str) -> FNetVerification | None:
     data = open_pairs(recipe.validate_on, recipe.validate_every)
-    return None if data is None else FNetVerification(data, recipe.sizes(SR_CROP), device)
+    return None if data is None else FNetVerification(data, recipe.sizes_by_factor(SR_CROP), device)

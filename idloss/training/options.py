@@ -1,13 +1,17 @@
-"""What every training run can be told, whatever it trains."""
+"""What every training run can be told, whatever it trains, and what every run on faces."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from idloss.degradation import DEGRADATIONS, sizes_of
 from idloss.errors import did_you_mean
+from idloss.geometry import get_template
+from idloss.sizes import Size
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -56,7 +60,12 @@ class RunOptions(BaseModel):
         trackers: Names that Accelerate knows: `"tensorboard"`, `"wandb"`, `"mlflow"`, ...
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        coerce_numbers_to_str=True,  # YAML takes the name of identity 7398 for a number
+    )
 
     PASSIVE: ClassVar[frozenset[str]] = frozenset(
         {"accumulate", "device", "crops", "workers", "non_finite"}
@@ -119,3 +128,60 @@ class RunOptions(BaseModel):
         if not name:
             return str(message)
         return f"{name}: {message[:1].lower()}{message[1:]}, got {error['input']!r}"
+
+
+class FaceOptions(RunOptions):
+    """What faces to train on, how they are made small, and what a run is validated on.
+
+    Attributes:
+        data: A folder that `idloss prepare` made, CelebA, or a folder or tar with `landmarks.csv`.
+        skip_missing: Leave out faces that are missing or cannot be aligned.
+        exclude: Identities and images to leave out.
+        crop: Template of the HR crops.
+        pretrained: Begin with the network's published weights.
+        factors: Down-sampling factors, one drawn for each batch.
+        degradation: From HR to LR.
+        degradation_options: Its arguments.
+        validate_on: LFW (or another set of pairs) to verify on while training; None for none.
+        validate_every: Steps between validations; 0 for one at the end.
+    """
+
+    # Data may have moved: what counts is the hash of their content.
+    PASSIVE: ClassVar[frozenset[str]] = RunOptions.PASSIVE | {
+        "data",
+        "skip_missing",
+        "validate_on",
+        "validate_every",
+    }
+
+    data: Path | None = None
+    skip_missing: bool = False
+    exclude: tuple[str, ...] = ()
+    crop: str = "sphereface"
+    pretrained: bool = False
+    factors: tuple[Annotated[int, Field(gt=0)], ...] = (4, 8, 16)
+    degradation: str = "bicubic"
+    degradation_options: dict[str, Any] = Field(default_factory=dict)
+    validate_on: Path | None = None
+    validate_every: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("degradation")
+    @classmethod
+    def _check_degradation(cls, name: str) -> str:
+        if name not in DEGRADATIONS:
+            raise ValueError(did_you_mean("degradation", name, DEGRADATIONS))
+        return name
+
+    def sizes_by_factor(self, template: str) -> tuple[Size, ...]:
+        """LR sizes that the factors give, rows and columns.
+
+        Args:
+            template: Of the crops.
+
+        Raises:
+            ValueError: There are no factors, one does not divide the crop, or the template is
+                unknown.
+        """
+        if not self.factors:
+            raise ValueError("factors is empty: give at least one")
+        return sizes_of(self.factors, get_template(template).size)

@@ -9,73 +9,44 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, overload
 import yaml
 from pydantic import Field, model_validator
 
-from idloss.degradation import DEGRADATIONS, sizes_of
 from idloss.distances import DISTANCES
 from idloss.errors import did_you_mean
-from idloss.geometry import get_template
 from idloss.sizes import Size, parse_size
-from idloss.training.options import RunOptions
+from idloss.training.options import FaceOptions, RunOptions
 from idloss.weights.files import written_whole
 from idloss.weights.zoo import zoo_folder
 
 Options = TypeVar("Options", bound=RunOptions)
 
 
-class Recipe(RunOptions):
+class Recipe(FaceOptions):
     """Train an SRNet with an image loss plus lambda times an identity loss.
 
     With its defaults it is section 4.1 of the paper (Lai, He and Lam, ICIP 2019), with what its
     released code adds.
 
     Attributes:
-        data: Faces to train on: a folder that `idloss prepare` made, CelebA, or a folder or tar
-            with `landmarks.csv`.
-        skip_missing: Leave out faces that are missing or cannot be aligned.
-        exclude: Identities and images to leave out.
-        crop: Template of the HR crops.
         srnet: Name of the SRNet.
         srnet_options: Its arguments, such as `depth`.
-        pretrained: Begin with its published weights.
         fnet: Name of the FNet of the identity loss, or names with their weights.
         weight: Lambda; 0 leaves the image loss alone.
         distance: Between embeddings.
         image_loss: Between SR and MR, both in [-1, 1].
         features: `"stored"`: HR features are computed once for the whole set and kept beside
             prepared data; `"live"`: in each step.
-        factors: Down-sampling factors, one drawn for each batch.
         sizes: LR sizes, rows and columns, instead of `factors`.
-        degradation: From HR to LR.
-        degradation_options: Its arguments.
-        validate_on: LFW (or another set of pairs) to verify on while training; None for none.
-        validate_every: Steps between validations; 0 for one at the end.
     """
 
-    PASSIVE: ClassVar[frozenset[str]] = RunOptions.PASSIVE | {
-        "data",  # moved or not: what counts is the hash of its content
-        "skip_missing",
-        "features",
-        "validate_on",
-        "validate_every",
-    }
+    PASSIVE: ClassVar[frozenset[str]] = FaceOptions.PASSIVE | {"features"}
 
-    data: Path | None = None
-    skip_missing: bool = False
-    exclude: tuple[str, ...] = ()
-    crop: str = "sphereface"
     srnet: str = "edsr16_64"
     srnet_options: dict[str, Any] = Field(default_factory=dict)
-    pretrained: bool = False
     fnet: str | dict[str, float] = "sface"
     weight: Annotated[float, Field(ge=0)] = 0.5
     distance: str = "cosine"
     image_loss: Literal["l1", "mse", "smooth_l1"] = "l1"
     features: Literal["stored", "live"] = "stored"
-    factors: tuple[Annotated[int, Field(gt=0)], ...] = (4, 8, 16)
     sizes: tuple[Size, ...] | None = None
-    degradation: str = "bicubic"
-    degradation_options: dict[str, Any] = Field(default_factory=dict)
-    validate_on: Path | None = None
-    validate_every: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -88,23 +59,18 @@ class Recipe(RunOptions):
 
     @model_validator(mode="after")
     def _check_names_and_sizes(self) -> Recipe:
-        for kind, name, known in (
-            ("distance", self.distance, DISTANCES),
-            ("degradation", self.degradation, DEGRADATIONS),
-        ):
-            if name not in known:
-                raise ValueError(did_you_mean(kind, name, known))
-        if not self.lr_sizes():
-            raise ValueError("factors and sizes are empty: give at least one")
+        if self.distance not in DISTANCES:
+            raise ValueError(did_you_mean("distance", self.distance, DISTANCES))
+        self.lr_sizes()
         return self
 
     def lr_sizes(self) -> tuple[Size, ...]:
         """LR sizes that batches are drawn at, rows and columns.
 
         Raises:
-            ValueError: A factor does not divide the crop.
+            ValueError: As `sizes_by_factor`.
         """
-        return self.sizes or sizes_of(self.factors, get_template(self.crop).size)
+        return self.sizes or self.sizes_by_factor(self.crop)
 
 
 def recipe_names() -> list[str]:
