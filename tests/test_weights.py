@@ -713,7 +713,7 @@ class TestFilesOnDisk:
     def test_zoo(self, register, home, monkeypatch, tmp_path):
         package = tmp_path / "site" / "idloss"
         (package / "weights").mkdir(parents=True)
-        monkeypatch.setattr("idloss.weights.sources.__file__", str(package / "weights" / "s.py"))
+        monkeypatch.setattr("idloss.weights.zoo.__file__", str(package / "weights" / "z.py"))
         body = safetensors.torch.save(_state_dict())
         name = register(weights.ZooFile("tiny", _sha256(body)), adapter=None)
         with pytest.raises(weights.NotFoundError, match=r"zoo.tiny.model\.safetensors"):
