@@ -248,7 +248,6 @@ class Engine:
                 self.ema.update(self.task.network, step=step)
             self.progress.add(names, values)
         self.optimizer.zero_grad()
-        self.progress.step = step
         return stopped > 0
 
     def _refuse(self, step: int, losses: dict[str, float], batches: list[Batch]) -> None:
@@ -330,7 +329,6 @@ class _Progress:
 
     def __init__(self, content: str) -> None:
         self.content = content
-        self.step = 0
         self.sums: dict[str, float] = {}
         self.count = 0
 

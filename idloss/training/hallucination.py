@@ -77,9 +77,9 @@ class HallucinationTask:
         self.degradation = degradation
         self.seed = seed
         self.content = content
-        self.features = features
-        if features is not None and crops.resident is not None:
-            self.features = features.to(crops.device)
+        self.features: Tensor | None = None
+        if features is not None:
+            self.take_features(features)
         self.format = torch.channels_last if channels_last else torch.contiguous_format
 
     @property
@@ -89,6 +89,15 @@ class HallucinationTask:
 
     def __len__(self) -> int:
         return len(self.crops.faces)
+
+    def take_features(self, features: Tensor) -> None:
+        """Spare each step the FNet's pass over HR.
+
+        Args:
+            features: What `stored_features` gave, `[2, N, D]`; kept where the crops are.
+        """
+        resident = self.crops.resident is not None
+        self.features = features.to(self.crops.device) if resident else features
 
     def batches(self, draws: Iterable[Draw]) -> Iterator[Batch]:
         """LR, HR and, where they are stored, HR features of each draw."""

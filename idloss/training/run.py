@@ -106,7 +106,8 @@ def train(
             # one process of each machine computes them, the others read its file
             with accelerator.local_main_process_first():
                 show = accelerator.is_local_main_process
-                task.features = stored_features(faces, identity, device=device, progress=show)
+                found = stored_features(faces, identity, device=device, progress=show)
+            task.take_features(found)
     if accelerator.is_main_process:
         save_recipe(recipe, folder / RECIPE)
     trained = engine.run(resume=resume)
