@@ -12,8 +12,6 @@ from idloss.data import EvaluationSet
 from idloss.degradation import get_degradation
 from idloss.encoder import FaceEncoder
 from idloss.evaluation.recogniser import SR_CROP
-from idloss.evaluation.results import HR
-from idloss.evaluation.run import evaluate_verification
 from idloss.registry import create_fnet, create_srnet
 from idloss.sizes import Size
 from idloss.training.accelerator import create_accelerator
@@ -32,6 +30,7 @@ from idloss.training.recognition import (
     Views,
     labels_of,
 )
+from idloss.training.validation import verification_rates
 
 INPUT = frozenset({"input_size", "mean", "std", "crop"})
 """What `create_fnet` takes for itself and `pretrained_cfg` keeps: no arguments of the network."""
@@ -171,20 +170,8 @@ class FNetVerification:
         Returns:
             Share of right answers, by probe size; `"HR"` is without degradation.
         """
-        results = evaluate_verification(
-            self.data,
-            {"fnet": network},
-            {"bilinear": create_srnet("bilinear")},
-            self.sizes,
-            device=self.device,
-            cache=False,
-            progress=False,
-        )
-        return {
-            "HR" if record.cell.srnet == HR else record.cell.size: record.estimate.value
-            for record in results.records
-            if record.metric == "accuracy"
-        }
+        restored = create_srnet("bilinear")
+        return verification_rates(self.data, network, restored, self.sizes, self.device)
 
 
 def _low_resolution(recipe: FNetRecipe) -> LowResolution | None:

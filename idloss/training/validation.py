@@ -54,15 +54,35 @@ class Verification:
         Returns:
             Share of right answers by probe size, `"7x6"` and the like.
         """
-        fnets, srnets = {"fnet": self.fnet}, {"srnet": network}
-        results = evaluate_verification(
-            self.data, fnets, srnets, self.sizes, device=self.device, cache=False, progress=False
-        )
-        shown = {"bicubic": create_srnet("bicubic"), **srnets}
+        rates = verification_rates(self.data, self.fnet, network, self.sizes, self.device)
+        shown = {"bicubic": create_srnet("bicubic"), "srnet": network}
+        fnets = {"fnet": self.fnet}
         bench = Bench(fnets, shown, self.sizes, get_protocol("paper"), FACES, self.device)
         write_sheets(bench, self.data, FACES, self.folder / f"step-{step:06d}")
-        return {
-            f"{record.cell.height}x{record.cell.width}": record.estimate.value
-            for record in results.records
-            if record.metric == "accuracy" and record.cell.srnet != HR
-        }
+        del rates["HR"]  # of the FNet alone, and always the same
+        return rates
+
+
+def verification_rates(
+    data: EvaluationSet, fnet: nn.Module, srnet: nn.Module, sizes: tuple[Size, ...], device: str
+) -> dict[str, float]:
+    """Verify pairs, protocol `paper`, without a trace on disk.
+
+    Args:
+        data: The pairs.
+        fnet: The FNet that judges.
+        srnet: The SRNet that restores the probes.
+        sizes: Probe sizes, rows and columns.
+        device: Where the networks run.
+
+    Returns:
+        Share of right answers by probe size, `"7x6"` and the like; `"HR"` is without degradation.
+    """
+    results = evaluate_verification(
+        data, {"fnet": fnet}, {"srnet": srnet}, sizes, device=device, cache=False, progress=False
+    )
+    return {
+        "HR" if record.cell.srnet == HR else record.cell.size: record.estimate.value
+        for record in results.records
+        if record.metric == "accuracy"
+    }
