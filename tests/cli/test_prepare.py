@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from minilfw import mini_lfw
-from test_data_faces import NUMBERS, celeba, folder
+from data.test_faces import NUMBERS, celeba, folder
 from timm.models import save_for_hf
 
 from idloss import create_fnet

@@ -15,7 +15,7 @@ from tinytraining import losses, tiny_faces, tiny_run, weights
 
 from idloss.training import TrainingStoppedError
 
-SCRIPT = Path(__file__).with_name("tinytraining.py")
+SCRIPT = Path(__file__).parents[1] / "tinytraining.py"
 
 
 def launch(folder, *options, processes=1, **popen):

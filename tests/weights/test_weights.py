@@ -20,7 +20,7 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
-from _servers import Fault, FileServer
+from servers import Fault, FileServer
 from huggingface_hub import constants
 from timm.models import generate_default_cfgs, register_model
 from torch import nn

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from test_data_faces import NUMBERS, write
-from test_data_files import jpeg
+from data.test_faces import NUMBERS, write
+from data.test_files import jpeg
 
 from idloss.data import (
     DataError,

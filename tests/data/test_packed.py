@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_data_faces import NUMBERS, folder
+from data.test_faces import NUMBERS, folder
 from torch.utils.data import DataLoader
 
 from idloss.data import (

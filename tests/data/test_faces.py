@@ -4,7 +4,7 @@ import tarfile
 
 import pytest
 import torch
-from test_data_files import jpeg
+from data.test_files import jpeg
 from torchvision.datasets import CelebA
 
 from idloss.data import DataError, celeba_faces, folder_faces, open_faces

@@ -8,8 +8,8 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from test_data_faces import HEADER, NUMBERS, write
-from test_data_files import jpeg
+from data.test_faces import HEADER, NUMBERS, write
+from data.test_files import jpeg
 
 from idloss.data import DataError, insightface_bin, open_evaluation, pairs_csv
 from idloss.data.insightface import _Reader

@@ -259,7 +259,7 @@ TWO_PROCESSES = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_training_recognition import both_tasks
+from training.test_recognition import both_tasks
 both_tasks(Path(sys.argv[2]))
 """
 

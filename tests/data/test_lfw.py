@@ -8,9 +8,9 @@ import tarfile
 
 import pytest
 import torch
-from _servers import Fault, FileServer
-from test_data_faces import NUMBERS, write
-from test_data_files import jpeg
+from servers import Fault, FileServer
+from data.test_faces import NUMBERS, write
+from data.test_files import jpeg
 
 from idloss.data import DataError, lfw
 from idloss.data.folds import balanced_folds
