@@ -41,7 +41,7 @@ from idloss.data import (
     prepare,
 )
 from idloss.evaluation.figures import picture_sheet, save_figure
-from idloss.evaluation.results import paper_table
+from idloss.evaluation.report import paper_table
 from idloss.evaluation.run import evaluate_verification
 from idloss.resample import resize, to_float
 from idloss.training import FNetRecipe, Recipe, load_recipe, train, train_fnet

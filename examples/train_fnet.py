@@ -28,7 +28,7 @@ from torch import nn
 
 from idloss import create_fnet, create_srnet
 from idloss.data import AlignedFaces, EvaluationSet, Pairs, SyntheticFaces, lfw
-from idloss.evaluation.results import paper_table
+from idloss.evaluation.report import paper_table
 from idloss.evaluation.run import evaluate_verification
 from idloss.training import FNetRecipe, load_recipe, train_fnet
 

@@ -14,8 +14,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from numpy.typing import NDArray
 
 from idloss.benchmark.timing import Step, seconds
-from idloss.evaluation.identification import DRAWS, identify
-from idloss.evaluation.search import search
+from idloss.evaluation.identification import DRAWS, identify, search
 
 # Paper, Table 2: 610 subjects of LFW, 6,733 images, 11 for each or about so.
 SUBJECTS = 610

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from idloss.evaluation.intervals import sign_test, student_t_two_sided
 from idloss.evaluation.results import HR, Cell, Results
+from idloss.evaluation.statistics import sign_test, student_t_two_sided
 
 
 @dataclass(frozen=True)

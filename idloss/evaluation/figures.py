@@ -7,17 +7,18 @@ matplotlib's global state: each is a `Figure` of its own, to be changed or saved
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from idloss.evaluation.layout import FONT, TITLE, lay_out, legend, wrapped
 from idloss.evaluation.results import (
     HR,
+    LR,
     Cell,
     Record,
     Results,
@@ -25,21 +26,73 @@ from idloss.evaluation.results import (
     metric_title,
     pretty_size,
 )
-from idloss.evaluation.roc import Roc
-from idloss.evaluation.styles import (
-    BLACK,
-    BLUE,
-    DASHED,
-    ORANGE,
-    Styles,
-    method_name,
-    method_styles,
-)
+from idloss.evaluation.verification import Roc
 from idloss.resample import to_uint8
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+class Style(NamedTuple):
+    """How a method looks, in every figure."""
+
+    colour: str
+    marker: str
+    line: str
+
+
+# The colours of Okabe and Ito (jfly.uni-koeln.de/color), told apart by colour-blind readers;
+# markers and line styles repeat the distinction for print in grey. A network and its
+# identity-preserving twin share a family: light and dark blue, orange and vermilion.
+DASHED = "--"
+BLACK, _GREY, _SKY, BLUE = "#000000", "#767676", "#56B4E9", "#0072B2"
+ORANGE, _VERMILION, _GREEN, _PURPLE = "#E69F00", "#D55E00", "#009E73", "#CC79A7"
+_FIXED = {
+    HR: Style(BLACK, "*", DASHED),
+    "bilinear": Style(_GREY, "v", ":"),
+    "bicubic": Style(_GREY, "^", DASHED),
+    "edsr16_64": Style(_SKY, "s", DASHED),
+    "edsr16_64_id": Style(BLUE, "s", "-"),
+    "edsr32_256": Style(ORANGE, "o", DASHED),
+    "edsr32_256_id": Style(_VERMILION, "o", "-"),
+}
+_SPARE = (
+    Style(_GREEN, "D", "-"),
+    Style(_PURPLE, "P", "-"),
+    Style(BLUE, "X", "-."),
+    Style(_VERMILION, "h", "-."),
+    Style(_GREEN, "<", DASHED),
+    Style(_PURPLE, ">", DASHED),
+)
+_NAMES = {HR: "HR", LR: "LR"}
+
+Styles = Mapping[str, Style]
+
+
+def method_styles(methods: Iterable[str]) -> dict[str, Style]:
+    """Give each method a colour, a marker and a line, the same in every figure.
+
+    Interpolations, HR and the paper's networks always look alike. Others take what is left in the
+    order of their names: where figures show different subsets of them, hand all figures the styles
+    of the whole set.
+
+    Args:
+        methods: Names of SRNets and interpolations.
+
+    Returns:
+        Style by name.
+    """
+    names = list(dict.fromkeys(methods))
+    others = sorted(set(names) - set(_FIXED))
+    spare = {name: _SPARE[place % len(_SPARE)] for place, name in enumerate(others)}
+    return {name: _FIXED[name] if name in _FIXED else spare[name] for name in names}
+
+
+def method_name(method: str) -> str:
+    """What a method is called in figures."""
+    return _NAMES.get(method, method)
+
 
 _DPI = 200
 
@@ -392,3 +445,103 @@ def _pictures(images: Tensor) -> NDArray[np.uint8]:
 
 def _size(cell: Cell) -> tuple[int, int]:
     return cell.height, cell.width
+
+
+FONT = 9.0
+TITLE = 10.0
+_GRID = "#D9D9D9"
+
+
+def lay_out(
+    count: int,
+    *,
+    width: float,
+    height: float,
+    columns: int | None = None,
+    share_y: bool = False,
+    grid: bool = True,
+) -> tuple[Figure, list[Axes]]:
+    """Make a figure of panels; the places that are over stay empty.
+
+    Args:
+        count: How many panels.
+        width: Of a panel, in inches.
+        height: Of a panel, in inches.
+        columns: Panels side by side; None for all.
+        share_y: One y axis for all.
+        grid: Draw a grid, and no frame above and to the right.
+
+    Returns:
+        The figure and its panels, row by row.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "figures need matplotlib, which comes with the extra: pip install 'idloss[eval]'"
+        ) from error
+    columns = columns or count
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns + 0.6, height * rows + 0.7), layout="constrained")
+    laid_out = figure.subplots(rows, columns, sharey=share_y, squeeze=False).ravel()
+    for unused in laid_out[count:]:
+        unused.remove()
+    panels: list[Axes] = list(laid_out[:count])
+    for axes in panels:
+        axes.tick_params(labelsize=FONT - 1)
+        axes.xaxis.label.set_fontsize(FONT)
+        axes.yaxis.label.set_fontsize(FONT)
+        if grid:
+            axes.grid(visible=True, color=_GRID, linewidth=0.6)
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """Put one legend under all panels, each method once.
+
+    Args:
+        figure: The figure.
+        panels: Those of its panels that have entries.
+    """
+    entries: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    for last in ("HR", "threshold"):  # what is only a line across comes after the methods
+        if last in entries:
+            entries[last] = entries.pop(last)
+    # inches: the line and the gap before a label, and about what a letter takes
+    entry = 0.6 + 0.065 * max(map(len, entries))
+    columns = int(figure.get_figwidth() / entry)
+    figure.legend(
+        entries.values(),
+        entries.keys(),
+        loc="outside lower center",
+        ncols=max(1, min(len(entries), columns)),
+        frameon=False,
+        fontsize=FONT - 0.5,
+        handlelength=2.6,
+    )
+
+
+def wrapped(name: str, width: int) -> str:
+    """A name on as many lines as it needs: those from timm and the Hub are long.
+
+    Args:
+        name: The name.
+        width: Letters in a line.
+
+    Returns:
+        The name, broken behind a slash, an underscore, a dot or a dash.
+    """
+    lines = [""]
+    for part in re.split(r"(?<=[/_.-])", name):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)

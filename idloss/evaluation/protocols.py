@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from idloss.errors import did_you_mean
-from idloss.evaluation.kfold import (
+from idloss.evaluation.verification import (
     PAPER_RULE,
     SPHEREFACE_RULE,
     STANDARD_RULE,

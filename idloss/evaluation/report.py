@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from idloss.evaluation.embedding import CANVAS, Bench
 from idloss.evaluation.figures import (
     accuracy_figure,
     cmc_figure,
+    method_styles,
     picture_sheet,
     roc_figure,
     save_figure,
@@ -41,11 +42,9 @@ from idloss.evaluation.results import (
     Results,
     Task,
     metric_title,
-    paper_table,
     pretty_size,
 )
-from idloss.evaluation.roc import roc
-from idloss.evaluation.styles import method_styles
+from idloss.evaluation.verification import roc
 from idloss.weights.files import written_whole
 
 if TYPE_CHECKING:
@@ -91,6 +90,98 @@ def _caption(results: Results, task: Task) -> str:
     if task != "verification" and record.estimate.repeats > 1:
         what += f", mean ± deviation of {record.estimate.repeats} draws"
     return f"{what}: {results.run['data']['name']}, protocol {results.run['protocol']['name']}"
+
+
+def paper_table(
+    results: Results,
+    task: Task = "verification",
+    *,
+    metric: str | None = None,
+    deviation: bool = False,
+) -> str:
+    """The results as a Markdown table in the paper's layout (Table 1 or Table 2).
+
+    Sizes rise from left to right and HR comes last, on the first row of each FNet. In Table 1 a
+    square size stands in parentheses behind the one with as many rows of pixels or about so, as
+    the paper's 14x12 (16x16). The best of each column is bold.
+
+    Args:
+        results: The run.
+        task: `"verification"` for Table 1, `"identification"` for Table 2.
+        metric: The metric; None for accuracy, rank 1, or the first there is.
+        deviation: Add the standard deviation over folds or draws, where there are several.
+
+    Returns:
+        The table in per cent, `-` where nothing was measured.
+
+    Raises:
+        ValueError: There are no results for the task or the metric.
+    """
+    chosen = {record.cell: record.estimate for record in results.select(task, metric)}
+    # the paper prints two decimals: the best are those that print the same
+    shown = {cell: f"{100 * figure.value:.2f}" for cell, figure in chosen.items()}
+    best: dict[str, str] = {}
+    for cell, text in shown.items():
+        if cell.srnet != HR:
+            best[cell.size] = max(best.get(cell.size, text), text, key=float)
+
+    def text_of(cell: Cell) -> str:
+        if cell not in chosen:
+            return "-"
+        text = shown[cell]
+        if deviation and chosen[cell].repeats > 1:
+            text += f" ± {100 * chosen[cell].std:.2f}"
+        return f"**{text}**" if cell.srnet != HR and shown[cell] == best[cell.size] else text
+
+    columns = _columns([cell for cell in chosen if cell.srnet != HR], pair=task == "verification")
+    hr = {cell.fnet: cell for cell in chosen if cell.srnet == HR}
+    heads = [
+        " ".join([pretty_size(main), *(f"({pretty_size(size)})" for size in other)])
+        for main, *other in columns
+    ]
+    if hr:
+        heads.append(
+            " / ".join(dict.fromkeys(pretty_size((c.height, c.width)) for c in hr.values()))
+        )
+    lines = [["FNet", "Method/SRNet", *heads]]
+    for fnet in dict.fromkeys(cell.fnet for cell in chosen):
+        methods = dict.fromkeys(c.srnet for c in chosen if c.fnet == fnet and c.srnet != HR)
+        for place, method in enumerate(methods or (HR,)):
+            line = [fnet if place == 0 else "", method]
+            for main, *other in columns:
+                cells = [Cell(task, fnet, method, *size) for size in (main, *other)]
+                first, *rest = (text_of(cell) for cell in cells)
+                line.append(" ".join([first, *(f"({text})" for text in rest)]))
+            if hr:
+                line.append(text_of(hr[fnet]) if place == 0 and fnet in hr else "")
+            lines.append(line)
+    return _markdown(lines)
+
+
+def _columns(cells: Iterable[Cell], *, pair: bool) -> list[list[tuple[int, int]]]:
+    """Sizes from small to large; a square one joins the face-shaped one just below it."""
+    sizes = sorted({(cell.height, cell.width) for cell in cells}, key=lambda s: (s[0] * s[1], s))
+    columns: list[list[tuple[int, int]]] = []
+    for size in sizes:
+        square = size[0] == size[1]
+        # 16 rows against 14; from one of the paper's sizes to the next it is a factor of two
+        if pair and square and columns and columns[-1][0][0] * 1.5 > size[0]:
+            columns[-1].append(size)
+        else:
+            columns.append([size])
+    return columns
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+
+    def row(cells: Sequence[str]) -> str:
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        return f"| {' | '.join(padded)} |"
+
+    # names to the left, figures to the right
+    rule = ["-" * width if c < 2 else "-" * (width - 1) + ":" for c, width in enumerate(widths)]
+    return "\n".join([row(lines[0]), row(rule), *(row(line) for line in lines[1:])]) + "\n"
 
 
 def write_figures(results: Results, folder: str | os.PathLike[str]) -> list[Path]:

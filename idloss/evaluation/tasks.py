@@ -14,14 +14,18 @@ from torch import Tensor
 
 from idloss.data import EvaluationSet, Fault, Pairs
 from idloss.evaluation.embedding import Bench, Embedded, Need, Variant
-from idloss.evaluation.enrolled import closed_set, found_within, open_set
-from idloss.evaluation.identification import draw_galleries, identify, identify_open_set
-from idloss.evaluation.intervals import Estimate
-from idloss.evaluation.kfold import verify
+from idloss.evaluation.identification import (
+    closed_set,
+    draw_galleries,
+    found_within,
+    identify,
+    identify_open_set,
+    open_set,
+)
 from idloss.evaluation.results import HR, Cell, Results, Task
-from idloss.evaluation.scores import pair_scores
+from idloss.evaluation.statistics import Estimate
 from idloss.evaluation.store import Embeddings
-from idloss.evaluation.verification import summarise
+from idloss.evaluation.verification import pair_scores, summarise, verify
 
 Probe = Literal["second", "both"]
 

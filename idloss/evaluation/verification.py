@@ -1,16 +1,523 @@
-"""All verification figures of one cell, and how sure each is."""
+"""Face verification from ready embeddings: k-fold accuracy, ROC, and how sure each figure is.
+
+A score is a similarity: larger means the same person.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from numpy.typing import ArrayLike
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from idloss.evaluation.arrays import Floats, read_scored
-from idloss.evaluation.bootstrap import BOOTSTRAP_DRAWS, bootstrap, bootstrap_accuracy
-from idloss.evaluation.intervals import Estimate, estimate
-from idloss.evaluation.kfold import FoldResult
-from idloss.evaluation.roc import FAR_TARGETS, rejecting_threshold, roc, tar_name
+from idloss.data.folds import FOLDS, Remainder, contiguous_folds
+from idloss.evaluation.statistics import Bools, Estimate, Floats, Ints, estimate, require_finite
+
+# The norm under which an embedding counts as zero (torch.nn.CosineSimilarity's default, which the
+# released code uses).
+_EPS = 1e-8
+
+
+def pair_scores(
+    left: ArrayLike,
+    right: ArrayLike,
+    measure: Literal["cosine", "squared_euclidean"] = "cosine",
+) -> Floats:
+    """Compare the two embeddings of each pair, in float64.
+
+    Args:
+        left: Embeddings `[N, D]`.
+        right: Embeddings `[N, D]`.
+        measure: `"cosine"` in [-1, 1], or `"squared_euclidean"` of the normalised embeddings, in
+            [0, 4].
+
+    Returns:
+        Scores `[N]`; the cosine with a zero embedding is 0.
+
+    Raises:
+        ValueError: The shapes differ, or an embedding is not finite.
+    """
+    first, second = _embedding_pairs(left, right)
+    first, second = _normalised(first), _normalised(second)
+    if measure == "cosine":
+        return _dot(first, second)
+    difference = first - second
+    return _dot(difference, difference)
+
+
+def centred_scores(left: ArrayLike, right: ArrayLike, folds: ArrayLike) -> Floats:
+    """Cosines after the mean embedding of the other folds was subtracted, for each fold.
+
+    SphereFace's evaluation. All folds are one matrix product: with the mean `m` of a fold's
+    training pairs, `(a - m)(b - m) = ab - am - bm + mm`.
+
+    Args:
+        left: Embeddings `[N, D]`.
+        right: Embeddings `[N, D]`.
+        folds: Fold of each pair, `[N]`.
+
+    Returns:
+        Scores `[F, N]`: row f holds all pairs as fold f's training set sees them.
+
+    Raises:
+        ValueError: The shapes differ, or an embedding is not finite.
+    """
+    first, second = _embedding_pairs(left, right)
+    fold_of = np.asarray(folds)
+    # Shifting everything by one vector changes nothing in exact arithmetic, and here spares the
+    # digits that would cancel when all embeddings lie close together, as those of 7x6 probes do.
+    centre = (first.mean(0) + second.mean(0)) / 2
+    first, second = first - centre, second - centre
+    held_out = np.arange(fold_of.max() + 1)[:, None] == fold_of
+    training = ~held_out
+    means = training @ (first + second) / (2 * training.sum(1, keepdims=True))
+
+    first_mean, second_mean = means @ first.T, means @ second.T
+    mean_mean = _dot(means, means)[:, None]
+    product = _dot(first, second) - first_mean - second_mean + mean_mean
+    first_norm = np.sqrt(np.maximum(_dot(first, first) - 2 * first_mean + mean_mean, 0))
+    second_norm = np.sqrt(np.maximum(_dot(second, second) - 2 * second_mean + mean_mean, 0))
+    scores: Floats = product / np.maximum(first_norm * second_norm, _EPS)
+    return scores
+
+
+def _embedding_pairs(left: ArrayLike, right: ArrayLike) -> tuple[Floats, Floats]:
+    first, second = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
+    if first.ndim != 2 or first.shape != second.shape:
+        raise ValueError(
+            f"embeddings must be two [N, D] of one shape, got {list(first.shape)} and "
+            f"{list(second.shape)}"
+        )
+    for name, side in (("left", first), ("right", second)):
+        require_finite(side, f"{name} embedding")
+    return first, second
+
+
+def _normalised(embeddings: Floats) -> Floats:
+    norms = np.sqrt(_dot(embeddings, embeddings))[:, None]
+    scaled: Floats = embeddings / np.maximum(norms, _EPS)
+    return scaled
+
+
+def _dot(first: Floats, second: Floats) -> Floats:
+    product: Floats = np.einsum("nd,nd->n", first, second)
+    return product
+
+
+@dataclass(frozen=True)
+class ThresholdRule:
+    """How a verification protocol turns pairs into an accuracy.
+
+    Attributes:
+        name: Its name.
+        measure: What is compared with the threshold: the cosine, the cosine after the training
+            folds' mean embedding was subtracted, or the squared Euclidean distance of the
+            normalised embeddings.
+        grid: Gives the candidate thresholds, rising.
+        pick: Which of the equally good thresholds of the training folds is used.
+        same: On which side of the threshold a pair is called the same person.
+        ties: Whether a score equal to the threshold is called different, or wrong in any case.
+        remainder: Where pairs go that do not divide evenly: spread over the folds, or one more to
+            each of the first ones.
+    """
+
+    name: str
+    measure: Literal["cosine", "centred_cosine", "squared_euclidean"]
+    grid: Callable[[], Floats]
+    pick: Literal["first", "last", "mean"]
+    same: Literal["above", "below"] = "above"
+    ties: Literal["different", "wrong"] = "different"
+    remainder: Remainder = "spread"
+
+
+def _paper_grid() -> Floats:
+    return np.linspace(-10000, 10000, 10001) / 10000
+
+
+def _sphereface_grid() -> Floats:
+    return np.arange(-10000, 10001) / 10000
+
+
+def _standard_grid() -> Floats:
+    return np.arange(0, 4, 0.01)
+
+
+# johnnysclai/SR_LRFR, src/lfw_verification.py and src/common/util.py: 10,001 thresholds over
+# [-1, 1], and `>=` in the search, so that the last of the best wins.
+PAPER_RULE = ThresholdRule("paper", "cosine", _paper_grid, pick="last")
+# wy1iu/sphereface, test/code/evaluation.m: 20,001 thresholds, both comparisons strict, the mean of
+# the best thresholds.
+SPHEREFACE_RULE = ThresholdRule(
+    "sphereface", "centred_cosine", _sphereface_grid, pick="mean", ties="wrong"
+)
+# deepinsight/insightface, recognition/arcface_torch/eval/verification.py: 400 thresholds, argmax.
+STANDARD_RULE = ThresholdRule(
+    "standard", "squared_euclidean", _standard_grid, pick="first", same="below", remainder="first"
+)
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """Accuracy of each fold at the threshold its training folds chose.
+
+    Attributes:
+        accuracies: Share of right answers in each fold, `[F]`.
+        thresholds: Threshold of each fold, `[F]`.
+        correct: Whether each pair was answered rightly, `[N]`.
+        folds: Fold of each pair, `[N]`.
+    """
+
+    accuracies: Floats
+    thresholds: Floats
+    correct: Bools
+    folds: Ints
+
+    @property
+    def accuracy(self) -> float:
+        """Mean accuracy over the folds, the figure that papers print."""
+        return float(self.accuracies.mean())
+
+
+def kfold(
+    scores: ArrayLike,
+    same: ArrayLike,
+    rule: ThresholdRule = PAPER_RULE,
+    *,
+    folds: ArrayLike | None = None,
+    n_folds: int = FOLDS,
+) -> FoldResult:
+    """K-fold accuracy: each fold is judged at the threshold that is best on the others.
+
+    One pass for all thresholds and folds: each pair's place among the thresholds says from where
+    on, or up to where, it is answered rightly; a histogram of the places and one cumulative sum
+    give the right answers at every threshold.
+
+    Args:
+        scores: Scores `[N]`, in the rule's measure; or `[F, N]` where each fold has its own, as
+            from `centred_scores`.
+        same: Whether each pair is of one person, `[N]`, bool or 0/1.
+        rule: The threshold rule.
+        folds: Fold of each pair, `[N]` in 0..F-1; None for contiguous ones.
+        n_folds: Number of contiguous folds.
+
+    Returns:
+        The accuracies, thresholds and right answers.
+
+    Raises:
+        ValueError: Shapes do not fit, a score is not finite, a label is not 0 or 1, or a fold is
+            empty.
+    """
+    truth = read_labels(same)
+    values = np.asarray(scores, dtype=np.float64)
+    fold_of = _folds(folds, truth.size, n_folds, rule.remainder)
+    n = int(fold_of.max()) + 1
+    if values.shape not in ((truth.size,), (n, truth.size)):
+        raise ValueError(
+            f"scores must be [{truth.size}] or [{n}, {truth.size}], got {list(values.shape)}"
+        )
+    require_finite(values, "score")
+    rows = np.atleast_2d(values)
+
+    grid = rule.grid()
+    training = np.arange(n)[:, None] != fold_of
+    right = _right_answers(rows, truth, training, grid, rule)
+    thresholds = _pick(grid, right == right.max(1, keepdims=True), rule.pick)
+
+    own = rows[fold_of, np.arange(truth.size)] if len(rows) > 1 else rows[0]
+    correct = _correct(own, truth, thresholds[fold_of], rule)
+    sizes = np.bincount(fold_of, minlength=n)
+    accuracies = np.bincount(fold_of, weights=correct, minlength=n) / sizes
+    return FoldResult(accuracies, thresholds, correct, fold_of)
+
+
+def verify(
+    left: ArrayLike,
+    right: ArrayLike,
+    same: ArrayLike,
+    rule: ThresholdRule = PAPER_RULE,
+    *,
+    folds: ArrayLike | None = None,
+    n_folds: int = FOLDS,
+) -> FoldResult:
+    """K-fold accuracy from embeddings, in whatever measure the rule asks for.
+
+    Args:
+        left: Embeddings of each pair's first image, `[N, D]`.
+        right: Embeddings of each pair's second image, `[N, D]`.
+        same: Whether each pair is of one person, `[N]`.
+        rule: The threshold rule.
+        folds: Fold of each pair, `[N]`; None for contiguous ones.
+        n_folds: Number of contiguous folds.
+
+    Returns:
+        The accuracies, thresholds and right answers.
+
+    Raises:
+        ValueError: See `kfold` and `pair_scores`.
+    """
+    fold_of = _folds(folds, len(np.asarray(same)), n_folds, rule.remainder)
+    if rule.measure == "centred_cosine":
+        scores = centred_scores(left, right, fold_of)
+    else:
+        scores = pair_scores(left, right, rule.measure)
+    return kfold(scores, same, rule, folds=fold_of)
+
+
+def _right_answers(
+    rows: Floats, truth: Bools, training: Bools, grid: Floats, rule: ThresholdRule
+) -> Ints:
+    """Right answers among each fold's training pairs at each threshold, `[F, T]`."""
+    under = np.searchsorted(grid, rows, side="left")  # thresholds below the score
+    up_to = np.searchsorted(grid, rows, side="right")  # thresholds below it or equal
+    if rule.same == "above":  # same where the threshold is below the score
+        until, since = under, up_to if rule.ties == "wrong" else under
+        falling, rising = training & truth, training & ~truth
+    else:  # same where the threshold is above the score
+        until, since = under if rule.ties == "wrong" else up_to, up_to
+        falling, rising = training & ~truth, training & truth
+    n, width = len(training), grid.size + 1
+    offsets = np.arange(n)[:, None] * width
+
+    def histogram(places: Ints, members: Bools) -> Ints:
+        chosen = np.broadcast_to(places + offsets, members.shape)[members]
+        return np.bincount(chosen, minlength=n * width).reshape(n, width)
+
+    # a falling pair is right from the first threshold on until its place, a rising one from there
+    change = histogram(since, rising) - histogram(until, falling)
+    right: Ints = (falling.sum(1, keepdims=True) + change.cumsum(1))[:, :-1]
+    return right
+
+
+def _pick(grid: Floats, best: Bools, pick: Literal["first", "last", "mean"]) -> Floats:
+    if pick == "mean":
+        return np.array([grid[places].mean() for places in best])
+    place = 0 if pick == "first" else -1
+    return np.array([grid[places][place] for places in best])
+
+
+def _correct(scores: Floats, truth: Bools, thresholds: Floats, rule: ThresholdRule) -> Bools:
+    called_same = scores > thresholds if rule.same == "above" else scores < thresholds
+    correct: Bools = called_same == truth
+    if rule.ties == "wrong":
+        correct &= scores != thresholds
+    return correct
+
+
+def _folds(folds: ArrayLike | None, count: int, n_folds: int, remainder: Remainder) -> Ints:
+    if folds is None:
+        if n_folds < 2 or count < n_folds:
+            raise ValueError(f"{count} pairs cannot be cut into {n_folds} folds; give 2 to {count}")
+        return contiguous_folds(count, n_folds, remainder).numpy()
+    given = np.asarray(folds, dtype=np.int64)
+    if given.shape != (count,):
+        raise ValueError(f"folds must be [{count}], one for each pair, got {list(given.shape)}")
+    if given.min() < 0 or given.max() < 1 or not np.bincount(given).all():
+        raise ValueError(f"folds must be numbered 0, 1, ... without gaps, got {np.unique(given)}")
+    return given
+
+
+FAR_TARGETS = (1e-1, 1e-2, 1e-3, 1e-4)
+UP = 1 + 1e-12
+"""Room for rounding when a share is compared with a target such as 0.1."""
+
+
+@dataclass(frozen=True)
+class Roc:
+    """Operating points, from the strictest threshold to the laxest.
+
+    Attributes:
+        far: Share of different-person pairs accepted, `[G + 1]`, rising from 0 to 1.
+        tar: Share of same-person pairs accepted, `[G + 1]`, rising from 0 to 1.
+        thresholds: A pair is accepted where its score is at least this, `[G + 1]`; the first is
+            infinite.
+    """
+
+    far: Floats
+    tar: Floats
+    thresholds: Floats
+
+    @property
+    def auc(self) -> float:
+        """Area under the curve."""
+        return float(area(self.far, self.tar))
+
+    @property
+    def eer(self) -> float:
+        """Error rate where false accepts and false rejects are equally frequent."""
+        return float(equal_error(self.far, self.tar))
+
+    def tar_at(self, far: float) -> float:
+        """TAR at the laxest threshold whose FAR does not pass `far`; no interpolation."""
+        return float(self.tar[np.count_nonzero(self.far <= far * UP) - 1])
+
+
+def roc(scores: ArrayLike, same: ArrayLike) -> Roc:
+    """The receiver operating characteristic, a point for each distinct score.
+
+    Args:
+        scores: Similarities `[N]`; larger means the same person.
+        same: Whether each pair is of one person, `[N]`.
+
+    Returns:
+        The curve.
+
+    Raises:
+        ValueError: Shapes do not fit, a score is not finite, or one of the classes is empty.
+    """
+    ranked = Ranked(scores, same)
+    far = np.concatenate(([0], np.cumsum(ranked.different)[ranked.ends])) / ranked.n_different
+    tar = np.concatenate(([0], np.cumsum(ranked.same)[ranked.ends])) / ranked.n_same
+    return Roc(far, tar, np.concatenate(([np.inf], ranked.scores[ranked.ends])))
+
+
+def rejecting_threshold(scores: NDArray[Any], share: float) -> float:
+    """The lowest of the scores that no more than a share of them exceed.
+
+    Args:
+        scores: Scores of those to reject, `[N]`.
+        share: Share that may exceed it, in [0, 1].
+
+    Returns:
+        The threshold; minus infinity where all may exceed it.
+    """
+    allowed = int(share * len(scores) * UP)
+    if allowed >= len(scores):
+        return -np.inf
+    place = len(scores) - 1 - allowed
+    return float(np.partition(scores, place)[place])
+
+
+def tar_name(far: float) -> str:
+    """What TAR at a FAR is called, `tar@far=0.001` and the like."""
+    return f"tar@far={far:g}"
+
+
+class Ranked:
+    """Pairs sorted by falling score, with the last place of each run of equal scores.
+
+    Args:
+        scores: Similarities `[N]`.
+        same: Whether each pair is of one person, `[N]`.
+    """
+
+    def __init__(self, scores: ArrayLike, same: ArrayLike) -> None:
+        values, truth = read_scored(scores, same)
+        order = np.argsort(-values, kind="stable")
+        self.scores = values[order]
+        self.same = truth[order]
+        self.different = ~self.same
+        self.ends = np.flatnonzero(np.append(np.diff(self.scores) != 0, True))
+        self.n_same = int(self.same.sum())
+        self.n_different = int(self.different.sum())
+
+    def accepted(self, members: Bools, draws: int, rng: np.random.Generator) -> Ints:
+        """Members accepted at each operating point in each bootstrap sample, `[draws, G + 1]`."""
+        places = np.flatnonzero(members)
+        picked = places[rng.integers(places.size, size=(draws, places.size))]
+        picked += np.arange(draws)[:, None] * members.size
+        counts = np.bincount(picked.ravel(), minlength=draws * members.size)
+        sums = counts.reshape(draws, -1).cumsum(1)[:, self.ends]
+        return np.concatenate((np.zeros((draws, 1), dtype=sums.dtype), sums), axis=1)
+
+
+def area(far: Floats, tar: Floats) -> Any:
+    """Area under curves of operating points, `[..., G + 1]` each."""
+    return (np.diff(far) * (tar[..., 1:] + tar[..., :-1]) / 2).sum(-1)
+
+
+def equal_error(far: Floats, tar: Floats) -> Any:
+    """Where FAR meets 1 - TAR, on the straight line between the operating points round it.
+
+    Args:
+        far: `[..., G + 1]`, rising.
+        tar: `[..., G + 1]`, rising.
+
+    Returns:
+        The rate of each curve, `[...]`.
+    """
+    excess = far - (1 - tar)
+    after = (excess >= 0).argmax(-1)[..., None]
+
+    def at(values: Floats, places: Ints) -> Floats:
+        return np.take_along_axis(values, places, -1)[..., 0]
+
+    low, high = at(excess, after - 1), at(excess, after)
+    start, end = at(far, after - 1), at(far, after)
+    return start + (end - start) * -low / (high - low)
+
+
+BOOTSTRAP_DRAWS = 1000
+BLOCK_BYTES = 64 * 2**20
+
+
+def bootstrap(
+    scores: ArrayLike,
+    same: ArrayLike,
+    *,
+    far_targets: Sequence[float] = FAR_TARGETS,
+    draws: int = BOOTSTRAP_DRAWS,
+    seed: int = 0,
+    block_bytes: int = BLOCK_BYTES,
+) -> dict[str, Floats]:
+    """The ROC figures on bootstrap samples of the pairs, same and different drawn separately.
+
+    Pairs are sorted once; a sample is a vector of counts, and its curve two cumulative sums.
+
+    Args:
+        scores: Similarities `[N]`.
+        same: Whether each pair is of one person, `[N]`.
+        far_targets: False accept rates for TAR@FAR.
+        draws: Number of samples.
+        seed: Seed; the samples do not depend on `block_bytes`.
+        block_bytes: Memory for the samples that are worked on at once.
+
+    Returns:
+        `auc`, `eer` and `tar@far=...`, each `[draws]`.
+
+    Raises:
+        ValueError: Shapes do not fit, a score is not finite, or one of the classes is empty.
+    """
+    ranked = Ranked(scores, same)
+    names = ("auc", "eer", *map(tar_name, far_targets))
+    figures = {name: np.empty(draws) for name in names}
+    # an index, two counts, two sums and two shares of 8 bytes for each pair and sample
+    block = max(1, block_bytes // (7 * 8 * ranked.same.size))
+    genuine, strangers = np.random.default_rng(seed).spawn(2)
+    for start in range(0, draws, block):
+        part = slice(start, min(start + block, draws))
+        size = part.stop - part.start
+        tar = ranked.accepted(ranked.same, size, genuine) / ranked.n_same
+        far = ranked.accepted(ranked.different, size, strangers) / ranked.n_different
+        figures["auc"][part] = area(far, tar)
+        figures["eer"][part] = equal_error(far, tar)
+        for target in far_targets:
+            place = np.count_nonzero(far <= target * UP, axis=1) - 1
+            figures[tar_name(target)][part] = tar[np.arange(size), place]
+    return figures
+
+
+def bootstrap_accuracy(
+    result: FoldResult, *, draws: int = BOOTSTRAP_DRAWS, seed: int = 0
+) -> Floats:
+    """The mean accuracy on bootstrap samples of each fold's pairs, thresholds held.
+
+    Drawing n answers with replacement from answers of which a share p is right gives a binomial
+    number of right ones, so that is what is drawn.
+
+    Args:
+        result: The k-fold accuracy.
+        draws: Number of samples.
+        seed: Seed.
+
+    Returns:
+        Mean accuracies, `[draws]`.
+    """
+    sizes = np.bincount(result.folds)
+    right = np.random.default_rng(seed).binomial(sizes, result.accuracies, size=(draws, len(sizes)))
+    means: Floats = (right / sizes).mean(1)
+    return means
 
 
 def summarise(
@@ -77,3 +584,54 @@ def summarise(
             fold_figures[name], value, level=level, resampled=resampled.get(name)
         )
     return summary
+
+
+def read_labels(same: ArrayLike) -> Bools:
+    """Labels of pairs as truth values.
+
+    Args:
+        same: Whether each pair is of one person, `[N]`, bool or 0/1.
+
+    Returns:
+        The same, bool.
+
+    Raises:
+        ValueError: There are none, or one is neither 0 nor 1.
+    """
+    labels = np.asarray(same)
+    if labels.ndim != 1 or not labels.size:
+        raise ValueError(f"same must be [N] with N >= 1, got shape {list(labels.shape)}")
+    known = np.isin(labels, (0, 1))
+    if not known.all():
+        place = int(known.argmin())
+        raise ValueError(
+            f"same must hold 0 or 1 (or bool), pair {place} has {labels[place]!r}; "
+            "turn labels of -1 into 0"
+        )
+    return labels.astype(bool)
+
+
+def read_scored(scores: ArrayLike, same: ArrayLike) -> tuple[Floats, Bools]:
+    """Scores of pairs of both kinds, with their labels.
+
+    Args:
+        scores: Similarities `[N]`.
+        same: Whether each pair is of one person, `[N]`.
+
+    Returns:
+        Scores in float64 and labels.
+
+    Raises:
+        ValueError: Shapes do not fit, a score is not finite, or one of the classes is empty.
+    """
+    truth = read_labels(same)
+    values = np.asarray(scores, dtype=np.float64)
+    if values.shape != truth.shape:
+        raise ValueError(f"scores are {list(values.shape)}, same is {list(truth.shape)}")
+    require_finite(values, "score")
+    if truth.all() or not truth.any():
+        raise ValueError(
+            f"all {truth.size} pairs have the label {int(truth[0])}; these figures need both pairs "
+            "of one person and pairs of two"
+        )
+    return values, truth

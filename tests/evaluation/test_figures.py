@@ -12,15 +12,15 @@ import idloss.evaluation.figures as figures_module
 from idloss.evaluation.figures import (
     accuracy_figure,
     cmc_figure,
+    method_styles,
     picture_sheet,
     roc_figure,
     save_figure,
     similarity_figure,
 )
-from idloss.evaluation.intervals import estimate
 from idloss.evaluation.results import HR, Cell, Results
-from idloss.evaluation.roc import roc
-from idloss.evaluation.styles import method_styles
+from idloss.evaluation.statistics import estimate
+from idloss.evaluation.verification import roc
 
 METHODS = ("bilinear", "bicubic", "edsr16_64", "edsr16_64_id", "edsr32_256", "edsr32_256_id")
 SIZES = ((7, 6), (14, 12), (16, 16), (28, 24))

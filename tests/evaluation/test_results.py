@@ -9,9 +9,9 @@ from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from idloss.evaluation.compare import compare, comparison_table, mcnemar, paired_t
-from idloss.evaluation.environment import environment
-from idloss.evaluation.intervals import estimate
-from idloss.evaluation.results import COLUMNS, HR, Cell, Results, paper_table
+from idloss.evaluation.report import paper_table
+from idloss.evaluation.results import COLUMNS, HR, Cell, Results, environment
+from idloss.evaluation.statistics import estimate
 
 # Table 1 of the paper, SFace
 TABLE_1 = {

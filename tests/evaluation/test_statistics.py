@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from idloss.evaluation.intervals import (
+from idloss.evaluation.statistics import (
     estimate,
     sign_test,
     student_t_quantile,

@@ -1,4 +1,4 @@
-"""How sure a figure is: the distributions behind its intervals and tests, and an estimate of it."""
+"""How sure a figure is: an estimate with its intervals, and the tests behind them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,23 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+
+NOT_FINITE = "look for a network that overflowed (fp16?) or an image that failed to load"
+"""What to do about a number that is not finite."""
+
+
+def require_finite(values: Floats, what: str) -> None:
+    """Raise `ValueError`, saying which `what` it is, where a number is not finite."""
+    finite = np.isfinite(values)
+    if not finite.all():
+        place = np.unravel_index(int(finite.argmin()), values.shape)
+        index = ", ".join(str(int(axis)) for axis in place)
+        raise ValueError(f"{what} [{index}] is {values[place]}; {NOT_FINITE}")
+
 
 # Lentz's continued fraction gains about a digit a step here; it has always settled long before.
 _STEPS = 1000
