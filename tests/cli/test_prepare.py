@@ -7,8 +7,8 @@ import warnings
 
 import pytest
 import torch
-from minilfw import mini_lfw
 from data.test_faces import NUMBERS, celeba, folder
+from minilfw import mini_lfw
 from timm.models import save_for_hf
 
 from idloss import create_fnet

@@ -8,9 +8,9 @@ import tarfile
 
 import pytest
 import torch
-from servers import Fault, FileServer
 from data.test_faces import NUMBERS, write
 from data.test_files import jpeg
+from servers import Fault, FileServer
 
 from idloss.data import DataError, lfw
 from idloss.data.folds import balanced_folds

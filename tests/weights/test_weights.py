@@ -20,8 +20,8 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
-from servers import Fault, FileServer
 from huggingface_hub import constants
+from servers import Fault, FileServer
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
