@@ -11,13 +11,77 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from idloss.distances import DISTANCES, Distance
 from idloss.encoder import ChannelOrder, FaceEncoder, Interpolation, check_images
 from idloss.errors import did_you_mean
 from idloss.resample import resize, to_float, to_uint8
 
 Reduction = Literal["mean", "sum", "none"]
+Distance = Callable[[Tensor, Tensor], Tensor]
 ImageLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
+    """One minus the cosine of two embeddings (paper, equation 3).
+
+    Args:
+        a: Embeddings `[B, D]`.
+        b: Embeddings `[B, D]`.
+
+    Returns:
+        Distances `[B]` in [0, 2], 1 where an embedding is zero; the gradient is finite there too.
+    """
+    return 1 - F.cosine_similarity(a, b, dim=1, eps=1e-8)
+
+
+def euclidean_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Squared Euclidean distance of the normalised embeddings: twice the cosine distance.
+
+    Args:
+        a: Embeddings `[B, D]`.
+        b: Embeddings `[B, D]`.
+
+    Returns:
+        Distances `[B]` in [0, 4].
+    """
+    return (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(dim=1)
+
+
+def angular_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Angle between two embeddings as a share of half a turn.
+
+    Written with `atan2`, whose gradient stays finite at 0 and 180 degrees, where that of the arc
+    cosine does not.
+
+    Args:
+        a: Embeddings `[B, D]`.
+        b: Embeddings `[B, D]`.
+
+    Returns:
+        Distances `[B]` in [0, 1].
+    """
+    a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
+    return torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1)) * (2 / math.pi)
+
+
+def l1_distance(a: Tensor, b: Tensor) -> Tensor:
+    """L1 norm of the difference of the raw embeddings: a sum over features, not a mean.
+
+    Args:
+        a: Embeddings `[B, D]`.
+        b: Embeddings `[B, D]`.
+
+    Returns:
+        Distances `[B]`, not bounded.
+    """
+    return (a - b).abs().sum(dim=1)
+
+
+DISTANCES: Mapping[str, Distance] = {
+    "cosine": cosine_distance,
+    "euclidean": euclidean_distance,
+    "angular": angular_distance,
+    "l1": l1_distance,
+}
 
 
 class IdentityPreservedLoss(nn.Module):
@@ -212,7 +276,6 @@ class HallucinationLoss(nn.Module):
         image_loss: A callable of SR and MR, both `[B, 3, h, w]` in [-1, 1]; the mean absolute
             difference by default, as in the released code.
         value_range: Lowest and highest value of the images.
-        quantize: Take MR from the 8-bit image to an 8-bit image, as the released code does.
         **identity_options: Passed on to `IdentityPreservedLoss` when `identity` names an FNet.
 
     Example:
@@ -227,7 +290,6 @@ class HallucinationLoss(nn.Module):
         weight: float = 0.5,
         image_loss: ImageLoss = F.l1_loss,
         value_range: tuple[float, float] = (0.0, 1.0),
-        quantize: bool = True,
         **identity_options: Any,
     ) -> None:
         super().__init__()
@@ -250,7 +312,6 @@ class HallucinationLoss(nn.Module):
         self.weight = weight
         self.image_loss = image_loss
         self.value_range = value_range
-        self.quantize = quantize
 
     def medium_resolution(self, hr: Tensor, size: tuple[int, int]) -> Tensor:
         """Down-sample HR to MR, what SR is compared with.
@@ -264,8 +325,6 @@ class HallucinationLoss(nn.Module):
         """
         low, high = self.value_range
         unit = hr if (low, high) == (0, 1) else (hr - low) / (high - low)
-        if not self.quantize:
-            return resize(unit, size)
         # 8-bit on the way in as well: only so do ties fall as they do in the released code
         return to_float(resize(to_uint8(unit), size)).to(hr.dtype)
 

@@ -10,6 +10,7 @@ Two conventions, because the field has two and mixing them costs up to a hundred
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -25,12 +26,16 @@ Mode = Literal["bicubic", "bilinear", "nearest"]
 Convention = Literal["cv2", "antialias"]
 Rounding = Literal["nearest", "floor"]
 
+Size: TypeAlias = tuple[int, int]
+"""Rows and columns."""
+
 _Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 _LEVELS = 255
 # OpenCV, modules/imgproc/src/resize.cpp: INTER_RESIZE_COEF_BITS is 11, and its vertical pass drops
 # 4 bits, then 16, then 2 (4 + 16 + 2 = 11 + 11), rounding only at the last step.
 _COEF_SCALE = 1 << 11
+_SIZE = re.compile(r"([1-9]\d*)[x\N{MULTIPLICATION SIGN}]([1-9]\d*)")
 _CUBIC = -0.75  # a of the cubic kernel; resize.cpp, interpolateCubic
 
 
@@ -83,6 +88,24 @@ def resize(
     return _bicubic_bytes(images, height, width)
 
 
+def parse_size(text: str) -> Size:
+    """Turn `7x6` into rows and columns.
+
+    Args:
+        text: A size, rows first.
+
+    Returns:
+        `(rows, columns)`, both above zero.
+
+    Raises:
+        ValueError: It is not of that form.
+    """
+    match = _SIZE.fullmatch(text.strip().lower())
+    if match is None:
+        raise ValueError(f"{text!r} is not rows x columns; write it as 7x6")
+    return int(match[1]), int(match[2])
+
+
 def to_uint8(images: Tensor, *, rounding: Rounding = "nearest") -> Tensor:
     """Turn images in [0, 1] into 8-bit levels; values outside are clamped.
 
@@ -121,22 +144,6 @@ def to_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     if images.dtype != torch.uint8:
         raise TypeError(f"to_float takes uint8 images, got {images.dtype}")
     return images.to(dtype) / _LEVELS
-
-
-def quantize(images: Tensor) -> Tensor:
-    """Round images in [0, 1] to 8-bit levels but leave them floating point.
-
-    Args:
-        images: Floating point of any shape, in [0, 1]; values outside are clamped.
-
-    Returns:
-        Images of the same shape and type, each value a multiple of 1/255. No gradient passes.
-
-    Raises:
-        TypeError: The images are not floating point.
-    """
-    exact = _require_float(images, "quantize")
-    return (exact * _LEVELS).round().clamp(0, _LEVELS).div(_LEVELS).to(images.dtype)
 
 
 def _require_float(images: Tensor, function: str) -> Tensor:

@@ -8,6 +8,7 @@ from nets import faces, tiny_fnet
 from torch import nn
 
 from idloss import FaceEncoder
+from idloss.encoder import resolve_device
 from idloss.geometry import convert_crop
 
 
@@ -162,3 +163,13 @@ def test_names_bad_options(net, options, says):
 def test_repr_tells_what_is_inside(encoder):
     assert "tiny" in repr(encoder)
     assert "frozen" in repr(encoder)
+
+
+def test_device_by_name():
+    assert resolve_device("cpu") == torch.device("cpu")
+    found = torch.accelerator.current_accelerator()
+    assert resolve_device() == (found or torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"'gpu' cannot be used .*this machine has"):
+        resolve_device("gpu")
+    with pytest.raises(ValueError, match="'cuda:99' cannot be used"):
+        resolve_device("cuda:99")

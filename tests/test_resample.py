@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from idloss.resample import quantize, resize, to_float, to_uint8
+from idloss.resample import resize, to_float, to_uint8
 
 CV2 = {"bicubic": cv2.INTER_CUBIC, "bilinear": cv2.INTER_LINEAR, "nearest": cv2.INTER_NEAREST}
 DOWN = ["f2", "f4", "f8", "f16", "16x16", "18x16", "16x14", "14x12", "7x6", "28x24"]
@@ -235,7 +235,6 @@ def test_exports_with_a_free_batch(mode):
 def test_levels_round_trip_exactly():
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(to_float(levels)), levels)
-    assert torch.equal(quantize(to_float(levels)), to_float(levels))
     assert to_float(levels, torch.float64).dtype == torch.float64
 
 
@@ -244,12 +243,6 @@ def test_to_uint8_rounds_floors_and_clamps():
     assert to_uint8(values).tolist() == [0, 0, 2, 2, 255, 255, 255]
     floored = to_uint8(values[[0, 1, 4, 5, 6]], rounding="floor")
     assert floored.tolist() == [0, 0, 254, 255, 255]
-
-
-def test_quantize_keeps_type_and_clamps():
-    values = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float16)
-    assert quantize(values).dtype == torch.float16
-    assert (quantize(values).float() * 255).round().tolist() == [0, 128, 255]
 
 
 # --- complaints -----------------------------------------------------------------------------------
@@ -273,7 +266,6 @@ def test_quantize_keeps_type_and_clamps():
         (lambda x: to_float(x), TypeError, "uint8"),
         (lambda x: to_uint8(x.long()), TypeError, "torch.int64"),
         (lambda x: to_uint8(x, rounding="flor"), ValueError, "Did you mean 'floor'"),
-        (lambda x: quantize(x.byte()), TypeError, "torch.uint8"),
     ],
 )
 def test_bad_input_is_named(call, error, message):

@@ -20,7 +20,7 @@ from idloss.evaluation.results import HR
 from idloss.evaluation.run import PAPER_SIZES, evaluate
 from idloss.geometry import fit_similarity, get_template
 from idloss.registry import create_fnet, create_srnet
-from idloss.sizes import Size
+from idloss.resample import Size
 
 METHODS = ("bilinear", "bicubic")
 Scores = dict[tuple[str, Size], NDArray[np.float64]]

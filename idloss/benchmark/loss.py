@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from idloss.benchmark.timing import Step, in_own_process, matmul_rate, resident_peak, seconds
-from idloss.distances import cosine_distance
-from idloss.losses import IdentityPreservedLoss
+from idloss.losses import IdentityPreservedLoss, cosine_distance
 
 
 class Timing(NamedTuple):

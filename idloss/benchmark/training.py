@@ -23,7 +23,7 @@ from idloss.degradation import draw_batch, get_degradation
 from idloss.geometry import fit_similarity, get_template
 from idloss.losses import HallucinationLoss
 from idloss.registry import create_srnet
-from idloss.sizes import Size
+from idloss.resample import Size
 from idloss.training.accelerator import create_accelerator
 from idloss.training.crops import Crops
 from idloss.training.engine import Engine

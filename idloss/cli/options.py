@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from idloss.sizes import parse_size
+from idloss.resample import parse_size
 
 _LABEL = re.compile(r"([\w.-]+)=(.+)")
 

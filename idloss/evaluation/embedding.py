@@ -30,7 +30,7 @@ from idloss.evaluation.store import (
     digest_software,
 )
 from idloss.geometry import get_template
-from idloss.sizes import Size
+from idloss.resample import Size
 
 CANVAS = "arcface"
 """What photos are aligned to: the widest crop there is a use for. The SR crop is cut out of it."""

@@ -29,7 +29,7 @@ from idloss.evaluation.recogniser import (
 )
 from idloss.evaluation.results import HR
 from idloss.evaluation.store import Embeddings, EmbeddingStore
-from idloss.sizes import Size
+from idloss.resample import Size
 
 if TYPE_CHECKING:
     from idloss.evaluation.embedding import Bench, Variant

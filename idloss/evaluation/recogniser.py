@@ -8,8 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from idloss.encoder import FaceEncoder
-from idloss.evaluation.folding import folded
+from idloss.encoder import FaceEncoder, fold_batch_norm
 from idloss.evaluation.protocols import Protocol, fuse_views, interpolate_probe, to_fnet_input
 from idloss.geometry import convert_crop, get_template
 from idloss.registry import create_fnet
@@ -32,7 +31,7 @@ class Recogniser:
     def __init__(self, fnet: nn.Module, protocol: Protocol, device: str) -> None:
         self.protocol = protocol
         net = create_fnet(fnet).to(device).eval().requires_grad_(False)
-        quicker = folded(net, net.pretrained_cfg["input_size"])  # type: ignore[index, arg-type]
+        quicker = fold_batch_norm(net, net.pretrained_cfg["input_size"])  # type: ignore[index, arg-type]
         if quicker is not net and torch.device(device).type == "cpu":
             quicker = quicker.to(memory_format=torch.channels_last)
         net = quicker

@@ -20,7 +20,7 @@ from idloss.evaluation.results import HR, LR, Results, Task
 from idloss.evaluation.store import digest_network, digest_weights, open_store
 from idloss.evaluation.tasks import Probe, Run
 from idloss.geometry import get_template
-from idloss.sizes import Size
+from idloss.resample import Size
 
 PAPER_SIZES: Mapping[Task, tuple[Size, ...]] = {
     "verification": ((7, 6), (14, 12), (16, 16), (28, 24)),

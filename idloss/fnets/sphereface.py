@@ -12,8 +12,7 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from idloss import adapters
-from idloss.fnets.base import FNet, downsampled
-from idloss.fnets.prelu import PReLU
+from idloss.fnets.base import FNet, PReLU, downsampled
 from idloss.registry import register_fnet
 from idloss.weights import GitHubBlob, Weights, build_model, register_weights
 

@@ -13,7 +13,7 @@ from idloss.degradation import get_degradation
 from idloss.encoder import FaceEncoder
 from idloss.evaluation.recogniser import SR_CROP
 from idloss.registry import create_fnet, create_srnet
-from idloss.sizes import Size
+from idloss.resample import Size
 from idloss.training.accelerator import create_accelerator
 from idloss.training.crops import Crops, Faces
 from idloss.training.engine import Engine

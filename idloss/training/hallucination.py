@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from idloss.degradation import Degradation, draw_batch, mirror
 from idloss.losses import HallucinationLoss
-from idloss.resample import to_float
-from idloss.sizes import Size
+from idloss.resample import Size, to_float
 from idloss.training.crops import Crops
 from idloss.training.task import Batch, Draw
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from idloss.degradation import DEGRADATIONS, sizes_of
 from idloss.errors import did_you_mean
 from idloss.geometry import get_template
-from idloss.sizes import Size
+from idloss.resample import Size
 
 if TYPE_CHECKING:
     from typing_extensions import Self

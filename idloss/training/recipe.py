@@ -9,9 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, overload
 import yaml
 from pydantic import Field, model_validator
 
-from idloss.distances import DISTANCES
 from idloss.errors import did_you_mean
-from idloss.sizes import Size, parse_size
+from idloss.losses import DISTANCES
+from idloss.resample import Size, parse_size
 from idloss.training.options import FaceOptions, RunOptions
 from idloss.weights.files import written_whole
 from idloss.weights.zoo import zoo_folder

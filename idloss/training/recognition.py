@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from idloss.degradation import Degradation, draw_batch, mirror
-from idloss.distances import cosine_distance
 from idloss.encoder import FaceEncoder
-from idloss.resample import resize, to_float
-from idloss.sizes import Size
+from idloss.losses import cosine_distance
+from idloss.resample import Size, resize, to_float
 from idloss.training.crops import Crops, Faces
 from idloss.training.task import Batch, Draw, generator_for
 

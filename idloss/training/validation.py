@@ -13,7 +13,7 @@ from idloss.evaluation.report import write_sheets
 from idloss.evaluation.results import HR
 from idloss.evaluation.run import evaluate_verification
 from idloss.registry import create_srnet
-from idloss.sizes import Size
+from idloss.resample import Size
 
 FACES = 5
 """On a sheet."""

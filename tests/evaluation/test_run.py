@@ -13,10 +13,10 @@ from torch import nn
 
 from idloss import create_fnet, create_srnet
 from idloss.data import DataError, EvaluationSet, Pairs, SyntheticFaces
+from idloss.encoder import fold_batch_norm
 from idloss.evaluation import passes
 from idloss.evaluation import store as store_module
 from idloss.evaluation.compare import compare, comparison_table
-from idloss.evaluation.folding import folded
 from idloss.evaluation.protocols import get_protocol
 from idloss.evaluation.recogniser import Recogniser
 from idloss.evaluation.results import HR, Cell, Results
@@ -360,7 +360,7 @@ def test_folding_is_exact_and_gives_up_where_it_is_not():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.5, 0.5)
             nn.init.uniform_(module.running_var, 0.5, 2)
-    quick = folded(net, (3, 112, 112))
+    quick = fold_batch_norm(net, (3, 112, 112))
     assert quick is not net
     assert not any(isinstance(module, nn.BatchNorm2d) for module in quick.modules())
     x = torch.randn(3, 3, 112, 112)
@@ -381,7 +381,7 @@ def test_folding_is_exact_and_gives_up_where_it_is_not():
             return (x + self.norm(x)).flatten(1)
 
     branching = Branching().eval()
-    assert folded(branching, (3, 4, 4)) is branching
+    assert fold_batch_norm(branching, (3, 4, 4)) is branching
 
 
 def test_unreadable_faces_are_counted_named_and_skipped_only_when_asked(data, fnet, srnets):

@@ -10,7 +10,7 @@ from timm.models import get_arch_pretrained_cfgs, model_entrypoint, save_for_hf
 
 from idloss import create_fnet, list_fnets
 from idloss.fnets import FNet, MobileFaceNet, SphereFace, VGGFace
-from idloss.fnets.prelu import PReLU
+from idloss.fnets.base import PReLU
 from idloss.fnets.vggface import LAYERS
 from idloss.weights import ManualFile, get_weights
 
