@@ -6,9 +6,7 @@ kind and, for an FNet, the face template its crops are aligned to.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Sequence
-from importlib.metadata import entry_points
 from typing import Any, TypeVar, overload
 
 import timm
@@ -25,19 +23,16 @@ from torch import nn
 
 from idloss.errors import did_you_mean
 from idloss.geometry import TEMPLATES, get_template
+from idloss.plugins import load_plugins
 from idloss.weights import load_before_lookup
 
 _EntryPoint = TypeVar("_EntryPoint", bound=Callable[..., nn.Module])
-
-PLUGIN_GROUP = "idloss.plugins"
-"""Entry-point group whose modules, when imported, register further FNets and SRNets."""
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 _NORMALISATION = ("input_size", "mean", "std")
 
 _fnet_crops: dict[str, str | None] = {}  # architecture -> template name, None: stretched
 _srnets: set[str] = set()
-_plugins_loaded = False
 
 
 @overload
@@ -101,7 +96,7 @@ def list_fnets(
     Returns:
         The names in natural order.
     """
-    _load_plugins()
+    load_plugins()
     return [
         name for name in list_models(filter, pretrained=pretrained) if _arch(name) in _fnet_crops
     ]
@@ -121,7 +116,7 @@ def list_srnets(
     Returns:
         The names in natural order.
     """
-    _load_plugins()
+    load_plugins()
     return [name for name in list_models(filter, pretrained=pretrained) if _arch(name) in _srnets]
 
 
@@ -137,7 +132,7 @@ def fnet_crop(name: str) -> str | None:
     Raises:
         ValueError: If no FNet has that name.
     """
-    _load_plugins()
+    load_plugins()
     return _fnet_crops[_known(name, "FNet", _fnet_crops)]
 
 
@@ -186,7 +181,7 @@ def create_fnet(
             )
         model = fnet
     else:
-        _load_plugins()
+        load_plugins()
         model = _build_fnet(fnet, pretrained, kwargs)
     _describe_input(model, input_size=input_size, mean=mean, std=std)
     _describe_output(model, built=model is not fnet)
@@ -217,7 +212,7 @@ def create_srnet(srnet: str | nn.Module, *, pretrained: bool = False, **kwargs: 
                 f"for building one: {', '.join(sorted(kwargs))}"
             )
         return srnet
-    _load_plugins()
+    load_plugins()
     _check_is_name(srnet, "SRNet")
     if not srnet.startswith(_HUB_PREFIXES):
         _known(srnet, "SRNet", _srnets)
@@ -370,23 +365,4 @@ def _resolve_crop(model: nn.Module, crop: str | None) -> str | None:
     return {(112, 96): "sphereface", (112, 112): "arcface"}.get(size)
 
 
-def _load_plugins() -> None:
-    """Import the plug-ins of others, once; the families of this package come with `idloss`."""
-    global _plugins_loaded
-    if _plugins_loaded:
-        return
-    _plugins_loaded = True  # first: a plug-in may itself ask the registry something
-    for plugin in entry_points(group=PLUGIN_GROUP):
-        try:
-            plugin.load()
-        # Whatever a stranger's module raises, it must not take this package down with it.
-        except Exception as error:  # noqa: PERF203
-            owner = f" of {plugin.dist.name} {plugin.dist.version}" if plugin.dist else ""
-            warnings.warn(
-                f"idloss plug-in {plugin.name!r} ({plugin.value}){owner} could not be loaded and "
-                f"is left out: {type(error).__name__}: {error}",
-                stacklevel=3,
-            )
-
-
-load_before_lookup(_load_plugins)
+load_before_lookup(load_plugins)

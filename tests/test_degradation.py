@@ -1,6 +1,5 @@
 """Degradations against the released code, OpenCV, Pillow and statistics, and their draws."""
 
-import io
 import math
 import re
 
@@ -8,32 +7,24 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy.special import j1
 from scipy.stats import chisquare
 
+from idloss import degradation as module
 from idloss.degradation import (
-    DEGRADATIONS,
     BicubicDegradation,
     RealWorldDegradation,
     draw_batch,
+    filter_face,
+    gaussian_kernel,
     get_degradation,
+    jpeg,
+    list_degradations,
     mirror,
-    real_world,
+    register_degradation,
+    sinc_kernel,
     sizes_of,
 )
-from idloss.degradation.fate import add_noise
-from idloss.degradation.filters import (
-    KERNEL_BITS,
-    RESIZE_BITS,
-    blur,
-    fixed_point,
-    gaussian_kernel,
-    resize_each,
-    resize_weights,
-    sinc_kernel,
-)
-from idloss.degradation.jpeg import jpeg
 from idloss.resample import resize, to_float, to_uint8
 
 SIZES = ((28, 24), (14, 12), (7, 6))
@@ -137,22 +128,42 @@ def test_faces_get_worse_and_neither_brighter_nor_unlike(faces, size):
 
 
 def test_sizes_on_the_way_lie_between_hr_and_lr(faces, monkeypatch):
+    """Three reductions of each face, and two JPEGs, the second before the last or after it."""
     seen = []
-    monkeypatch.setattr(
-        real_world, "degrade", lambda images, fates: seen.extend(fates) or images[..., :14, :12]
+
+    def noted(kind):
+        real = getattr(module, kind)
+        monkeypatch.setattr(
+            module,
+            kind,
+            lambda face, *rest, **options: (
+                seen.append((kind, tuple(rest[0]) if kind == "resize" else None)),
+                real(face, *rest, **options),
+            )[1],
+        )
+
+    noted("resize")
+    noted("jpeg")
+    degradation, each = RealWorldDegradation(), []
+    for seed in range(400):
+        seen.clear()
+        degradation(faces[:1], (14, 12), seeds=[seed])
+        each.append(list(seen))
+    order = [[kind for kind, _ in steps] for steps in each]
+    late = np.array([steps == ["resize", "jpeg", "resize", "resize", "jpeg"] for steps in order])
+    assert all(
+        order[i] == ["resize", "jpeg", "resize", "jpeg", "resize"] for i in np.where(~late)[0]
     )
-    RealWorldDegradation()(faces.repeat(50, 1, 1, 1), (14, 12), seeds=range(400))
-    sizes = np.array([[one.resizing.size for one in fate.rounds] for fate in seen])
-    assert sizes.shape == (400, 2, 2)
+    assert abs(late.mean() - 0.2) < 0.06
+    sizes = np.array([[size for kind, size in steps if kind == "resize"] for steps in each])
+    assert sizes.shape == (400, 3, 2)
     assert (sizes >= (14, 12)).all()
     assert (sizes <= (112, 96)).all()
-    first, second = sizes[..., 0].T
+    assert (sizes[:, 2] == (14, 12)).all()
+    first, second = sizes[:, :2, 0].T
     assert abs((first == 112).mean() - 0.3) < 0.06  # of those that shrink, few keep their size
     for change, probability in ((second > first, 0.21), (second < first, 0.4)):
         assert abs(change.mean() - probability) < 0.07
-    late = np.mean([fate.file is not None for fate in seen])
-    assert abs(late - 0.2) < 0.06
-    assert all((fate.rounds[1].file is None) == (fate.file is not None) for fate in seen)
 
 
 def mild(**options):
@@ -196,22 +207,29 @@ def test_options_may_come_from_yaml(faces):
 # --- its parts ------------------------------------------------------------------------------------
 
 
-def pillow(image, quality, subsampling):
-    file = io.BytesIO()
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    picture.save(file, "JPEG", quality=quality, subsampling=subsampling)
-    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
-
-
 @pytest.mark.parametrize("subsampling", ["4:2:0", "4:4:4"])
 @pytest.mark.parametrize("size", [(112, 96), (28, 24), (57, 43), (7, 6), (16, 5)])
-def test_jpeg_is_pillows_bit_for_bit(faces, subsampling, size):
-    quality = [1, 10, 30, 49, 50, 51, 75, 90, 95, 100]
-    hard = noise(10, 3, *size)
-    soft = resize(faces.repeat(2, 1, 1, 1)[:10], size)
-    for images in (soft, hard):
-        wanted = [pillow(*one, subsampling) for one in zip(images, quality, strict=True)]
-        assert torch.equal(jpeg(images, quality, subsampling=subsampling), torch.stack(wanted))
+def test_jpeg_is_opencvs_bit_for_bit(faces, subsampling, size):
+    factor = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420
+    if subsampling == "4:4:4":
+        factor = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444
+    qualities = [1, 10, 30, 49, 50, 51, 75, 90, 95, 100]
+    for image, quality in zip(resize(faces.repeat(2, 1, 1, 1), size), qualities, strict=False):
+        words = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, factor]
+        _, file = cv2.imencode(".jpg", image.permute(1, 2, 0).numpy()[:, :, ::-1], words)
+        wanted = torch.from_numpy(cv2.imdecode(file, cv2.IMREAD_COLOR)).permute(2, 0, 1).flip(0)
+        assert torch.equal(jpeg(image, quality, subsampling), wanted)
+
+
+def test_jpeg_begins_anywhere_in_the_grid(faces):
+    for offset in ((0, 0), (8, 16), (3, 13)):
+        row, column = offset
+        framed = torch.nn.functional.pad(faces[:1].float(), (column, 0, row, 0), mode="replicate")[
+            0
+        ].byte()
+        wanted = jpeg(framed, 50)[:, row:, column:]
+        assert torch.equal(jpeg(faces[0], 50, offset=offset), wanted)
+    assert not torch.equal(jpeg(faces[0], 50, offset=(3, 13)), jpeg(faces[0], 50))
 
 
 @pytest.mark.parametrize("sigma", [0.2, 0.7, 1.0, 1.8])
@@ -242,58 +260,42 @@ def test_sinc_kernel_is_the_formula(cutoff):
     np.testing.assert_allclose(sinc_kernel(cutoff, size=7), wanted / wanted.sum(), atol=1e-6)
 
 
-def test_weights_in_fixed_point_keep_their_sum_and_room():
-    for kernel in (
-        gaussian_kernel((3, 3), size=15),
-        gaussian_kernel((0.05, 0.05), size=15),
-        sinc_kernel(0.1, size=7),
-        sinc_kernel(math.pi / 2, size=7),
-        sinc_kernel(math.pi, size=7),
-    ):
-        weights = fixed_point(kernel.ravel(), KERNEL_BITS)
-        whole = weights.astype(np.float64) * 2**KERNEL_BITS
-        assert (whole == np.rint(whole)).all()
-        assert whole.sum() == 2**KERNEL_BITS
-        assert 255 * np.abs(whole).sum() < 2**24  # exact in float32, in any order
-        assert np.abs(weights - kernel.ravel()).max() < 0.004
-
-
-def test_blur_is_opencvs_filter(faces):
-    kernels = [gaussian_kernel((s, 1.0), s, size=15) for s in np.linspace(0.3, 3, 8)]
-    flat = fixed_point(np.stack(kernels).reshape(8, -1), KERNEL_BITS)
-    blurred = blur(faces, torch.from_numpy(flat).view(8, 15, 15))
-    for face, small, kernel in zip(faces, blurred, kernels, strict=True):
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        *(gaussian_kernel((s, 1.0), s, size=15) for s in (0.05, 0.3, 1.2, 3.0)),
+        *(sinc_kernel(cutoff, size=7) for cutoff in (0.1, math.pi / 2, math.pi)),
+    ],
+)
+def test_filter_is_opencvs_to_a_level_and_exact(faces, kernel):
+    """Sums do not depend on the order of adding: those of reals, then rounded."""
+    for face in faces:
         picture = face.permute(1, 2, 0).numpy().astype(np.float64)
-        wanted = cv2.filter2D(picture, -1, kernel, borderType=cv2.BORDER_REPLICATE)
-        off = np.abs(small.permute(1, 2, 0).numpy() - wanted)
+        wanted = cv2.filter2D(picture, -1, kernel[::-1, ::-1], borderType=cv2.BORDER_REPLICATE)
+        off = np.abs(filter_face(face, kernel).permute(1, 2, 0).numpy() - wanted.clip(0, 255))
         assert off.max() < 1.1
         assert off.mean() < 0.3  # rounding alone gives 0.25
+    flat = torch.full((3, 20, 20), 200, dtype=torch.uint8)
+    assert torch.equal(filter_face(flat, kernel), flat)
+    flipped = filter_face(face.flip(-1).flip(-2), kernel[::-1, ::-1]).flip(-1).flip(-2)
+    assert torch.equal(flipped, filter_face(face, kernel))
 
 
-@pytest.mark.parametrize("method", real_world._METHODS)
-@pytest.mark.parametrize("size", [(112, 96), (61, 40), (28, 24), (7, 6)])
-def test_resizing_each_is_the_resampler(faces, method, size):
-    rows, columns = (
-        resize_weights(old, new, *method) for old, new in zip((112, 96), size, strict=True)
-    )
-    assert (rows.sum(1) == 1).all()
-    assert np.abs(rows * 2**RESIZE_BITS).max() < 2**11  # what TF32 holds
-    small = resize_each(
-        faces, *(torch.from_numpy(one).expand(8, -1, -1) for one in (rows, columns))
-    )
-    off = (small.int() - resize(faces, size, mode=method[0], convention=method[1]).int()).abs()
-    assert off.max() <= 2
-    assert (off > 1).float().mean() < 1e-3
-
-
-def test_noise_follows_the_level():
+@pytest.mark.parametrize(
+    ("option", "wanted"),
+    [
+        ({"gaussian_noise": (5, 5)}, lambda level: 5.0),
+        ({"shot_noise": (0.5, 0.5), "shot_probability": 1}, lambda level: 0.5 * level.sqrt()),
+    ],
+)
+def test_noise_follows_the_level(option, wanted):
     ramp = torch.arange(256, dtype=torch.uint8).expand(3, 4000, 256)
-    normals = torch.randn(2, 3, 4000, 256, generator=torch.Generator().manual_seed(0))
-    variance = torch.tensor([[25.0, 0.0], [0.0, 0.25]])
-    plain, shot = add_noise(ramp.expand(2, -1, -1, -1), normals, variance).float().std((1, 2))
-    assert abs(plain[20:-20].mean() - 5) < 0.05
-    levels = torch.arange(256.0)
-    assert (shot / (0.5 * levels.sqrt()) - 1)[10:-40].abs().max() < 0.06
+    degradation = mild(**option, grey_probability=0)
+    generator = torch.Generator().manual_seed(0)
+    noisy = degradation._add_noise(np.random.default_rng(0), generator, ramp).float()
+    off = noisy.std((0, 1)) / wanted(torch.arange(256.0)) - 1
+    assert off[20:-40].abs().max() < 0.06
+    assert off[20:-40].mean().abs() < 0.01
 
 
 # --- CUDA -----------------------------------------------------------------------------------------
@@ -361,11 +363,25 @@ def test_sizes_of_factors():
 
 
 def test_degradations_by_name():
-    assert list(DEGRADATIONS) == ["bicubic", "real_world"]
+    assert list_degradations() == ["bicubic", "real_world"]
     assert isinstance(get_degradation("bicubic"), BicubicDegradation)
     made = get_degradation("real_world", sinc_probability=0.5)
     assert isinstance(made, RealWorldDegradation)
     assert made.sinc_probability == 0.5
+
+
+def test_a_plug_in_names_its_own(monkeypatch):
+    monkeypatch.setattr(module, "_degradations", dict(module._degradations))
+
+    @register_degradation("nearest")
+    def nearest(step=4, **rest):
+        return lambda hr, size, *, seeds: to_float(resize(hr, size, mode="nearest"))
+
+    assert list_degradations() == ["bicubic", "nearest", "real_world"]
+    lr = get_degradation("nearest", step=2, anything=1)(noise(2, 3, 8, 8), (4, 4), seeds=[0, 1])
+    assert lr.shape == (2, 3, 4, 4)
+    with pytest.raises(ValueError, match="'nearest' is registered already; choose another"):
+        register_degradation("nearest")(nearest)
 
 
 @pytest.mark.parametrize(
@@ -391,15 +407,12 @@ def test_degradations_by_name():
         (lambda: RealWorldDegradation(jpeg_quality=(40.2, 95)), "two whole numbers, got (40.2, 95"),
         (lambda: RealWorldDegradation(sinc_cutoff=(1, 4)), "sinc_cutoff must be two numbers"),
         (lambda: RealWorldDegradation(grey_probability=2), "grey_probability must be from 0 to 1"),
-        (lambda: sizes_of((4, 5), (112, 96)), "factor 5 does not divide 112x96; use --sizes"),
+        (lambda: sizes_of((4, 5), (112, 96)), "factor 5 does not divide 112x96; give sizes"),
         (lambda: sizes_of((0,), (112, 96)), "factor 0 does not divide"),
         (lambda: draw_batch(1, 4, seed=0, sizes=()), "sizes is empty"),
         (lambda: draw_batch(-1, 4, seed=0, sizes=SIZES), "step must not be negative, got -1"),
         (lambda: draw_batch(1, 4, seed=-3, sizes=SIZES), "seed must not be negative, got -3"),
         (lambda: mirror(noise(2, 3, 8, 8), torch.ones(3, dtype=torch.bool)), "flags must be [2]"),
-        (lambda: jpeg(noise(2, 3, 8, 8), [50]), "1 qualities for 2 images"),
-        (lambda: jpeg(noise(1, 3, 8, 8), [0]), "quality must be from 1 to 100, got 0"),
-        (lambda: jpeg(noise(1, 3, 8, 8), [9], subsampling="4:2:2"), "unknown subsampling '4:2:2'"),
     ],
 )
 def test_bad_arguments_are_named(call, message):

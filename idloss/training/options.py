@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from idloss.degradation import DEGRADATIONS, sizes_of
+from idloss.degradation import list_degradations, sizes_of
 from idloss.errors import did_you_mean
 from idloss.geometry import get_template
 from idloss.resample import Size
@@ -168,8 +168,8 @@ class FaceOptions(RunOptions):
     @field_validator("degradation")
     @classmethod
     def _check_degradation(cls, name: str) -> str:
-        if name not in DEGRADATIONS:
-            raise ValueError(did_you_mean("degradation", name, DEGRADATIONS))
+        if name not in list_degradations():
+            raise ValueError(did_you_mean("degradation", name, list_degradations()))
         return name
 
     def sizes_by_factor(self, template: str) -> tuple[Size, ...]:
