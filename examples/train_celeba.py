@@ -40,9 +40,7 @@ from idloss.data import (
     open_faces,
     prepare,
 )
-from idloss.evaluation.figures import picture_sheet, save_figure
-from idloss.evaluation.report import paper_table
-from idloss.evaluation.run import evaluate_verification
+from idloss.evaluation import evaluate, paper_table, picture_sheet, save_figure
 from idloss.resample import resize, to_float
 from idloss.training import FNetRecipe, Recipe, load_recipe, train, train_fnet
 
@@ -172,7 +170,7 @@ def report(
 ) -> None:
     """Before and after: a table of verification rates, and a picture."""
     srnets = {name: create_srnet(name) for name in ("bilinear", "bicubic")} | dict(trained)
-    results = evaluate_verification(test, fnets, srnets, SIZES, device=device, cache=False)
+    results = evaluate(test, fnets, srnets, SIZES, device=device, cache=False)
     results.save(out / "verification.json")
     console.print(f"Verification on {test.name}, second face LR, % right:")
     console.print(Markdown(paper_table(results)))

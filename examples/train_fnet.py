@@ -28,8 +28,7 @@ from torch import nn
 
 from idloss import create_fnet, create_srnet
 from idloss.data import AlignedFaces, EvaluationSet, Pairs, SyntheticFaces, lfw
-from idloss.evaluation.report import paper_table
-from idloss.evaluation.run import evaluate_verification
+from idloss.evaluation import evaluate, paper_table
 from idloss.training import FNetRecipe, load_recipe, train_fnet
 
 SIZES = ((14, 12), (28, 24))
@@ -72,7 +71,7 @@ def all_pairs(faces: AlignedFaces) -> Pairs:
 def report(test: EvaluationSet, fnets: Mapping[str, nn.Module], device: str) -> None:
     """A table of verification rates: the second face at low resolution, enlarged again."""
     srnets = {"bilinear": create_srnet("bilinear")}
-    results = evaluate_verification(test, fnets, srnets, SIZES, device=device, cache=False)
+    results = evaluate(test, fnets, srnets, SIZES, device=device, cache=False)
     console.print(f"Verification on {test.name}, % right:")
     console.print(Markdown(paper_table(results)))
 

@@ -167,7 +167,7 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     Raises:
         ValueError: There is no such device here.
     """
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
         return accelerator or torch.device("cpu")
     try:

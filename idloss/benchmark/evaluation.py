@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from idloss.benchmark.timing import in_own_process, resident_peak
 from idloss.data import EvaluationSet, FileFaces, Pairs, open_evaluation
 from idloss.encoder import FaceEncoder
-from idloss.evaluation.results import HR
-from idloss.evaluation.run import PAPER_SIZES, evaluate
+from idloss.evaluation import HR, PAPER_SIZES, evaluate
 from idloss.geometry import fit_similarity, get_template
 from idloss.registry import create_fnet, create_srnet
 from idloss.resample import Size

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import tempfile
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -13,8 +15,8 @@ import typer
 
 if TYPE_CHECKING:
     from idloss.data import EvaluationSet
-    from idloss.evaluation.results import Task
-    from idloss.evaluation.tasks import Probe
+    from idloss.evaluation import Results
+    from idloss.evaluation.run import Probe
 
 # typer wants lists as defaults; nobody changes them
 _FNETS = ["sface"]
@@ -56,9 +58,10 @@ def evaluate(
     ] = None,
     draws: Annotated[int, typer.Option(min=1, help="Random galleries.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Of the galleries and the bootstrap.")] = 0,
-    device: Annotated[str, typer.Option(help="'cpu', 'cuda', 'cuda:1', ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Faces at a time. [default: by the machine]")
+        int | None,
+        typer.Option(min=1, help="Faces at a time. [default: 8 on each core, 32 on a GPU]"),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results and figures.")] = Path("results"),
     figures: Annotated[bool, typer.Option(help="Draw the figures.")] = True,
@@ -67,18 +70,24 @@ def evaluate(
         bool, typer.Option("--skip-missing", help="Leave out what cannot be read; recorded.")
     ] = False,
     cache: Annotated[bool, typer.Option(help="Keep embeddings on disk and reuse them.")] = True,
+    cache_folder: Annotated[
+        Path | None, typer.Option(help="Where to keep them. [default: $HF_HOME/idloss/embeddings]")
+    ] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch LFW into DATA.")] = False,
 ) -> None:
     """Measure FNets on low-resolution faces, restored by SRNets: Tables 1 and 2."""
     from idloss import create_fnet, create_srnet
     from idloss.cli.options import parse_networks, parse_sizes
-    from idloss.evaluation.embedding import Bench
-    from idloss.evaluation.protocols import get_protocol
-    from idloss.evaluation.report import write_figures, write_sheets, write_tables
-    from idloss.evaluation.run import evaluate as run
+    from idloss.evaluation import (
+        evaluate,
+        get_protocol,
+        write_figures,
+        write_sheets,
+        write_tables,
+    )
 
     # what is wrong with these is told before gigabytes are read and hours are spent
-    fixed = get_protocol(protocol)
+    get_protocol(protocol)
     _require_writable(out)
     sizes = parse_sizes(size) if size else None
     found = _open(
@@ -93,12 +102,12 @@ def evaluate(
     )
     fnets = parse_networks("--fnet", fnet, create_fnet)
     srnets = parse_networks("--srnet", srnet, create_srnet)
-    results = run(
+    results = evaluate(
         found,
         fnets,
         srnets,
         sizes,
-        tasks=cast("list[Task]", [name.replace("-", "_") for name in task]),
+        tasks=task,
         protocol=protocol,
         probe=cast("Probe", probe),
         draws=draws,
@@ -106,22 +115,30 @@ def evaluate(
         device=device,
         batch_size=batch_size,
         skip_missing=skip_missing,
-        cache=cache,
+        cache=(cache_folder or True) if cache else False,
     )
     results.run["command"] = ["idloss", *sys.argv[1:]]
-    written = results.save(out / "results.json")
+    out, written = _keep(results, out)
     tables = write_tables(results, out)
-    written += tables
+    for table in tables.values():
+        typer.echo(f"\n{table}", nl=False)
+    typer.echo(f"\nIn {out}: {', '.join(path.name for path in (*written, *tables))}")
     drawn: list[Path] = []
     if figures:
         drawn += write_figures(results, out / "figures")
         if faces:
-            used = tuple((h, w) for own in results.run["sizes"].values() for h, w in own)
-            bench = Bench(fnets, srnets, used, fixed, faces, device)
-            drawn += write_sheets(bench, found, faces, out / "figures", progress=True)
-    for table in tables.values():
-        typer.echo(f"\n{table}", nl=False)
-    typer.echo(f"\nIn {out}: {', '.join(path.name for path in written)}")
+            used = [(h, w) for own in results.run["sizes"].values() for h, w in own]
+            drawn += write_sheets(
+                out / "figures",
+                found,
+                fnets,
+                srnets,
+                used,
+                count=faces,
+                protocol=protocol,
+                device=device,
+                progress=True,
+            )
     if drawn:
         typer.echo(f"In {out / 'figures'}: {len(drawn) // 2} figures, each as PNG and PDF")
 
@@ -134,10 +151,9 @@ def compare(
     ] = None,
 ) -> None:
     """Say whether B is really better than A, cell by cell, on the same pairs or draws."""
-    from idloss.evaluation.compare import compare as test
-    from idloss.evaluation.compare import comparison_table
+    from idloss.evaluation import compare, comparison_table
 
-    typer.echo(comparison_table(test(a, b, srnets=srnets)), nl=False)
+    typer.echo(comparison_table(compare(a, b, srnets=srnets)), nl=False)
 
 
 def _open(
@@ -169,6 +185,21 @@ def _open(
             "pictures are aligned to with --crop sphereface or --crop arcface"
         )
     return found
+
+
+def _keep(results: Results, out: Path) -> tuple[Path, list[Path]]:
+    """Save results, in a folder for temporary files where the disk filled up meanwhile."""
+    try:
+        return out, results.save(out / "results.json")
+    except OSError as error:
+        other = Path(tempfile.mkdtemp(prefix="idloss-results-"))
+        written = results.save(other / "results.json")
+        warnings.warn(
+            f"--out {out} cannot be written to ({error.strerror or error}); the results are in "
+            f"{other}. Name another folder with --out",
+            stacklevel=2,
+        )
+        return other, written
 
 
 def _require_writable(folder: Path) -> None:

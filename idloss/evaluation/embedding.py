@@ -1,4 +1,4 @@
-"""Embeddings for a whole grid of FNets, SRNets and probe sizes, in one pass over the faces.
+"""Pictures to embeddings, for a whole grid of FNets, SRNets and probe sizes.
 
 Each photo is decoded and aligned once; each batch then goes through every size, SRNet and FNet
 before the next, and embeddings go to disk as they come, so that memory does not grow with the
@@ -7,200 +7,343 @@ grid. What was computed before is taken from there.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import copy
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from queue import SimpleQueue
 
+import numpy as np
 import torch
+from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 
-from idloss.data import FaceSource, Fault
+from idloss.data import DataError, FaceSource, Fault
 from idloss.data.faults import settle
-from idloss.evaluation.passes import Pass
-from idloss.evaluation.protocols import Protocol
-from idloss.evaluation.reading import digest_faces
-from idloss.evaluation.recogniser import SR_CROP
-from idloss.evaluation.results import HR
-from idloss.evaluation.sizing import batch_size_for
-from idloss.evaluation.store import (
+from idloss.encoder import FaceEncoder, fold_batch_norm
+from idloss.evaluation.cache import (
+    ONCE,
+    EmbeddingCache,
     Embeddings,
-    EmbeddingStore,
     digest,
     digest_network,
     digest_software,
 )
-from idloss.geometry import get_template
-from idloss.resample import Size
+from idloss.evaluation.protocols import Protocol
+from idloss.evaluation.reading import crops_at, digest_face
+from idloss.evaluation.results import HR, Cell
+from idloss.geometry import convert_crop, get_template
+from idloss.registry import create_fnet
+from idloss.resample import Size, resize, to_float, to_uint8
+from idloss.srnets import Interpolation
 
+SR_CROP = "sphereface"
+"""The crop that SR networks work on (paper, section 4.1): 112x96."""
 CANVAS = "arcface"
 """What photos are aligned to: the widest crop there is a use for. The SR crop is cut out of it."""
+# Faces at a time, for each core or for a GPU. Measured on MobileFaceNet, SFace and EDSR: a core
+# gains nothing beyond some 16 images (8 faces and their mirror images).
+BATCH_ON_CORE = 8
+BATCH_ON_GPU = 32
+READERS = 4
+"""Threads that decode and align for a GPU."""
+FLUSH_BYTES = 16 * 2**20
+"""Embeddings held in memory before they go to disk."""
+FLUSH_SECONDS = 60.0
+"""How long they are held at most: a run that is killed loses no more work than that."""
 
 
-class Need(NamedTuple):
-    """What a task asks for.
+def prepare_probe(crops: Tensor, size: Sequence[int], protocol: Protocol) -> Tensor:
+    """Degrade HR crops to LR probes, uint8 `[B, 3, H, W]` to uint8 `[B, 3, *size]`.
 
-    Attributes:
-        sizes: Sizes of its probes, rows and columns.
-        enrolled: Positions of faces needed at full resolution beside the probes, int64.
-        probes: Positions of the faces to degrade, int64.
+    A probe is mirrored after this step, not before: the paper's flipped view is the mirrored LR
+    image, super-resolved on its own.
+    """
+    _require_uint8(crops, "crops")
+    return resize(crops, size, mode=protocol.down_mode, convention=protocol.convention)
+
+
+def show_probe(srnet: nn.Module, probes: Tensor, protocol: Protocol) -> Tensor:
+    """What the FNet is shown of LR probes: uint8 `[B, 3, h, w]` to RGB `[B, 3, 112, 96]` in [0, 1].
+
+    An `Interpolation` enlarges 8-bit images in one step: the rows `bilinear` (the paper's
+    "Bicubic") and `bicubic`.
+    """
+    _require_uint8(probes, "probes")
+    size = get_template(SR_CROP).size
+    if isinstance(srnet, Interpolation):
+        return to_float(resize(probes, size, mode=srnet.mode, convention=protocol.convention))
+    images = to_float(probes)
+    if not images.is_cuda:  # a tenth quicker for EDSR on a CPU; not so on a GPU without TF32
+        images = images.contiguous(memory_format=torch.channels_last)
+    return to_fnet_input(srnet(images), size, protocol)
+
+
+def to_fnet_input(sr: Tensor, size: Sequence[int], protocol: Protocol) -> Tensor:
+    """Bring SR `[B, 3, h, w]` in [0, 1] to the FNet's crop size as the protocol does at test.
+
+    In `paper` and `sphereface`, SR of the right size passes untouched; other sizes are cut down to
+    8 bits (`floor(255 x)`, not rounded) and enlarged with 8-bit bicubic. The released code lets
+    values outside the range wrap round, which its tanh keeps from happening; here they are clamped.
+    """
+    if protocol.keep_exact_size and tuple(sr.shape[-2:]) == tuple(size):
+        return sr
+    levels = to_uint8(sr, rounding=protocol.rounding)
+    return to_float(resize(levels, size, mode=protocol.up_mode, convention=protocol.convention))
+
+
+def fuse_views(embeddings: Tensor, mirrored: Tensor, protocol: Protocol) -> Tensor:
+    """One embedding, `[B, 2 D]` or `[B, D]`, of a crop's and its mirror image's, both `[B, D]`."""
+    if embeddings.shape != mirrored.shape:
+        raise ValueError(
+            f"both views need one shape, got {list(embeddings.shape)} and {list(mirrored.shape)}"
+        )
+    if protocol.flip == "concat":
+        return torch.cat((embeddings, mirrored), dim=1)
+    return embeddings + mirrored
+
+
+def both_views(images: Tensor) -> Tensor:
+    """Images `[B, 3, H, W]` and then their mirror images, `[2 B, 3, H, W]`."""
+    return torch.cat((images, images.flip(-1)))
+
+
+def cut(canvas: Tensor, crop: str, wanted: str) -> Tensor:
+    """One crop out of a wider one, uint8; no resampling between sphereface and arcface."""
+    if crop == wanted:
+        return canvas
+    return to_uint8(convert_crop(to_float(canvas), crop, wanted))
+
+
+def _require_uint8(images: Tensor, what: str) -> None:
+    if images.dtype != torch.uint8:
+        raise TypeError(
+            f"{what} must be uint8, got {images.dtype}: protocols resample 8-bit images, turn "
+            "float ones into them with idloss.resample.to_uint8"
+        )
+
+
+class Networks:
+    """FNets and SRNets ready for many faces; made by `ready`.
+
+    Args:
+        fnets: FNets by name, as from `create_fnet`.
+        srnets: SRNets by name.
+        protocol: How probes are shown and views fused.
+        device: Where they are.
     """
 
-    sizes: Sequence[Size]
-    enrolled: Tensor
-    probes: Tensor
+    def __init__(
+        self,
+        fnets: Mapping[str, nn.Module],
+        srnets: Mapping[str, nn.Module],
+        protocol: Protocol,
+        device: torch.device,
+    ) -> None:
+        self.fnets, self.srnets = dict(fnets), dict(srnets)
+        self.protocol, self.device = protocol, device
+        self.crops = {name: str(net.crop or SR_CROP) for name, net in fnets.items()}
+        # SR comes as the SR crop, HR as the FNet's own
+        self.encoders: dict[tuple[str, str], FaceEncoder] = {}
+        for name, fnet in fnets.items():
+            net = fold_batch_norm(fnet, fnet.pretrained_cfg["input_size"])  # type: ignore[index, arg-type]
+            if net is not fnet and device.type == "cpu":
+                net = net.to(memory_format=torch.channels_last)
+            for crop in (SR_CROP, self.crops[name]):
+                encoder = FaceEncoder(net, crop=crop, interpolation=protocol.up_mode)
+                self.encoders[name, crop] = encoder.to(device)
 
-    def faces(self, variant: Variant) -> Tensor:
-        """Positions of the faces that are needed in a variant."""
-        if variant.srnet == HR:
-            return torch.cat((self.enrolled, self.probes))
-        return self.probes if variant.size in self.sizes else self.probes[:0]
+    def copies(self, count: int) -> list[Networks]:
+        """As many sets over the same weights, or this one alone where a network cannot be copied.
+
+        Each thread has its own, so that a network that keeps something between its layers is not
+        disturbed by another thread.
+        """
+        nets = (*self.srnets.values(), *(encoder.fnet for encoder in self.encoders.values()))
+        shared = {id(one): one for net in nets for one in (*net.parameters(), *net.buffers())}
+        copies = [self]
+        try:
+            for _ in range(count - 1):
+                twin = copy.copy(self)
+                own = copy.deepcopy((self.encoders, self.srnets), dict(shared))
+                twin.encoders, twin.srnets = own
+                copies.append(twin)
+        except Exception:  # weight norm, kept outputs, sessions of other runtimes
+            return [self]
+        return copies
+
+    def embed_hr(self, fnet: str, canvas: Tensor, crop: str) -> Tensor:
+        """Embed faces at full resolution, uint8 `[B, 3, H, W]` of a template; `[B, D]`."""
+        own = self.crops[fnet]
+        return self.embed(fnet, to_float(both_views(cut(canvas, crop, own))), own)
+
+    def embed(self, fnet: str, views: Tensor, crop: str = SR_CROP) -> Tensor:
+        """Embed faces and then their mirror images, `[2 B, 3, H, W]` in [0, 1]; `[B, D]`, fused."""
+        straight, mirrored = self.encoders[fnet, crop](views).chunk(2)
+        return fuse_views(straight, mirrored, self.protocol)
+
+    def show(self, srnet: str, probes: Tensor) -> Tensor:
+        """What FNets are shown of LR probes and of their mirror images, `[2 B, 3, 112, 96]`."""
+        return show_probe(self.srnets[srnet], both_views(probes), self.protocol)
 
 
-class Variant(NamedTuple):
-    """What a face went through before the FNet saw it: an SRNet and a size; `HR` for nothing."""
+@contextmanager
+def ready(
+    fnets: Mapping[str, nn.Module],
+    srnets: Mapping[str, nn.Module],
+    protocol: Protocol,
+    device: torch.device,
+) -> Iterator[Networks]:
+    """Networks on their device in eval mode, without gradients and TF32; afterwards as before.
 
-    fnet: str
-    srnet: str
-    size: Size
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A grid to embed faces for.
-
-    Attributes:
-        fnets: Face recognisers by name.
-        srnets: SR networks by name; `Interpolation` modules are the rows without one.
-        sizes: Probe sizes, rows and columns.
-        protocol: How probes are degraded and shown to the FNets.
-        batch_size: Faces at a time; None sizes it to the machine.
-        device: Where the networks run.
+    They stay on the device. TF32 keeps 10 bits: answers would depend on the device in the third
+    digit.
     """
-
-    fnets: Mapping[str, nn.Module]
-    srnets: Mapping[str, nn.Module]
-    sizes: Sequence[Size]
-    protocol: Protocol
-    batch_size: int | None = None
-    device: str = "cpu"
-
-    def variants(self) -> list[Variant]:
-        """All rows of the grid, HR first."""
-        full = get_template(SR_CROP).size
-        grid = [Variant(fnet, HR, full) for fnet in self.fnets]
-        grid += [
-            Variant(fnet, srnet, size)
-            for fnet in self.fnets
-            for srnet in self.srnets
-            for size in dict.fromkeys(self.sizes)
-        ]
-        return grid
+    fnets = {name: create_fnet(net) for name, net in fnets.items()}
+    nets = (*fnets.values(), *srnets.values())
+    modes = {module: module.training for net in nets for module in net.modules()}
+    learning = [one for net in nets for one in net.parameters() if one.requires_grad]
+    try:
+        for net in nets:
+            net.to(device).eval()
+        # not inference mode: what a network keeps is to serve training again
+        with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+            yield Networks(fnets, srnets, protocol, device)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter in learning:
+            parameter.requires_grad = True
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """Embeddings of a grid, read from disk one variant at a time.
+    """Embeddings of a grid, read from disk one cell at a time.
 
-    Attributes:
-        store: Where they are.
+    Args:
+        cache: Where they are.
         keys: Their keys there.
-        wanted: Whether each face was asked for, bool `[N]`, by variant.
-        digests: Digest of each face that was asked for and could be read, by position.
+        wanted: Positions of the faces of each cell.
+        digests: Digest of each face that could be read, by position.
+        count: How many faces there are in all.
         faults: Faces that could not be read or aligned, by position.
-        batch_size: Faces at a time; None where nothing had to be computed.
     """
 
-    store: EmbeddingStore
-    keys: Mapping[Variant, str]
-    wanted: Mapping[Variant, Tensor]
+    cache: EmbeddingCache
+    keys: Mapping[Cell, str]
+    wanted: Mapping[Cell, Tensor]
     digests: Mapping[int, bytes]
+    count: int
     faults: Mapping[int, Fault] = field(default_factory=dict)
-    batch_size: int | None = None
 
-    def rows(self, variant: Variant) -> Embeddings:
-        """Embeddings of one variant, both views of a face fused.
+    def rows(self, cell: Cell) -> Embeddings:
+        """Embeddings `[N, D]` of one cell, a row for each face, zero for those not asked for."""
+        wanted: list[bytes | None] = [None] * self.count
+        for place in self.wanted[cell].tolist():
+            wanted[place] = self.digests.get(place)
+        return self.cache.load(self.keys[cell], wanted)
 
-        Args:
-            variant: Which.
-
-        Returns:
-            `[N, D]`, a row for each face of the source, zero for those not asked for.
-        """
-        wanted = [
-            self.digests.get(place) if is_wanted else None
-            for place, is_wanted in enumerate(self.wanted[variant].tolist())
-        ]
-        return self.store.load(self.keys[variant], wanted)
-
-    def content(self, need: Need) -> str:
-        """SHA-256 of the faces of a task that could be read: their files and points."""
-        places = torch.cat((need.enrolled, need.probes)).unique().tolist()
-        return digest(*((place, self.digests[place]) for place in places if place in self.digests))
+    def content(self, places: Tensor) -> str:
+        """SHA-256 of some faces, those that could be read: their files and points."""
+        known = (place for place in places.unique().tolist() if place in self.digests)
+        return digest(*((place, self.digests[place]) for place in known))
 
 
 def embed_grid(
-    bench: Bench,
+    networks: Networks,
     faces: FaceSource,
-    needs: Sequence[Need],
-    store: EmbeddingStore,
+    wanted: Mapping[Cell, Tensor],
+    cache: EmbeddingCache,
     *,
+    batch_size: int | None = None,
     skip_missing: bool = False,
     progress: bool = True,
 ) -> Embedded:
-    """Embed faces at full resolution and probes through the whole grid.
+    """Embed the faces at some positions for each cell, as far as the cache lacks them.
 
-    Args:
-        bench: The grid.
-        faces: Photos with landmarks, or aligned crops (of any size: they are brought to their
-            template's).
-        needs: What of it each task asks for.
-        store: Where embeddings are looked for and kept.
-        skip_missing: Leave out photos that cannot be read or aligned.
-        progress: Show a progress bar when it takes more than two seconds.
-
-    Returns:
-        The embeddings.
-
-    Raises:
-        DataError: Photos cannot be read or aligned; names each.
-        ValueError: An FNet gives embeddings that are not finite.
+    Raises `DataError` naming each photo that cannot be read or aligned, unless `skip_missing`, and
+    `ValueError` where an FNet gives embeddings that are not finite.
     """
-    keys = variant_keys(bench)
-    wanted = {
-        variant: _mask(torch.cat([need.faces(variant) for need in needs]), len(faces))
-        for variant in keys
-    }
-    everything = torch.stack([*wanted.values()]).any(0).nonzero().flatten()
-    digests, faults = digest_faces(faces, everything, progress=progress)
+    keys = cell_keys(networks, wanted)
+    everything = torch.cat([*wanted.values()]).unique()
+    digests, faults = _digest_faces(faces, everything, progress=progress)
     settle(faults.values(), skip_missing=skip_missing)
-    missing = {}
-    for variant, key in keys.items():
-        places = (p for p in wanted[variant].nonzero().flatten().tolist() if p in digests)
-        new = _first_of_each(digests, places, store.known(key))
+    missing: dict[str, tuple[Cell, Tensor]] = {}
+    for key in dict.fromkeys(keys.values()):
+        cells = [cell for cell in wanted if keys[cell] == key]
+        places = torch.cat([wanted[cell] for cell in cells]).unique().tolist()
+        new = _first_of_each(digests, places, cache.known(key))
         if new:
-            missing[variant] = _mask(torch.tensor(new), len(faces))
-    batch_size = None
+            missing[key] = cells[0], torch.zeros(len(faces), dtype=torch.bool)
+            missing[key][1][new] = True
     if missing:
-        batch_size = bench.batch_size or batch_size_for(
-            bench.fnets, bench.srnets, bench.sizes, bench.device
-        )
-        work = Pass(
-            bench, batch_size, faces, digests, missing, store, keys, faces.template or CANVAS
-        )
+        if batch_size is None:
+            batch_size = BATCH_ON_CORE if networks.device.type == "cpu" else BATCH_ON_GPU
+        work = _Pass(networks, faces, digests, missing, cache, batch_size)
         unreadable = work.run(stop_at_fault=not skip_missing, progress=progress)
         bad = {digests[place]: fault for place, fault in unreadable.items()}
         found = {place: bad[own] for place, own in digests.items() if own in bad}
         settle(found.values(), skip_missing=skip_missing)
         faults |= found
     good = {place: own for place, own in digests.items() if place not in faults}
-    return Embedded(store, keys, wanted, good, faults, batch_size)
+    return Embedded(cache, keys, wanted, good, len(faces), faults)
 
 
-def _mask(places: Tensor, count: int) -> Tensor:
-    """Positions as a bool mask `[count]`."""
-    mask = torch.zeros(count, dtype=torch.bool)
-    mask[places] = True
-    return mask
+def cell_keys(networks: Networks, cells: Iterable[Cell]) -> dict[Cell, str]:
+    """Digests of all that a cell's embeddings depend on beside the face.
+
+    That is the networks, the protocol's treatment of pictures, the templates, the size, the
+    software and the kind of device. Tasks share embeddings.
+    """
+    shared = (
+        networks.protocol.treatment(),
+        get_template(CANVAS),
+        get_template(SR_CROP),
+        networks.device.type,
+        digest_software(),
+    )
+    identities: dict[tuple[str, Size | None], str] = {}
+
+    def identity(name: str, net: nn.Module, size: Size | None = None) -> str:
+        if (name, size) not in identities:
+            found = digest_network(net, None if size is None else (3, *size))
+            if found is None:
+                warnings.warn(
+                    f"embeddings made with {name!r} are not kept: it cannot be told from another "
+                    "network, for it gives different answers to the same batch, or none",
+                    stacklevel=2,
+                )
+            identities[name, size] = found or f"{ONCE}{uuid.uuid4().hex}"
+        return identities[name, size]
+
+    keys = {}
+    for cell in cells:
+        parts = [identity(cell.fnet, networks.fnets[cell.fnet])]
+        if cell.srnet != HR:
+            size = (cell.height, cell.width)
+            parts += [identity(cell.srnet, networks.srnets[cell.srnet], size), repr(size)]
+        once = ONCE if any(part.startswith(ONCE) for part in parts) else ""
+        keys[cell] = once + digest(*shared, *parts)
+    return keys
+
+
+def _digest_faces(
+    faces: FaceSource, places: Tensor, *, progress: bool
+) -> tuple[dict[int, bytes], dict[int, Fault]]:
+    """Digests of some faces by position, and what is wrong with those that cannot be read."""
+    digests: dict[int, bytes] = {}
+    faults: dict[int, Fault] = {}
+    for place in tqdm(places.tolist(), desc="hashing", unit="face", delay=2, disable=not progress):
+        try:
+            digests[place] = digest_face(faces, place)
+        except DataError as error:  # noqa: PERF203 -- each file may be missing
+            faults[place] = error.faults[0]
+    return digests, faults
 
 
 def _first_of_each(
@@ -209,40 +352,128 @@ def _first_of_each(
     """Positions of the faces to embed: not known, and each content once."""
     chosen: dict[bytes, int] = {}
     for place in places:
-        if digests[place] not in known:
+        if place in digests and digests[place] not in known:
             chosen.setdefault(digests[place], place)
     return list(chosen.values())
 
 
-def variant_keys(bench: Bench) -> dict[Variant, str]:
-    """Digests of all that the embeddings of each variant depend on beside the face.
+class _Pass:
+    """One pass over the faces for the embeddings that are missing.
 
-    Args:
-        bench: The grid.
-
-    Returns:
-        Key by variant: of the networks, the protocol's treatment of pictures, the size, the
-        software and the kind of device.
+    On a CPU every core takes a batch from the file to the embedding: convolutions of small faces
+    share a core's caches better than they share cores. Threads read ahead for a GPU.
     """
-    networks = {
-        name: digest_network(net) for name, net in (*bench.fnets.items(), *bench.srnets.items())
-    }
-    # how pairs are judged is no part of it: protocols that only differ in that share embeddings
-    shown = bench.protocol.describe()
-    for other in ("name", "rule", "source"):
-        del shown[other]
-    shared = (
-        sorted(shown.items()),
-        CANVAS,
-        SR_CROP,
-        torch.device(bench.device).type,
-        digest_software(),
-    )
-    return {
-        variant: digest(
-            *shared,
-            networks[variant.fnet],
-            (networks[variant.srnet], variant.size) if variant.srnet != HR else HR,
-        )
-        for variant in bench.variants()
-    }
+
+    def __init__(
+        self,
+        networks: Networks,
+        faces: FaceSource,
+        digests: Mapping[int, bytes],
+        missing: Mapping[str, tuple[Cell, Tensor]],
+        cache: EmbeddingCache,
+        batch_size: int,
+    ) -> None:
+        self.networks, self.faces, self.digests = networks, faces, digests
+        self.cache, self.batch_size = cache, batch_size
+        self.crop = faces.template or CANVAS
+        self.missing = dict(missing.values())
+        self.keys = {cell: key for key, (cell, _) in missing.items()}
+        # one SRNet's output is shown to all FNets that lack it
+        self.groups: dict[tuple[str, Size], list[Cell]] = {}
+        for cell in self.missing:
+            if cell.srnet != HR:
+                self.groups.setdefault((cell.srnet, (cell.height, cell.width)), []).append(cell)
+        self.lock = threading.Lock()
+        self.waiting: dict[Cell, list[tuple[list[bytes], Embeddings]]] = {}
+        self.waiting_bytes = 0
+        self.flushed = time.monotonic()
+        self.stopped = False
+
+    def run(self, *, stop_at_fault: bool, progress: bool) -> dict[int, Fault]:
+        """Embed and store; gives the faces that could not be read, by position."""
+        places = torch.stack([*self.missing.values()]).any(0).nonzero().flatten()
+        cores = torch.get_num_threads()
+        on_cpu = self.networks.device.type == "cpu"
+        workers = cores if on_cpu else READERS
+        copies = self.networks.copies(workers if on_cpu else 1)
+        idle: SimpleQueue[Networks] = SimpleQueue()
+        for networks in copies:
+            idle.put(networks)
+
+        def work(part: Tensor) -> tuple[int, dict[int, Fault]]:
+            faults: dict[int, Fault] = {}
+            crops = crops_at(self.faces, part, self.crop, faults=faults)
+            # once stopped, faces are only read, to name all faults at once
+            self.stopped |= stop_at_fault and bool(faults)
+            good = torch.tensor([place not in faults for place in part.tolist()])
+            if good.any() and not self.stopped:
+                networks = idle.get()
+                try:
+                    with torch.no_grad():  # holds for one thread only
+                        self._embed(networks, part[good], crops[good])
+                finally:
+                    idle.put(networks)
+            return len(part), faults
+
+        faults: dict[int, Fault] = {}
+        bar = tqdm(total=len(places), desc="embedding", unit="face", delay=2, disable=not progress)
+        threads = cores if on_cpu and len(copies) == 1 else 1
+        pool = ThreadPoolExecutor(workers, "idloss", torch.set_num_threads, (threads,))
+        try:
+            with bar, pool:
+                try:
+                    for done, found in pool.map(work, places.split(self.batch_size)):
+                        faults |= found
+                        bar.update(done)
+                except BaseException:  # an error, or Ctrl-C: leave soon
+                    self.stopped = True
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+        finally:  # what was computed before an error or Ctrl-C is not computed again
+            torch.set_num_threads(cores)
+            self._flush()
+        return faults
+
+    def _embed(self, networks: Networks, places: Tensor, crops: Tensor) -> None:
+        canvas = crops.to(networks.device)
+        for cell, needed in self.missing.items():
+            if cell.srnet == HR and (rows := needed[places]).any() and not self.stopped:
+                own = canvas[rows.to(canvas.device)]
+                self._put(cell, places[rows], networks.embed_hr(cell.fnet, own, self.crop))
+        if not self.groups:
+            return
+        hr = cut(canvas, self.crop, SR_CROP)
+        for (srnet, size), cells in self.groups.items():
+            rows = torch.stack([self.missing[cell][places] for cell in cells]).any(0)
+            if not rows.any() or self.stopped:
+                continue
+            lr = prepare_probe(hr[rows.to(hr.device)], size, networks.protocol)
+            shown = networks.show(srnet, lr)
+            for cell in cells:
+                self._put(cell, places[rows], networks.embed(cell.fnet, shown))
+
+    def _put(self, cell: Cell, places: Tensor, embeddings: Tensor) -> None:
+        rows = embeddings.float().cpu()
+        finite = rows.isfinite().all(1)
+        if not finite.all():
+            name = self.faces.names[int(places[~finite][0])]
+            raise ValueError(
+                f"FNet {cell.fnet!r} gives an embedding that is not finite for {name} "
+                f"({cell.srnet} at {cell.size}); look for weights that are not finite, or an SRNet "
+                "that overflowed"
+            )
+        digests = [self.digests[place] for place in places.tolist()]
+        with self.lock:
+            self.waiting.setdefault(cell, []).append((digests, rows.numpy()))
+            self.waiting_bytes += rows.nbytes
+            held = time.monotonic() - self.flushed
+            if self.waiting_bytes >= FLUSH_BYTES or held >= FLUSH_SECONDS:
+                self._flush()
+
+    def _flush(self) -> None:
+        for cell, parts in self.waiting.items():
+            digests = [one for part, _ in parts for one in part]
+            self.cache.add(self.keys[cell], digests, np.concatenate([rows for _, rows in parts]))
+        self.waiting.clear()
+        self.waiting_bytes = 0
+        self.flushed = time.monotonic()

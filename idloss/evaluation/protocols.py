@@ -13,13 +13,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from types import MappingProxyType
 from typing import Any, Literal
-
-import torch
-from torch import Tensor
 
 from idloss.errors import did_you_mean
 from idloss.evaluation.verification import (
@@ -28,14 +23,15 @@ from idloss.evaluation.verification import (
     STANDARD_RULE,
     ThresholdRule,
 )
-from idloss.resample import Convention, Mode, Rounding, resize, to_float, to_uint8
+from idloss.plugins import load_plugins
+from idloss.resample import Convention, Mode, Rounding
 
 
 @dataclass(frozen=True)
 class Protocol:
     """Everything that a protocol fixes.
 
-    Attributes:
+    Args:
         name: Its name.
         rule: How pairs are turned into an accuracy.
         down_mode: How an HR crop becomes a probe, on 8-bit images.
@@ -68,6 +64,11 @@ class Protocol:
         }
         return plain
 
+    def treatment(self) -> list[tuple[str, Any]]:
+        """What it does to pictures: protocols that only judge otherwise share embeddings."""
+        judging = ("name", "rule", "source")
+        return sorted((name, how) for name, how in vars(self).items() if name not in judging)
+
 
 _PAPER = Protocol(
     name="paper",
@@ -96,20 +97,36 @@ _STANDARD = replace(
     source="github.com/deepinsight/insightface at 166d74309f060d23d002dc60308bbf870d0ab753",
 )
 
-PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
-    {protocol.name: protocol for protocol in (_PAPER, _SPHEREFACE, _STANDARD)}
-)
+PROTOCOLS = {protocol.name: protocol for protocol in (_PAPER, _SPHEREFACE, _STANDARD)}
+"""All protocols by name; `register_protocol` adds to them."""
 
-# The rows without an SRNet. The paper's "Bicubic" is the first (see the top of this file).
-INTERPOLATIONS: tuple[Mode, ...] = ("bilinear", "bicubic")
-PAPER_BICUBIC_ROW = "bilinear"
+
+def register_protocol(protocol: Protocol) -> Protocol:
+    """Let a protocol be found by its name, by the command too; for plug-ins.
+
+    Args:
+        protocol: The protocol.
+
+    Returns:
+        The protocol.
+
+    Raises:
+        ValueError: There is another one of that name.
+    """
+    if PROTOCOLS.setdefault(protocol.name, protocol) != protocol:
+        raise ValueError(
+            f"there is another protocol {protocol.name!r} already; name yours otherwise, such as "
+            f"'my_{protocol.name}'"
+        )
+    return protocol
 
 
 def get_protocol(name: str | Protocol) -> Protocol:
     """Look a protocol up by name.
 
     Args:
-        name: `"paper"`, `"sphereface"`, `"standard"`, or a protocol, which is given back.
+        name: `"paper"`, `"sphereface"`, `"standard"`, one that was registered, or a protocol, which
+            is given back.
 
     Returns:
         The protocol.
@@ -119,111 +136,7 @@ def get_protocol(name: str | Protocol) -> Protocol:
     """
     if isinstance(name, Protocol):
         return name
+    load_plugins()
     if name not in PROTOCOLS:
         raise ValueError(did_you_mean("protocol", name, PROTOCOLS))
     return PROTOCOLS[name]
-
-
-def prepare_probe(crops: Tensor, size: Sequence[int], protocol: str | Protocol) -> Tensor:
-    """Degrade HR crops to LR probes.
-
-    Mirror a probe after this step, not before: the paper's flipped view is the mirrored LR image,
-    super-resolved on its own.
-
-    Args:
-        crops: HR crops `[B, 3, H, W]`, uint8 RGB.
-        size: Rows and columns of the probes, `(H, W)`, such as `(7, 6)`.
-        protocol: Protocol or its name.
-
-    Returns:
-        Probes `[B, 3, *size]`, uint8; the crops themselves where they have the size already.
-
-    Raises:
-        TypeError: The crops are not uint8.
-        ValueError: Unknown protocol or a bad size.
-    """
-    fixed = get_protocol(protocol)
-    _require_uint8(crops, "crops")
-    return resize(crops, size, mode=fixed.down_mode, convention=fixed.convention)
-
-
-def interpolate_probe(
-    probes: Tensor, size: Sequence[int], mode: Mode, protocol: str | Protocol
-) -> Tensor:
-    """Enlarge probes without an SRNet: the rows `bilinear` and `bicubic`.
-
-    Args:
-        probes: LR probes `[B, 3, h, w]`, uint8 RGB.
-        size: Rows and columns of the FNet's crop, `(H, W)`.
-        mode: `"bilinear"` (the paper's "Bicubic" row) or `"bicubic"`.
-        protocol: Protocol or its name.
-
-    Returns:
-        What the FNet is shown, `[B, 3, *size]`, float32 RGB in [0, 1], each value a multiple of
-        1/255.
-
-    Raises:
-        TypeError: The probes are not uint8.
-        ValueError: Unknown protocol or mode, or a bad size.
-    """
-    fixed = get_protocol(protocol)
-    _require_uint8(probes, "probes")
-    return to_float(resize(probes, size, mode=mode, convention=fixed.convention))
-
-
-def to_fnet_input(sr: Tensor, size: Sequence[int], protocol: str | Protocol) -> Tensor:
-    """Bring SR to the FNet's crop size as the protocol does at test.
-
-    In `paper` and `sphereface`, SR of the right size passes untouched; other sizes are cut down to
-    8 bits (`floor(255 x)`, not rounded) and enlarged with 8-bit bicubic. The released code lets
-    values outside the range wrap round, which its tanh keeps from happening; here they are clamped.
-
-    Args:
-        sr: SR images `[B, 3, h, w]`, float RGB in [0, 1].
-        size: Rows and columns of the FNet's crop, `(H, W)`.
-        protocol: Protocol or its name.
-
-    Returns:
-        What the FNet is shown, `[B, 3, *size]`, float RGB in [0, 1], before its normalisation.
-
-    Raises:
-        TypeError: SR is not floating point.
-        ValueError: Unknown protocol or a bad size.
-    """
-    fixed = get_protocol(protocol)
-    if fixed.keep_exact_size and tuple(sr.shape[-2:]) == tuple(size):
-        return sr
-    levels = to_uint8(sr, rounding=fixed.rounding)
-    return to_float(resize(levels, size, mode=fixed.up_mode, convention=fixed.convention))
-
-
-def fuse_views(embeddings: Tensor, mirrored: Tensor, protocol: str | Protocol) -> Tensor:
-    """Make one embedding of a crop's and its mirror image's.
-
-    Args:
-        embeddings: Embeddings of the crops, `[B, D]`.
-        mirrored: Embeddings of the mirrored crops, `[B, D]`.
-        protocol: Protocol or its name.
-
-    Returns:
-        `[B, 2 * D]` where the protocol concatenates, `[B, D]` where it adds.
-
-    Raises:
-        ValueError: Unknown protocol, or the shapes differ.
-    """
-    fixed = get_protocol(protocol)
-    if embeddings.shape != mirrored.shape:
-        raise ValueError(
-            f"both views need one shape, got {list(embeddings.shape)} and {list(mirrored.shape)}"
-        )
-    if fixed.flip == "concat":
-        return torch.cat((embeddings, mirrored), dim=1)
-    return embeddings + mirrored
-
-
-def _require_uint8(images: Tensor, what: str) -> None:
-    if images.dtype != torch.uint8:
-        raise TypeError(
-            f"{what} must be uint8, got {images.dtype}: protocols resample 8-bit images, turn "
-            "float ones into them with idloss.resample.to_uint8"
-        )

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from huggingface_hub.utils.tqdm import tqdm
-from torch import Tensor
+from torch import Tensor, nn
 
-from idloss.data import EvaluationSet
-from idloss.evaluation.embedding import CANVAS, Bench
+from idloss.data import EvaluationSet, Fault
+from idloss.encoder import resolve_device
+from idloss.evaluation.embedding import CANVAS, SR_CROP, cut, prepare_probe, ready
 from idloss.evaluation.figures import (
     accuracy_figure,
     cmc_figure,
@@ -25,16 +26,8 @@ from idloss.evaluation.figures import (
     save_figure,
     similarity_figure,
 )
-from idloss.evaluation.protocols import prepare_probe
-from idloss.evaluation.reading import read_batch
-from idloss.evaluation.recogniser import (
-    SR_CROP,
-    Recogniser,
-    both_views,
-    cut,
-    evaluating,
-    super_resolve,
-)
+from idloss.evaluation.protocols import Protocol, get_protocol
+from idloss.evaluation.reading import crops_at
 from idloss.evaluation.results import (
     HR,
     LR,
@@ -45,6 +38,7 @@ from idloss.evaluation.results import (
     pretty_size,
 )
 from idloss.evaluation.verification import roc
+from idloss.resample import Size
 from idloss.weights.files import written_whole
 
 if TYPE_CHECKING:
@@ -245,20 +239,28 @@ def _rows(cells: list[Cell]) -> Iterator[tuple[str, str, list[Cell]]]:
 
 
 def write_sheets(
-    bench: Bench,
-    data: EvaluationSet,
-    count: int,
     folder: str | os.PathLike[str],
+    data: EvaluationSet,
+    fnets: Mapping[str, nn.Module],
+    srnets: Mapping[str, nn.Module],
+    sizes: Sequence[Size],
     *,
+    count: int = 5,
+    protocol: str | Protocol = "paper",
+    device: str | torch.device = "auto",
     progress: bool = False,
 ) -> list[Path]:
     """Draw the sheets of Fig. 5: LR, each method and HR, with the cosine to HR under each.
 
     Args:
-        bench: The grid; the first FNet measures, and there is a sheet for each size.
-        data: Whose probes to show; those that cannot be read are passed over.
-        count: How many, spread over the set.
         folder: Where to.
+        data: Whose probes to show; those that cannot be read are passed over.
+        fnets: FNets by name; the first one measures.
+        srnets: SRNets by name.
+        sizes: Probe sizes, rows and columns, a sheet for each.
+        count: How many probes, spread over the set.
+        protocol: Protocol or its name.
+        device: Where the networks run.
         progress: Show a progress bar when it takes more than two seconds.
 
     Returns:
@@ -267,28 +269,30 @@ def write_sheets(
     Raises:
         ModuleNotFoundError: matplotlib is missing.
     """
-    template = data.faces.template or CANVAS
-    batch = read_batch(data.faces, _some_probes(data, count).tolist(), template)
-    if not len(batch.places):
+    crop = data.faces.template or CANVAS
+    faults: dict[int, Fault] = {}
+    places = _some_probes(data, count)
+    crops = crops_at(data.faces, places, crop, faults=faults)
+    good = [row for row, place in enumerate(places.tolist()) if place not in faults]
+    if not good:
         return []
-    names = [Path(data.faces.names[i]).stem.replace("_", "\n") for i in batch.places.tolist()]
-    canvas = batch.crops.to(bench.device)
-    name, fnet = next(iter(bench.fnets.items()))
+    names = [Path(data.faces.names[i]).stem.replace("_", "\n") for i in places[good].tolist()]
+    name = next(iter(fnets))
     files = []
-    recogniser = Recogniser(fnet, bench.protocol, bench.device)
-    sizes = list(dict.fromkeys(bench.sizes))
-    bar = tqdm(sizes, desc="drawing", unit="sheet", delay=2, disable=not progress)
-    with bar, evaluating(bench.srnets.values(), bench.device):
-        reference = recogniser.full(canvas, template)
-        hr = cut(canvas, template, SR_CROP)
+    bar = tqdm(dict.fromkeys(sizes), desc="drawing", unit="sheet", delay=2, disable=not progress)
+    fixed, place = get_protocol(protocol), resolve_device(device)
+    with bar, ready({name: fnets[name]}, srnets, fixed, place) as networks:
+        canvas = crops[good].to(place)
+        reference = networks.embed_hr(name, canvas, crop)
+        hr = cut(canvas, crop, SR_CROP)
         for size in bar:
-            lr = prepare_probe(hr, size, bench.protocol)
+            lr = prepare_probe(hr, size, fixed)
             columns = {LR: lr}
             cosines = {}
-            for method, srnet in bench.srnets.items():
-                shown = super_resolve(srnet, both_views(lr), bench.protocol)
+            for method in srnets:
+                shown = networks.show(method, lr)
                 columns[method] = shown[: len(lr)]
-                found = recogniser.restored(shown)
+                found = networks.embed(name, shown)
                 cosines[method] = F.cosine_similarity(found, reference).cpu()
             figure = picture_sheet({**columns, HR: hr}, cosines, names=names, title=f"FNet: {name}")
             files += save_figure(figure, Path(folder) / f"faces-{size[0]}x{size[1]}")

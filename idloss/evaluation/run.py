@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, get_args
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
+import numpy as np
 import torch
+from huggingface_hub.constants import HF_HOME
+from huggingface_hub.utils.tqdm import tqdm
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from idloss.data import EvaluationSet
+from idloss.data import EvaluationSet, Pairs
+from idloss.encoder import resolve_device
 from idloss.errors import did_you_mean
-from idloss.evaluation.embedding import Bench, embed_grid
-from idloss.evaluation.identification import DRAWS
+from idloss.evaluation.cache import EmbeddingCache, Embeddings, digest_weights
+from idloss.evaluation.embedding import SR_CROP, Embedded, embed_grid, ready
+from idloss.evaluation.identification import (
+    DRAWS,
+    closed_set,
+    draw_galleries,
+    found_within,
+    identify,
+    identify_open_set,
+    open_set,
+)
 from idloss.evaluation.protocols import Protocol, get_protocol
-from idloss.evaluation.recogniser import SR_CROP
-from idloss.evaluation.results import HR, LR, Results, Task
-from idloss.evaluation.store import digest_network, digest_weights, open_store
-from idloss.evaluation.tasks import Probe, Run
+from idloss.evaluation.results import HR, LR, Cell, Results, Task
+from idloss.evaluation.statistics import Estimate
+from idloss.evaluation.verification import pair_scores, summarise, verify
 from idloss.geometry import get_template
 from idloss.resample import Size
+
+Probe = Literal["second", "both"]
+Figures = tuple[Mapping[str, Estimate], Mapping[str, NDArray[Any]]]
+Judge = Callable[[Embeddings, Embeddings], Figures]
+"""From embeddings of gallery and probes, `[N, D]`, to the figures of a cell and their arrays."""
 
 PAPER_SIZES: Mapping[Task, tuple[Size, ...]] = {
     "verification": ((7, 6), (14, 12), (16, 16), (28, 24)),
@@ -36,15 +56,15 @@ def evaluate(
     srnets: Mapping[str, nn.Module],
     sizes: Sequence[Size] | None = None,
     *,
-    tasks: Sequence[Task] = ("verification",),
+    tasks: Sequence[str] = ("verification",),
     protocol: str | Protocol = "paper",
     probe: Probe = "second",
     draws: int = DRAWS,
     seed: int = 0,
-    device: str = "cpu",
+    device: str | torch.device = "auto",
     batch_size: int | None = None,
     skip_missing: bool = False,
-    cache: bool = True,
+    cache: bool | str | os.PathLike[str] = True,
     progress: bool = True,
 ) -> Results:
     """Measure FNets on probes of low resolution, restored by SRNets (paper, sections 4.3 and 4.4).
@@ -54,19 +74,20 @@ def evaluate(
 
     Args:
         data: Faces, with pairs to verify or identities to find.
-        fnets: FNets by name, as from `create_fnet`; they are frozen.
+        fnets: FNets by name, as from `create_fnet`.
         srnets: SRNets by name, as from `create_srnet`.
         sizes: Probe sizes, rows and columns; None for those of the paper's table of each task.
-        tasks: `"verification"`, `"identification"`, `"open_set"`.
+        tasks: `"verification"`, `"identification"`, `"open_set"` (or `"open-set"`).
         protocol: Protocol or its name.
         probe: Whether the second face of a pair (the probe of a gallery) is LR, as in the paper, or
             both are.
         draws: Random galleries, where the set has none.
         seed: Seed of galleries and bootstrap.
-        device: Where the networks run.
-        batch_size: Faces at a time; None sizes it to the machine.
+        device: Where the networks run and stay, `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`.
+        batch_size: Faces at a time on each core, or on the GPU; None for 8 on a core, 32 on a GPU.
         skip_missing: Leave out photos that cannot be read, and what needs them; recorded.
-        cache: Keep embeddings on disk and take them from there.
+        cache: Keep embeddings on disk and take them from there: True for
+            `$HF_HOME/idloss/embeddings`, or a folder.
         progress: Show a progress bar.
 
     Returns:
@@ -76,22 +97,21 @@ def evaluate(
         ValueError: The set lacks pairs or identities, or an option is unknown or out of range.
         DataError: A photo cannot be read or aligned.
     """
-    options = {"probe": (probe, get_args(Probe)), "task": (tasks, get_args(Task))}
-    for kind, (given, known) in options.items():
-        for value in (given,) if isinstance(given, str) else given:
-            if value not in known:
-                raise ValueError(did_you_mean(kind, value, known))
+    named = [task.replace("-", "_") for task in ([tasks] if isinstance(tasks, str) else tasks)]
+    for kind, given, known in (("probe", [probe], Probe), ("task", named, Task)):
+        for value in given:
+            if value not in get_args(known):
+                raise ValueError(did_you_mean(kind, value, get_args(known)))
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
     fixed = get_protocol(protocol)
     _require_labels(fnets, srnets)
-    _require_device(device)
+    place = resolve_device(device)
     own = {
-        task: tuple(dict.fromkeys(sizes if sizes is not None else PAPER_SIZES[task]))
-        for task in dict.fromkeys(tasks)
+        cast("Task", task): tuple(dict.fromkeys(PAPER_SIZES[task] if sizes is None else sizes))  # type: ignore[index]
+        for task in dict.fromkeys(named)
     }
-    every = tuple(dict.fromkeys(size for one in own.values() for size in one))
-    _require_sizes(every)
+    _require_sizes(own)
     results = Results(
         run={
             "tasks": list(own),
@@ -100,43 +120,36 @@ def evaluate(
             "seed": seed,
             "skip_missing": skip_missing,
             "data": _describe_data(data),
-            "networks": {
-                name: _describe_network(net) for name, net in (*fnets.items(), *srnets.items())
-            },
             "sizes": {task: [list(size) for size in one] for task, one in own.items()},
-            "device": device,
+            "device": str(place),
+            "batch_size": batch_size,
         }
     )
-    bench = Bench(fnets, srnets, every, fixed, batch_size, device)
-    runs = [
-        Run(data, replace(bench, sizes=one), results, task, probe, draws, seed, progress)
-        for task, one in own.items()
-    ]
-    needs = [run.need() for run in runs]
-    with open_store(keep=cache) as store:
-        embedded = embed_grid(
-            bench, data.faces, needs, store, skip_missing=skip_missing, progress=progress
-        )
-        results.run["batch_size"] = embedded.batch_size
-        about = results.run["data"]
-        about["content"] = {
-            run.task: embedded.content(need) for run, need in zip(runs, needs, strict=True)
+    run = _Run(data, own, [*fnets], [*srnets], fixed, probe, draws, seed, results, progress)
+    wanted = {cell: places for task in own for cell, places in run.wanted(task).items()}
+    folder = Path(HF_HOME) / "idloss" / "embeddings" if cache is True else cache
+    with (
+        ready(fnets, srnets, fixed, place) as networks,
+        EmbeddingCache(Path(folder) if folder else None) as store,
+    ):
+        results.run["networks"] = {
+            name: _describe_network(net) for name, net in (*fnets.items(), *srnets.items())
         }
+        embedded = embed_grid(
+            networks,
+            data.faces,
+            wanted,
+            store,
+            batch_size=batch_size,
+            skip_missing=skip_missing,
+            progress=progress,
+        )
+        about = results.run["data"]
+        about["content"] = {task: embedded.content(torch.cat(run.sides(task))) for task in own}
         about["skipped"] += dict.fromkeys(map(str, embedded.faults.values()))
-        for run in runs:
-            run.judge(embedded)
+        for task in own:
+            run.judge(task, embedded)
     return results
-
-
-def evaluate_verification(
-    data: EvaluationSet,
-    fnets: Mapping[str, nn.Module],
-    srnets: Mapping[str, nn.Module],
-    sizes: Sequence[Size] | None = None,
-    **options: Any,
-) -> Results:
-    """Verify pairs only; see `evaluate`, which takes the same options."""
-    return evaluate(data, fnets, srnets, sizes, tasks=("verification",), **options)
 
 
 def _require_labels(fnets: Mapping[str, nn.Module], srnets: Mapping[str, nn.Module]) -> None:
@@ -150,17 +163,9 @@ def _require_labels(fnets: Mapping[str, nn.Module], srnets: Mapping[str, nn.Modu
             raise ValueError(f"{name!r} is both an FNet and an SRNet; call one of them otherwise")
 
 
-def _require_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch lacks the backend
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device {device!r} cannot be used here ({reason}); give cpu") from error
-
-
-def _require_sizes(sizes: Sequence[Size]) -> None:
+def _require_sizes(own: Mapping[Task, Sequence[Size]]) -> None:
     rows, columns = get_template(SR_CROP).size
-    for height, width in sizes:
+    for height, width in (size for sizes in own.values() for size in sizes):
         if not (0 < height <= rows and 0 < width <= columns):
             raise ValueError(
                 f"a probe of {height}x{width} is no smaller version of the {rows}x{columns} crop; "
@@ -182,7 +187,6 @@ def _describe_network(net: nn.Module) -> dict[str, Any]:
     cfg = getattr(net, "pretrained_cfg", None) or {}
     wanted = ("architecture", "tag", "url", "hf_hub_id", "license", "origin_url")
     return {
-        "network": digest_network(net),
         "weights": digest_weights(net),
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
         **{key: str(cfg[key]) for key in wanted if cfg.get(key)},
@@ -203,3 +207,219 @@ def _digest_list(data: EvaluationSet) -> str:
         digest.update(len(column).to_bytes(8, "little"))
         digest.update(column.long().numpy().tobytes())
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Tasks on the way to their results: which faces each needs, and what it makes of them."""
+
+    data: EvaluationSet
+    sizes: Mapping[Task, tuple[Size, ...]]
+    fnets: Sequence[str]
+    srnets: Sequence[str]
+    protocol: Protocol
+    probe: Probe
+    draws: int
+    seed: int
+    results: Results
+    progress: bool
+
+    def sides(self, task: Task) -> tuple[Tensor, Tensor]:
+        """Positions of the faces enrolled and of the probes, each int64.
+
+        Raises `ValueError` where the set does not hold what the task is about.
+        """
+        if task == "verification":
+            pairs = self._pairs()
+            return pairs.first, pairs.second
+        if self.data.gallery is not None:
+            sets = [*self._probe_sets(strangers=False).values()]
+            if task == "open_set":
+                sets += self._probe_sets(strangers=True).values()
+            return self.data.gallery, torch.cat(sets)
+        drawn = draw_galleries(self._labels(), draws=self.draws, seed=self.seed)
+        able = torch.from_numpy(drawn.images)
+        return able, able if task == "identification" else torch.arange(len(self.data.faces))
+
+    def cells(self, task: Task, fnet: str) -> list[Cell]:
+        """The cells of a task and an FNet, HR first."""
+        grid = [(HR, get_template(SR_CROP).size)]
+        grid += [(srnet, size) for srnet in self.srnets for size in self.sizes[task]]
+        return [Cell(task, fnet, srnet, *size) for srnet, size in grid]
+
+    def wanted(self, task: Task) -> dict[Cell, Tensor]:
+        """Positions of the faces that each cell of a task needs."""
+        enrolled, probes = self.sides(task)
+        everyone = torch.cat((enrolled, probes))
+        low = everyone if self.probe == "both" else probes
+        return {
+            cell: (everyone if cell.srnet == HR else low).unique()
+            for fnet in self.fnets
+            for cell in self.cells(task, fnet)
+        }
+
+    def judge(self, task: Task, embedded: Embedded) -> None:
+        """Judge every cell of a task, one in memory at a time."""
+        lost = torch.tensor(sorted(embedded.faults), dtype=torch.int64)
+        judge = self._judge_of(task, lost)
+        count = len(self.fnets) * len(self.cells(task, ""))
+        what = task.replace("_", " ")
+        with tqdm(total=count, desc=what, unit="cell", delay=2, disable=not self.progress) as bar:
+            for fnet in self.fnets:
+                hr, *others = self.cells(task, fnet)
+                enrolled = embedded.rows(hr)
+                for cell in (hr, *others):
+                    rows = enrolled if cell is hr else embedded.rows(cell)
+                    figures, arrays = judge(rows if self.probe == "both" else enrolled, rows)
+                    self.results.add(cell, figures, arrays)
+                    bar.update()
+
+    def _judge_of(self, task: Task, lost: Tensor) -> Judge:
+        if task == "verification":
+            return self._verification(lost)
+        if self.data.gallery is None:
+            return self._drawn_galleries(task, lost)
+        enrolled = _without(self.data.gallery, lost)
+        known = {name: _without(p, lost) for name, p in self._probe_sets(strangers=False).items()}
+        if task == "identification":
+            return self._own_gallery(enrolled, known)
+        strangers = torch.cat([*self._probe_sets(strangers=True).values()])
+        return self._own_watch_list(
+            enrolled, np.concatenate([*known.values()]), _without(strangers, lost)
+        )
+
+    def _verification(self, lost: Tensor) -> Judge:
+        pairs = self._pairs()
+        pairs = pairs.select(~(torch.isin(pairs.first, lost) | torch.isin(pairs.second, lost)))
+        _require_both_kinds(pairs, self.data.name)
+        self._note("judged", "verification", {"pairs": len(pairs)})
+        first, second = pairs.first.numpy(), pairs.second.numpy()
+        same, folds = pairs.same.numpy(), pairs.fold.numpy()
+
+        def judge(gallery: Embeddings, probes: Embeddings) -> Figures:
+            left, right = gallery[first], probes[second]
+            judged = verify(left, right, same, self.protocol.rule, folds=folds)
+            scores = pair_scores(left, right)
+            return summarise(scores, same, judged, seed=self.seed), {
+                "scores": scores.astype(np.float32),
+                "same": same,
+                "correct": judged.correct,
+                "folds": folds,
+                "thresholds": judged.thresholds,
+            }
+
+        return judge
+
+    def _drawn_galleries(self, task: Task, lost: Tensor) -> Judge:
+        kept = _without(torch.arange(len(self.data.faces)), lost)
+        labels = self._labels()[kept]
+        options: dict[str, Any] = {"draws": self.draws, "seed": self.seed}
+        drawn = draw_galleries(labels, **options)
+        counts = {"subjects": int(drawn.gallery.shape[1]), "images": len(drawn.images)}
+        self._note("draws", task, drawn.digest)
+        self._note("judged", task, {**counts, "draws": self.draws})
+
+        def judge(gallery: Embeddings, probes: Embeddings) -> Figures:
+            if task == "identification":
+                closed = identify(gallery[kept], probes[kept], labels, **options)
+                return closed.summarise(), {"rank1": closed.rank1, "cmc": closed.cmc}
+            found = identify_open_set(gallery[kept], probes[kept], labels, **options)
+            return found.summarise(), {"tpir": found.tpir, "thresholds": found.thresholds}
+
+        return judge
+
+    def _own_gallery(
+        self, enrolled: NDArray[np.int64], sets: Mapping[str, NDArray[np.int64]]
+    ) -> Judge:
+        """Search the set's own gallery for each of its probe sets; strangers take no part."""
+        labels = self._labels()
+        counts = {name: len(places) for name, places in sets.items()}
+        self._note("judged", "identification", {"gallery": len(enrolled), "probes": counts})
+
+        def judge(gallery: Embeddings, probes: Embeddings) -> Figures:
+            parts = {
+                name: found_within(gallery[enrolled], labels[enrolled], probes[own], labels[own])
+                for name, own in sets.items()
+            }
+            figures, curve = closed_set(np.concatenate([*parts.values()]), seed=self.seed)
+            arrays = {"cmc": curve[None]}
+            arrays["correct"] = np.concatenate([part[:, 0] for part in parts.values()])
+            if len(parts) > 1:
+                for name, part in parts.items():
+                    own_figures, arrays[f"cmc {name}"] = closed_set(part, seed=self.seed)
+                    figures |= {f"{metric} {name}": one for metric, one in own_figures.items()}
+            return figures, arrays
+
+        return judge
+
+    def _own_watch_list(
+        self,
+        enrolled: NDArray[np.int64],
+        mated: NDArray[np.int64],
+        strangers: NDArray[np.int64],
+    ) -> Judge:
+        labels = self._labels()
+        counts = {"gallery": len(enrolled), "mated": len(mated), "unmated": len(strangers)}
+        self._note("judged", "open_set", counts)
+
+        def judge(gallery: Embeddings, probes: Embeddings) -> Figures:
+            figures, correct = open_set(
+                gallery[enrolled],
+                labels[enrolled],
+                probes[mated],
+                labels[mated],
+                probes[strangers],
+                seed=self.seed,
+            )
+            return figures, {"correct": correct}
+
+        return judge
+
+    def _pairs(self) -> Pairs:
+        if self.data.pairs is None:
+            raise ValueError(f"{self.data.name} has no pairs to verify; give the list of pairs")
+        _require_both_kinds(self.data.pairs, self.data.name)
+        return self.data.pairs
+
+    def _labels(self) -> NDArray[np.int64]:
+        if self.data.faces.labels is None:
+            raise ValueError(f"{self.data.name} has no identities to find; use verification")
+        labels: NDArray[np.int64] = self.data.faces.labels.numpy()
+        return labels
+
+    def _probe_sets(self, *, strangers: bool) -> dict[str, Tensor]:
+        """The probes of people in the set's own gallery, or of strangers, by probe set."""
+        labels = torch.from_numpy(self._labels())
+        sets = {name: p[(labels[p] < 0) == strangers] for name, p in self.data.probes.items()}
+        sets = {name: places for name, places in sets.items() if len(places)}
+        if not sets:
+            who = "strangers" if strangers else "people in its gallery"
+            raise ValueError(f"{self.data.name} has no probes of {who}; choose another task")
+        return sets
+
+    def _note(self, key: str, task: Task, value: Any) -> None:
+        """Keep what holds for one task only."""
+        self.results.run.setdefault(key, {})[task] = value
+
+
+def _require_both_kinds(pairs: Pairs, name: str) -> None:
+    """Refuse pairs that k-fold figures cannot be made of, before hours are spent on them."""
+    folds = int(pairs.fold.max()) + 1 if len(pairs) else 0
+    if folds < 2:
+        raise ValueError(
+            f"{name}: {len(pairs)} pairs in {folds} folds; each fold is judged at the threshold of "
+            "the others, so give two folds or more"
+        )
+    alike = pairs.fold[pairs.same].bincount(minlength=folds)
+    apart = pairs.fold[~pairs.same].bincount(minlength=folds)
+    for fold, (one, two) in enumerate(zip(alike.tolist(), apart.tolist(), strict=True), start=1):
+        if not one or not two:
+            raise ValueError(
+                f"{name}: fold {fold} of {folds} has {one} pairs of one person and {two} of two; "
+                "ROC, AUC and EER need both in each fold, so give more pairs"
+            )
+
+
+def _without(places: Tensor, lost: Tensor) -> NDArray[np.int64]:
+    kept: NDArray[np.int64] = places[~torch.isin(places, lost)].numpy()
+    return kept

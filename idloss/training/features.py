@@ -12,7 +12,7 @@ from torch import Tensor
 
 from idloss import __version__
 from idloss.data import AlignedFaces, PackedFaces
-from idloss.evaluation.store import digest_network
+from idloss.evaluation.cache import digest_network
 from idloss.losses import IdentityPreservedLoss
 from idloss.resample import to_float
 from idloss.weights.files import written_whole
@@ -41,9 +41,10 @@ def stored_features(
     Returns:
         float32 `[2, N, D]`, straight and mirrored, memory-mapped for prepared faces.
     """
-    if not isinstance(faces, PackedFaces):
+    key = features_key(faces.content, identity) if isinstance(faces, PackedFaces) else None
+    if not isinstance(faces, PackedFaces) or key is None:
         return torch.from_numpy(compute_features(faces, identity, device, progress=progress))
-    path = faces.folder / f"features-{features_key(faces.content, identity)}.npy"
+    path = faces.folder / f"features-{key}.npy"
     if not path.is_file():
         with written_whole(path) as temporary:
             found = compute_features(faces, identity, device, progress=progress, file=temporary)
@@ -52,7 +53,7 @@ def stored_features(
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
-def features_key(content: str, identity: IdentityPreservedLoss) -> str:
+def features_key(content: str, identity: IdentityPreservedLoss) -> str | None:
     """A name for features: what faces, what FNets, how fed.
 
     Args:
@@ -60,12 +61,15 @@ def features_key(content: str, identity: IdentityPreservedLoss) -> str:
         identity: The loss.
 
     Returns:
-        Sixteen hex digits.
+        Sixteen hex digits; None where an FNet cannot be told from another.
     """
     parts: list[object] = [__version__, content, identity.value_range]
     for encoder in identity.encoders:
         fnet = digest_network(encoder.fnet)  # type: ignore[arg-type]
-        parts.append((fnet, encoder.crop, encoder.interpolation, encoder.flip))
+        if fnet is None:
+            return None
+        order = encoder.channel_order
+        parts.append((fnet, encoder.crop, encoder.interpolation, encoder.flip, order))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

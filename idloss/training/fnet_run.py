@@ -11,7 +11,7 @@ from torch import nn
 from idloss.data import EvaluationSet
 from idloss.degradation import get_degradation
 from idloss.encoder import FaceEncoder
-from idloss.evaluation.recogniser import SR_CROP
+from idloss.evaluation.embedding import SR_CROP
 from idloss.registry import create_fnet, create_srnet
 from idloss.resample import Size
 from idloss.training.accelerator import create_accelerator

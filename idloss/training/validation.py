@@ -7,11 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from idloss.data import EvaluationSet
-from idloss.evaluation.embedding import Bench
-from idloss.evaluation.protocols import get_protocol
-from idloss.evaluation.report import write_sheets
-from idloss.evaluation.results import HR
-from idloss.evaluation.run import evaluate_verification
+from idloss.evaluation import HR, evaluate, write_sheets
 from idloss.registry import create_srnet
 from idloss.resample import Size
 
@@ -57,8 +53,8 @@ class Verification:
         rates = verification_rates(self.data, self.fnet, network, self.sizes, self.device)
         shown = {"bicubic": create_srnet("bicubic"), "srnet": network}
         fnets = {"fnet": self.fnet}
-        bench = Bench(fnets, shown, self.sizes, get_protocol("paper"), FACES, self.device)
-        write_sheets(bench, self.data, FACES, self.folder / f"step-{step:06d}")
+        folder = self.folder / f"step-{step:06d}"
+        write_sheets(folder, self.data, fnets, shown, self.sizes, count=FACES, device=self.device)
         del rates["HR"]  # of the FNet alone, and always the same
         return rates
 
@@ -78,7 +74,7 @@ def verification_rates(
     Returns:
         Share of right answers by probe size, `"7x6"` and the like; `"HR"` is without degradation.
     """
-    results = evaluate_verification(
+    results = evaluate(
         data, {"fnet": fnet}, {"srnet": srnet}, sizes, device=device, cache=False, progress=False
     )
     return {

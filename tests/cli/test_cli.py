@@ -69,7 +69,7 @@ def networks(tmp_path_factory):
 @pytest.fixture
 def command(monkeypatch, tmp_path):
     """Run `idloss WORDS...` as the shell does; gives the error's line, or None."""
-    monkeypatch.setattr("idloss.evaluation.store.HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr("idloss.evaluation.run.HF_HOME", str(tmp_path / "hf"))
 
     def call(*words):
         monkeypatch.setattr("sys.argv", ["idloss", *map(str, words)])
@@ -273,7 +273,7 @@ def test_pairs_csv_and_bin(networks, command, tmp_path):
         (["--size", "224x192"], "224x192 is no smaller version of the 112x96 crop"),
         (["--srnet", "hr=bicubic"], "cannot be called 'hr'"),
         (["--srnet", "f=bicubic"], "'f' is both an FNet and an SRNet"),
-        (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+        (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
     ],
 )
 def test_wrong_words_are_one_line(words, said, lfw, networks, command, tmp_path):
@@ -312,12 +312,14 @@ def test_cache_is_found_by_another_process(networks):
     """Keys hold no address and no hash that differs from one process to the next."""
     code = (
         "from idloss import create_fnet, create_srnet\n"
-        "from idloss.evaluation.embedding import Bench, variant_keys\n"
-        "from idloss.evaluation.protocols import get_protocol\n"
+        "import torch\n"
+        "from idloss.evaluation import Cell, get_protocol\n"
+        "from idloss.evaluation.embedding import cell_keys, ready\n"
         f"f = create_fnet({networks[0][2:]!r}, pretrained=True)\n"
         f"s = create_srnet({networks[1][5:]!r}, pretrained=True)\n"
-        "bench = Bench({'f': f}, {'s': s}, ((7, 6),), get_protocol('paper'))\n"
-        "keys = list(variant_keys(bench).values())\n"
+        "cells = [Cell('verification', 'f', one, 7, 6) for one in ('hr', 's')]\n"
+        "with ready({'f': f}, {'s': s}, get_protocol('paper'), torch.device('cpu')) as networks:\n"
+        "    keys = list(cell_keys(networks, cells).values())\n"
     )
     here: dict[str, object] = {}
     exec(code, here)

@@ -1,6 +1,8 @@
 """The bench end to end, against the same written the slow way with OpenCV, and its cache."""
 
+import hashlib
 import json
+import os
 import threading
 from dataclasses import replace
 
@@ -9,27 +11,31 @@ import numpy as np
 import pytest
 import torch
 from nets import TinyFNet, TinySRNet, tiny_fnet
+from safetensors.numpy import save
 from torch import nn
 
 from idloss import create_fnet, create_srnet
 from idloss.data import DataError, EvaluationSet, Pairs, SyntheticFaces
 from idloss.encoder import fold_batch_norm
-from idloss.evaluation import passes
-from idloss.evaluation import store as store_module
-from idloss.evaluation.compare import compare, comparison_table
-from idloss.evaluation.protocols import get_protocol
-from idloss.evaluation.recogniser import Recogniser
-from idloss.evaluation.results import HR, Cell, Results
-from idloss.evaluation.run import evaluate
-from idloss.evaluation.sizing import activation_bytes, batch_size_for
-from idloss.evaluation.store import EmbeddingStore, digest_network, digest_weights
+from idloss.evaluation import (
+    HR,
+    Cell,
+    Results,
+    compare,
+    comparison_table,
+    embedding,
+    evaluate,
+    get_protocol,
+)
+from idloss.evaluation.cache import EmbeddingCache, digest_network, digest_weights
+from idloss.evaluation.embedding import ready
 
 SIZES = ((14, 12), (28, 24))
 
 
 @pytest.fixture(autouse=True)
 def home(monkeypatch, tmp_path):
-    monkeypatch.setattr(store_module, "HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr("idloss.evaluation.run.HF_HOME", str(tmp_path / "hf"))
     return tmp_path / "hf" / "idloss" / "embeddings"
 
 
@@ -86,7 +92,7 @@ def calls(monkeypatch):
 
 
 def run(data, fnets, srnets, **options):
-    return evaluate(data, fnets, srnets, SIZES, progress=False, **options)
+    return evaluate(data, fnets, srnets, SIZES, progress=False, **{"device": "cpu", **options})
 
 
 def scores(results, fnet, srnet, size):
@@ -176,7 +182,7 @@ def test_second_run_computes_nothing(data, fnet, srnets, calls):
     assert calls
     calls.clear()
     again = run(data, {"f": fnet}, srnets, protocol="sphereface")  # the same pictures
-    assert not calls
+    assert not any(shape[0] > 2 for _, shape in calls)  # two images tell what a network is
     for cell, arrays in first.arrays.items():
         np.testing.assert_array_equal(again.arrays[cell]["scores"], arrays["scores"])
 
@@ -206,13 +212,13 @@ def test_tasks_share_embeddings(data, fnet, srnets, calls):
 
 def test_faces_are_read_once_for_all_tasks(data, fnet, srnets, monkeypatch):
     read = []
-    real = passes.read_batch
+    real = embedding.crops_at
 
-    def watched(faces, places, template):
-        read.extend(places)
-        return real(faces, places, template)
+    def watched(faces, places, *crop, **options):
+        read.extend(places.tolist())
+        return real(faces, places, *crop, **options)
 
-    monkeypatch.setattr(passes, "read_batch", watched)
+    monkeypatch.setattr(embedding, "crops_at", watched)
     tasks = ("verification", "identification", "open_set")  # the first has other sizes
     found = evaluate(data, {"f": fnet}, srnets, tasks=tasks, cache=False, progress=False)
     assert sorted(read) == list(range(len(data.faces)))
@@ -223,13 +229,13 @@ def test_faces_are_read_once_for_all_tasks(data, fnet, srnets, monkeypatch):
 
 def test_interrupted_run_goes_on_where_it_left_off(data, fnet, home, calls, monkeypatch):
     class Interrupted(nn.Module):
-        """Ctrl-C at the fourth batch, once."""
+        """Ctrl-C at the fourth batch, once, after two that tell what it is."""
 
         seen = 0
 
         def forward(self, x):
             type(self).seen += 1
-            if self.seen == 4:
+            if self.seen == 2 + 4:
                 raise KeyboardInterrupt
             return x
 
@@ -240,19 +246,19 @@ def test_interrupted_run_goes_on_where_it_left_off(data, fnet, home, calls, monk
 
     with pytest.raises(KeyboardInterrupt):
         work()
-    kept = sum(len(EmbeddingStore(home).known(key.name)) for key in home.iterdir())
+    kept = sum(len(EmbeddingCache(home).known(key.name)) for key in home.iterdir())
     assert kept >= 3 + 3  # at full resolution and degraded
     calls.clear()
     work()
     faces = len(torch.cat((data.pairs.first, data.pairs.second)).unique())
-    folding = 3  # folding batch norm tries the network three times
-    assert len(calls) == faces + len(data.pairs.second.unique()) - kept + folding
+    others = 2 + 3  # telling what the network is, and folding batch norm
+    assert len(calls) == faces + len(data.pairs.second.unique()) - kept + others
 
 
 def test_embeddings_do_not_wait_in_memory_for_long(data, fnet, srnets, home, monkeypatch):
-    monkeypatch.setattr(passes, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(embedding, "FLUSH_SECONDS", 0.0)
     found = run(data, {"f": fnet}, srnets, batch_size=1)
-    assert len([*home.rglob("*.npz")]) > len(data.faces)  # a file for each batch and variant
+    assert len([*home.rglob("*.safetensors")]) > len(data.faces)  # one a batch and cell
     whole = run(data, {"f": fnet}, srnets, cache=False)
     for cell, arrays in whole.arrays.items():
         np.testing.assert_allclose(found.arrays[cell]["scores"], arrays["scores"], atol=2e-6)
@@ -264,32 +270,49 @@ def test_changed_face_is_embedded_anew(data, fnet, calls):
     crops = data.faces.crops.clone()
     crops[5] = 255 - crops[5]
     found = run(replace(data, faces=replace(data.faces, crops=crops)), {"f": fnet}, {})
-    # two views of one face; the batch is sized with one image, and folding tries two three times
-    assert [shape[0] for _, shape in calls] == [1, 2, 2, 2, 2]
+    assert len(calls) == 1 + 2 + 3  # two views; telling what the network is; folding batch norm
     assert found.run["data"]["content"]
 
 
-def test_damaged_and_half_written_shards_are_made_anew(data, fnet, home):
-    whole = run(data, {"f": fnet}, {})
-    shards = sorted(home.rglob("*.npz"))
-    assert shards
-    shards[0].write_bytes(shards[0].read_bytes()[:-100])
-    np.testing.assert_array_equal(
-        scores(run(data, {"f": fnet}, {}), "f", HR, (112, 96)),
-        scores(whole, "f", HR, (112, 96)),
-    )
-    shard = next(home.rglob("*.npz"))
+def cut_short(shard):
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def change_a_bit(shard):
     content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1  # a bit of an embedding
+    content[len(content) // 2] ^= 1  # of an embedding
     shard.write_bytes(content)
-    np.testing.assert_array_equal(
-        scores(run(data, {"f": fnet}, {}), "f", HR, (112, 96)),
-        scores(whole, "f", HR, (112, 96)),
-    )
+
+
+def claim_much(shard):
+    """A header, under its right name, that announces more than there is."""
+    header = b'{"rows":{"dtype":"F32","shape":[1000000000,512],"data_offsets":[0,2048000000000]}}'
+    content = len(header).to_bytes(8, "little") + header
+    shard.with_name(f"{hashlib.sha256(content).hexdigest()}.safetensors").write_bytes(content)
+
+
+def other_rows(shard):
+    content = save({"faces": np.zeros((2, 32), np.uint8), "rows": np.zeros((2, 3), np.float32)})
+    shard.with_name(f"{hashlib.sha256(content).hexdigest()}.safetensors").write_bytes(content)
+
+
+def grow(shard):
+    os.truncate(shard, 300 * 2**20)
+
+
+@pytest.mark.parametrize("damage", [cut_short, change_a_bit, claim_much, other_rows, grow])
+def test_damaged_and_hostile_shards_are_named_and_made_anew(data, fnet, home, damage):
+    whole = run(data, {"f": fnet}, {})
+    damage(next(home.rglob("*.safetensors")))
+    with pytest.warns(UserWarning, match=r"[0-9a-f]{64}\.safetensors is damaged"):
+        again = run(data, {"f": fnet}, {})
+    hr = ("f", HR, (112, 96))
+    np.testing.assert_array_equal(scores(again, *hr), scores(whole, *hr))
+    np.testing.assert_array_equal(scores(run(data, {"f": fnet}, {}), *hr), scores(whole, *hr))
 
 
 def test_two_writers_at_once(tmp_path):
-    store = EmbeddingStore(tmp_path)
+    store = EmbeddingCache(tmp_path)
     rows = np.arange(400, dtype=np.float32).reshape(100, 4)
     names = [bytes([place]) * 32 for place in range(100)]
 
@@ -426,9 +449,9 @@ def test_own_gallery_is_searched(data, fnet, srnets):
     own = EvaluationSet("own", faces, gallery=gallery, probes={"near": near, "far": far})
     found = run(own, {"f": fnet}, srnets, tasks=("identification", "open_set"))
     hr = Cell("identification", "f", HR, 112, 96)
-    recogniser = Recogniser(fnet, get_protocol("paper"), "cpu")
-    with torch.no_grad():
-        rows = nn.functional.normalize(recogniser.full(data.faces.crops, "sphereface"))
+    with ready({"f": fnet}, {}, get_protocol("paper"), torch.device("cpu")) as networks:
+        rows = networks.embed_hr("f", data.faces.crops, "sphereface")
+    rows = nn.functional.normalize(rows)
     for name, places in (("near", near), ("far", far[:4])):
         best = (rows[places] @ rows[gallery].T).argmax(1)
         expected = (labels[gallery][best] == labels[places]).float().mean()
@@ -496,8 +519,8 @@ def test_run_says_what_it_takes_to_do_it_again(data, fnet, srnets):
         ({"protocol": "papr"}, "paper"),
         ({"tasks": ("verify",)}, "verification"),
         ({"probe": "first"}, "second"),
-        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
-        ({"device": "gpu"}, "device 'gpu' cannot be used here"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
+        ({"device": "gpu"}, "device 'gpu' cannot be used"),
         ({"seed": -1}, "seed must not be negative, got -1"),
     ],
 )
@@ -533,13 +556,3 @@ def test_pairs_that_cannot_be_judged_cost_no_time(data, fnet, calls):
         with pytest.raises(ValueError, match=message):
             run(replace(data, pairs=data.pairs.select(keep)), {"f": fnet}, {})
     assert not calls
-
-
-def test_batch_fits_the_machine(fnet, srnets, monkeypatch):
-    bytes_of_conv = 4 * (3 * 112 * 96 + 8 * 55 * 47)
-    assert activation_bytes(fnet, (3, 112, 96)) == bytes_of_conv
-    monkeypatch.setattr("idloss.evaluation.sizing._free_bytes", lambda _: 16 * 5 * bytes_of_conv)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    assert batch_size_for({"f": fnet}, srnets, SIZES, "cpu") == 5
-    monkeypatch.setattr("idloss.evaluation.sizing._free_bytes", lambda _: 1)
-    assert batch_size_for({"f": fnet}, srnets, SIZES, "cpu") == 1

@@ -1,0 +1,259 @@
+"""Embeddings on disk, found by what they were made of, so that nothing is computed twice.
+
+A folder for each way from a face to an embedding (networks, protocol, size, software) holds any
+number of shards, and a shard the digests of some faces and their embeddings. A shard is named after
+the hash of its content, written whole and never changed: two processes may fill one folder at once,
+a run that was killed goes on where it left off, and a damaged shard is seen and made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from idloss import __version__
+from idloss.geometry import get_template
+from idloss.weights.files import written_whole
+
+Embeddings = NDArray[np.float32]
+
+ONCE = "once-"
+"""Keys that begin with it hold for one run: nothing else could be told from what they stand for."""
+# What may change a pixel or the last digits of an embedding: a result never rests on embeddings of
+# other software than it names.
+SOFTWARE = ("torch", "pillow", "numpy")
+SHARD_BYTES = 256 * 2**20
+"""No shard of ours comes near this size; a larger file is not read into memory."""
+
+
+class EmbeddingCache:
+    """Embeddings by the way they were made (a key) and by face (a digest); a context manager.
+
+    What cannot be written to the folder goes to a temporary one: a cache that is full or read-only
+    costs nobody a run.
+
+    Args:
+        folder: Where they are kept, made when something is; None keeps nothing for later runs.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folders = [] if folder is None else [folder]
+        self._writable = folder is not None
+        self._temporary: Path | None = None
+
+    def __enter__(self) -> EmbeddingCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def known(self, key: str) -> set[bytes]:
+        """Digests of the faces whose embeddings, made in this way, are there."""
+        return {face for faces, _ in self._shards(key) for face in faces}
+
+    def add(self, key: str, faces: Sequence[bytes], rows: Embeddings) -> None:
+        """Keep embeddings `[len(faces), D]` of faces, given by their digests of 32 bytes."""
+        digests = np.frombuffer(b"".join(faces), dtype=np.uint8).reshape(len(faces), 32)
+        content = safetensors.numpy.save({"faces": digests, "rows": np.ascontiguousarray(rows)})
+        if self._writable and not key.startswith(ONCE):
+            try:
+                _write(self._folders[0] / key, content)
+            except OSError as error:
+                self._writable = False
+                warnings.warn(
+                    f"embeddings cannot be kept in {self._folders[0]}: {error.strerror}; the run "
+                    "goes on without. To keep them, name another folder with cache=FOLDER "
+                    "(--cache-folder FOLDER)",
+                    stacklevel=2,
+                )
+            else:
+                return
+        try:
+            if self._temporary is None:
+                self._temporary = Path(tempfile.mkdtemp(prefix="idloss-"))
+                self._folders.append(self._temporary)
+            _write(self._temporary / key, content)
+        except OSError as error:
+            raise OSError(
+                f"no room for embeddings in {tempfile.gettempdir()}: {error.strerror}; set TMPDIR "
+                "to a folder with more, or name one with cache=FOLDER (--cache-folder FOLDER)"
+            ) from error
+
+    def load(self, key: str, faces: Sequence[bytes | None]) -> Embeddings:
+        """Embeddings `[len(faces), D]` of faces by digest, zero where that is None.
+
+        Raises `OSError` where one is missing: somebody emptied the folder meanwhile.
+        """
+        places: dict[bytes, list[int]] = {}
+        for place, face in enumerate(faces):
+            if face is not None:
+                places.setdefault(face, []).append(place)
+        found: Embeddings | None = None
+        for there, rows in self._shards(key):
+            if found is None:
+                found = np.zeros((len(faces), rows.shape[1]), dtype=np.float32)
+            for row, face in zip(rows, there, strict=True):
+                for place in places.pop(face, ()):
+                    found[place] = row
+        if places or found is None:
+            raise OSError(
+                f"{len(places)} embeddings vanished from {self._folders[0] / key} while they were "
+                "in use; run again"
+            )
+        return found
+
+    def _shards(self, key: str) -> Iterator[tuple[list[bytes], Embeddings]]:
+        width = None
+        for folder in self._folders:
+            for path in sorted((folder / key).glob("*.safetensors")):
+                try:
+                    faces, rows = _read(path, width)
+                except FileNotFoundError:
+                    continue
+                except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+                    warnings.warn(
+                        f"{path} is damaged ({error}); what it held is computed anew", stacklevel=2
+                    )
+                    with suppress(OSError):
+                        path.unlink()
+                    continue
+                width = rows.shape[1]
+                yield faces, rows
+
+
+def _write(folder: Path, content: bytes) -> None:
+    name = f"{hashlib.sha256(content).hexdigest()}.safetensors"
+    with written_whole(folder / name) as temporary:
+        temporary.write_bytes(content)
+
+
+def _read(path: Path, width: int | None) -> tuple[list[bytes], Embeddings]:
+    """The faces and embeddings of a shard; it is looked at in full before it is believed."""
+    if (size := path.stat().st_size) > SHARD_BYTES:
+        raise ValueError(f"a shard of {size:,} bytes, more than the {SHARD_BYTES:,} expected")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != path.stem:
+        raise ValueError("its content is not what its name says")
+    held = safetensors.numpy.load(content)
+    faces, rows = held["faces"], held["rows"]
+    wanted = (len(rows), width or rows.shape[-1])
+    if rows.dtype != np.float32 or rows.shape != wanted or faces.shape != (len(rows), 32):
+        raise ValueError(f"faces {faces.shape} and rows {rows.shape} do not belong together")
+    return [face.tobytes() for face in faces], rows
+
+
+def digest(*parts: object) -> str:
+    """SHA-256 of the parts' `repr`, kept apart."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def digest_software() -> str:
+    """The versions of all that takes a part between a file and an embedding."""
+    return repr((__version__, {name: metadata.version(name) for name in SOFTWARE}))
+
+
+def digest_weights(net: nn.Module) -> str:
+    """SHA-256 of parameters and buffers, those outside the state dict included."""
+    total = hashlib.sha256()
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        total.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        total.update(raw.numpy().data)
+    return total.hexdigest()
+
+
+def digest_network(net: nn.Module, shape: tuple[int, int, int] | None = None) -> str | None:
+    """SHA-256 of what a network computes: its modules, settings, code, weights, and an answer.
+
+    The answer, to a fixed batch of noise, stands for all that the rest does not see: weights
+    outside parameters (quantised ones, a session of another runtime, an attribute that is a
+    function) and functions that are called from elsewhere. Plain attributes count, because `repr`
+    leaves out the likes of a residual's factor; so does the source of classes that are not torch's.
+
+    Args:
+        net: Any module from images `[B, 3, H, W]` to one tensor. It is run twice, in eval mode, on
+            the device it is on, and left as it was.
+        shape: `(3, H, W)` of the noise; None for the network's own input size.
+
+    Returns:
+        Hexadecimal digest, the same in every process; None where the network cannot be told from
+        another: it gives different answers to one batch, or none. What it made must not be kept.
+    """
+    answer = _answer(net, shape)
+    if answer is None:
+        return None
+    cfg = getattr(net, "pretrained_cfg", None) or {}
+    crop = getattr(net, "crop", None)
+    parts: list[object] = [
+        [cfg.get(key) for key in ("input_size", "mean", "std")],
+        crop and get_template(crop),
+    ]
+    sources: dict[type, str] = {}
+    for name, module in net.named_modules():
+        kind = type(module)
+        if kind not in sources:
+            sources[kind] = _source(kind)
+            parts.append(sources[kind])
+        settings = {k: v for k, v in vars(module).items() if k != "training" and _is_plain(v)}
+        parts.append((name, kind.__qualname__, sorted(settings.items()), module.extra_repr()))
+    return digest(*parts, digest_weights(net), answer)
+
+
+@torch.no_grad()
+def _answer(net: nn.Module, shape: tuple[int, int, int] | None) -> str | None:
+    """What a network gives for noise, hashed; None where that is not the same twice."""
+    cfg = getattr(net, "pretrained_cfg", None) or {}
+    reference = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0))
+    size = shape or cfg.get("input_size", (3, 16, 16))
+    noise = torch.rand(2, *size, generator=torch.Generator().manual_seed(0)).to(reference)
+    modes = {module: module.training for module in net.modules()}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more would add up in another order, and differ in the last digits
+    try:
+        with (
+            torch.random.fork_rng([reference.get_device()] if reference.is_cuda else []),
+            torch.backends.cudnn.flags(deterministic=True, allow_tf32=False),
+        ):
+            net.eval()
+            first, second = (_digest_tensor(net(noise)) for _ in range(2))
+    except Exception:  # whatever a network of somebody else's raises
+        return None
+    finally:
+        torch.set_num_threads(threads)
+        for module, mode in modes.items():
+            module.training = mode
+    return first if first == second else None
+
+
+def _digest_tensor(tensor: Tensor) -> str:
+    return digest(tensor.shape, tensor.dtype, tensor.float().cpu().numpy().tobytes())
+
+
+def _source(kind: type) -> str:
+    if kind.__module__.partition(".")[0] == "torch":
+        return ""
+    with suppress(OSError, TypeError):  # typed into an interpreter, or compiled
+        return inspect.getsource(kind)
+    return ""
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(one) for one in value)
+    return value is None or isinstance(value, (bool, int, float, str))
