@@ -1,22 +1,17 @@
 """The bench end to end, against the same written the slow way with OpenCV, and its cache."""
 
-import hashlib
 import json
-import os
-import threading
 from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from nets import TinyFNet, TinySRNet, tiny_fnet
-from safetensors.numpy import save
+from nets import TinyFNet, TinySRNet
+from tinybench import SIZES, run, scores
 from torch import nn
 
-from idloss import create_fnet, create_srnet
-from idloss.data import DataError, EvaluationSet, Pairs, SyntheticFaces
-from idloss.encoder import fold_batch_norm
+from idloss.data import DataError, EvaluationSet
 from idloss.evaluation import (
     HR,
     Cell,
@@ -27,53 +22,8 @@ from idloss.evaluation import (
     evaluate,
     get_protocol,
 )
-from idloss.evaluation.cache import EmbeddingCache, digest_network, digest_weights
+from idloss.evaluation.cache import EmbeddingCache
 from idloss.evaluation.embedding import ready
-
-SIZES = ((14, 12), (28, 24))
-
-
-@pytest.fixture(autouse=True)
-def home(monkeypatch, tmp_path):
-    monkeypatch.setattr("idloss.evaluation.run.HF_HOME", str(tmp_path / "hf"))
-    return tmp_path / "hf" / "idloss" / "embeddings"
-
-
-@pytest.fixture(scope="module")
-def data():
-    faces = SyntheticFaces(5, 4, seed=2).render(progress=False)
-    first = torch.tensor([0, 4, 8, 12, 0, 4, 8, 12] * 2)
-    second = torch.tensor([1, 5, 9, 13, 5, 9, 13, 17, 2, 6, 10, 14, 6, 10, 14, 18])
-    same = faces.labels[first] == faces.labels[second]
-    return EvaluationSet("drawn", faces, Pairs(first, second, same, torch.arange(16) // 8))
-
-
-class Deaf:
-    """A list that takes nothing in: a network with a counter is a new one after each call."""
-
-    def append(self, _):
-        pass
-
-
-@pytest.fixture
-def fnet():
-    net = tiny_fnet(size=(112, 96))
-    net.calls = Deaf()
-    return create_fnet(net)
-
-
-@pytest.fixture
-def arcface():
-    net = tiny_fnet(seed=1, size=(112, 112))
-    net.crop = "arcface"
-    return create_fnet(net)
-
-
-@pytest.fixture
-def srnets():
-    torch.manual_seed(3)
-    nets = {name: create_srnet(name) for name in ("bilinear", "bicubic")}
-    return nets | {"tiny": TinySRNet().eval()}
 
 
 @pytest.fixture
@@ -89,14 +39,6 @@ def calls(monkeypatch):
 
         monkeypatch.setattr(kind, "forward", counted)
     return seen
-
-
-def run(data, fnets, srnets, **options):
-    return evaluate(data, fnets, srnets, SIZES, progress=False, **{"device": "cpu", **options})
-
-
-def scores(results, fnet, srnet, size):
-    return results.arrays[Cell("verification", fnet, srnet, *size)]["scores"]
 
 
 class Naive:
@@ -159,22 +101,6 @@ def test_grid_equals_the_slow_way(which, data, srnets, request):
                 cosine(gallery[a], slow.probe(crops[b], method, size, srnet)) for a, b in pairs
             ]
             np.testing.assert_allclose(scores(found, "f", method, size), expected, atol=1e-5)
-
-
-def test_batch_size_and_threads_do_not_change_the_answer(data, fnet, srnets):
-    before = torch.get_num_threads()
-    whole = run(data, {"f": fnet}, srnets, cache=False, batch_size=64)
-    try:
-        torch.set_num_threads(3)
-        small = run(data, {"f": fnet}, srnets, cache=False, batch_size=1)
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
-    for cell, arrays in whole.arrays.items():
-        np.testing.assert_allclose(small.arrays[cell]["scores"], arrays["scores"], atol=2e-6)
-    assert [r.estimate for r in whole.records if r.metric == "accuracy"] == [
-        r.estimate for r in small.records if r.metric == "accuracy"
-    ]
 
 
 def test_second_run_computes_nothing(data, fnet, srnets, calls):
@@ -272,139 +198,6 @@ def test_changed_face_is_embedded_anew(data, fnet, calls):
     found = run(replace(data, faces=replace(data.faces, crops=crops)), {"f": fnet}, {})
     assert len(calls) == 1 + 2 + 3  # two views; telling what the network is; folding batch norm
     assert found.run["data"]["content"]
-
-
-def cut_short(shard):
-    shard.write_bytes(shard.read_bytes()[:-100])
-
-
-def change_a_bit(shard):
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1  # of an embedding
-    shard.write_bytes(content)
-
-
-def claim_much(shard):
-    """A header, under its right name, that announces more than there is."""
-    header = b'{"rows":{"dtype":"F32","shape":[1000000000,512],"data_offsets":[0,2048000000000]}}'
-    content = len(header).to_bytes(8, "little") + header
-    shard.with_name(f"{hashlib.sha256(content).hexdigest()}.safetensors").write_bytes(content)
-
-
-def other_rows(shard):
-    content = save({"faces": np.zeros((2, 32), np.uint8), "rows": np.zeros((2, 3), np.float32)})
-    shard.with_name(f"{hashlib.sha256(content).hexdigest()}.safetensors").write_bytes(content)
-
-
-def grow(shard):
-    os.truncate(shard, 300 * 2**20)
-
-
-@pytest.mark.parametrize("damage", [cut_short, change_a_bit, claim_much, other_rows, grow])
-def test_damaged_and_hostile_shards_are_named_and_made_anew(data, fnet, home, damage):
-    whole = run(data, {"f": fnet}, {})
-    damage(next(home.rglob("*.safetensors")))
-    with pytest.warns(UserWarning, match=r"[0-9a-f]{64}\.safetensors is damaged"):
-        again = run(data, {"f": fnet}, {})
-    hr = ("f", HR, (112, 96))
-    np.testing.assert_array_equal(scores(again, *hr), scores(whole, *hr))
-    np.testing.assert_array_equal(scores(run(data, {"f": fnet}, {}), *hr), scores(whole, *hr))
-
-
-def test_two_writers_at_once(tmp_path):
-    store = EmbeddingCache(tmp_path)
-    rows = np.arange(400, dtype=np.float32).reshape(100, 4)
-    names = [bytes([place]) * 32 for place in range(100)]
-
-    def write():
-        for start in range(0, 100, 10):
-            store.add("key", names[start : start + 10], rows[start : start + 10])
-
-    threads = [threading.Thread(target=write) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert store.known("key") == set(names)
-    np.testing.assert_array_equal(store.load("key", names[::-1]), rows[::-1])
-    assert not store.load("key", [None, names[3]])[0].any()
-    with pytest.raises(OSError, match="1 embeddings vanished"):
-        store.load("key", [b"\xff" * 32])
-
-
-def test_digest_sees_what_repr_does_not(srnets):
-    from idloss.srnets.edsr import EDSR
-
-    torch.manual_seed(0)
-    weak = EDSR(1, 4, res_scale=0.1)
-    torch.manual_seed(0)
-    strong = EDSR(1, 4, res_scale=1.0)
-    assert digest_weights(weak) == digest_weights(strong)
-    assert digest_network(weak) != digest_network(strong)
-    assert digest_network(weak) == digest_network(weak.train())
-
-
-def test_networks_are_left_as_they_were(data, fnet, srnets):
-    srnets["tiny"].train()
-    run(data, {"f": fnet}, srnets, cache=False)
-    assert srnets["tiny"].training
-    assert srnets["tiny"].body[1].training
-    sr = srnets["tiny"](torch.rand(2, 3, 8, 8))
-    sr.sum().backward()  # no inference tensor among its weights
-    assert srnets["tiny"].body[0].weight.grad is not None
-
-
-def test_one_network_that_keeps_its_input_is_not_mixed_up(data, fnet):
-    class Forgetful(nn.Module):
-        """Keeps what it is given, as some samplers do, and takes its time."""
-
-        def forward(self, x):
-            self.kept = x
-            for _ in range(20):
-                torch.sort(torch.rand(2000))
-            return self.kept
-
-    alone = run(data, {"f": fnet}, {"n": Forgetful()}, cache=False, batch_size=1)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(4)
-        crowd = run(data, {"f": fnet}, {"n": Forgetful()}, cache=False, batch_size=4)
-    finally:
-        torch.set_num_threads(before)
-    for size in SIZES:
-        np.testing.assert_allclose(
-            scores(alone, "f", "n", size), scores(crowd, "f", "n", size), atol=2e-6
-        )
-
-
-def test_folding_is_exact_and_gives_up_where_it_is_not():
-    net = create_fnet("mobilefacenet").eval()
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.5, 0.5)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    quick = fold_batch_norm(net, (3, 112, 112))
-    assert quick is not net
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in quick.modules())
-    x = torch.randn(3, 3, 112, 112)
-    with torch.no_grad():
-        expected = net(x)
-        assert (quick(x) - expected).norm() <= 1e-5 * expected.norm()
-
-    class Branching(nn.Module):
-        """The convolution's output is used beside the batch norm, too."""
-
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-            nn.init.constant_(self.norm.running_mean, 2.0)
-
-        def forward(self, x):
-            x = self.conv(x)
-            return (x + self.norm(x)).flatten(1)
-
-    branching = Branching().eval()
-    assert fold_batch_norm(branching, (3, 4, 4)) is branching
 
 
 def test_unreadable_faces_are_counted_named_and_skipped_only_when_asked(data, fnet, srnets):

@@ -1,0 +1,245 @@
+"""What is kept on disk and when it is not believed; what tells one network from another."""
+
+import hashlib
+import os
+import threading
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from nets import tiny_fnet
+from safetensors.numpy import save
+from tinybench import run, scores
+from torch import nn
+
+from idloss.evaluation import HR, Cell, cache, get_protocol
+from idloss.evaluation.cache import ONCE, EmbeddingCache, digest_network, digest_weights
+from idloss.evaluation.embedding import cell_keys, ready
+from idloss.srnets.edsr import EDSR
+
+FULL = ("f", HR, (112, 96))
+
+
+def cut_short(shard):
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def change_a_bit(shard):
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1  # of an embedding
+    shard.write_bytes(content)
+
+
+def claim_much(shard):
+    """A header, under its right name, that announces more than there is."""
+    header = b'{"rows":{"dtype":"F32","shape":[1000000000,512],"data_offsets":[0,2048000000000]}}'
+    put_beside(shard, len(header).to_bytes(8, "little") + header)
+
+
+def other_rows(shard):
+    rows = {"faces": np.zeros((2, 32), np.uint8), "rows": np.zeros((2, 3), np.float32)}
+    put_beside(shard, save(rows))
+
+
+def put_beside(shard, content):
+    shard.with_name(f"{hashlib.sha256(content).hexdigest()}.safetensors").write_bytes(content)
+
+
+def grow(shard):
+    os.truncate(shard, 300 * 2**20)
+
+
+@pytest.mark.parametrize("damage", [cut_short, change_a_bit, claim_much, other_rows, grow])
+def test_damaged_and_hostile_shards_are_named_and_made_anew(data, fnet, home, damage):
+    whole = run(data, {"f": fnet}, {})
+    damage(next(home.rglob("*.safetensors")))
+    with pytest.warns(UserWarning, match=r"[0-9a-f]{64}\.safetensors is damaged"):
+        again = run(data, {"f": fnet}, {})
+    np.testing.assert_array_equal(scores(again, *FULL), scores(whole, *FULL))
+    np.testing.assert_array_equal(scores(run(data, {"f": fnet}, {}), *FULL), scores(whole, *FULL))
+
+
+def test_two_writers_at_once(tmp_path):
+    store = EmbeddingCache(tmp_path)
+    rows = np.arange(400, dtype=np.float32).reshape(100, 4)
+    names = [bytes([place]) * 32 for place in range(100)]
+
+    def write():
+        for start in range(0, 100, 10):
+            store.add("key", names[start : start + 10], rows[start : start + 10])
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.known("key") == set(names)
+    np.testing.assert_array_equal(store.load("key", names[::-1]), rows[::-1])
+    assert not store.load("key", [None, names[3]])[0].any()
+    with pytest.raises(OSError, match="1 embeddings vanished"):
+        store.load("key", [b"\xff" * 32])
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_cache_that_cannot_be_written_to_costs_no_run(data, fnet, srnets, home, monkeypatch, after):
+    expected = run(data, {"f": fnet}, srnets, cache=False)
+    real, written = cache.written_whole, []
+
+    def full(target):
+        written.append(target)
+        if home in target.parents and len(written) > after:
+            raise OSError(28, "No space left on device")
+        return real(target)
+
+    monkeypatch.setattr(cache, "written_whole", full)
+    with pytest.warns(UserWarning, match="kept in .*No space left.*--cache-folder") as told:
+        found = run(data, {"f": fnet}, srnets)
+    assert len(told) == 1
+    for cell, arrays in expected.arrays.items():
+        np.testing.assert_array_equal(found.arrays[cell]["scores"], arrays["scores"])
+    assert len([*home.rglob("*.safetensors")]) == after
+    monkeypatch.setattr(cache, "written_whole", lambda target: full(home / "x"))
+    with pytest.raises(OSError, match="No space left on device; set TMPDIR to a folder"):
+        run(data, {"f": fnet}, {}, cache=False)
+
+
+def test_cache_may_lie_elsewhere(data, fnet, home, tmp_path):
+    run(data, {"f": fnet}, {}, cache=tmp_path / "mine")
+    assert [*(tmp_path / "mine").rglob("*.safetensors")]
+    assert not home.exists()
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="cannot be kept in .*file: "):
+        run(data, {"f": fnet}, {}, cache=tmp_path / "file")
+
+
+def test_digest_sees_what_repr_does_not():
+    torch.manual_seed(0)
+    weak = EDSR(1, 4, res_scale=0.1)
+    torch.manual_seed(0)
+    strong = EDSR(1, 4, res_scale=1.0)
+    assert digest_weights(weak) == digest_weights(strong)
+    assert digest_network(weak) != digest_network(strong)
+    assert digest_network(weak) == digest_network(weak.train())
+
+
+class Session:
+    """Weights where torch does not look: another runtime's."""
+
+    def __init__(self, seed):
+        self.weights = np.random.default_rng(seed).normal(size=(16, 3 * 28 * 24)).astype("f4")
+
+    def __call__(self, x):
+        return torch.from_numpy(x.flatten(1).numpy() @ self.weights.T)
+
+
+class Wrapped(nn.Module):
+    """An FNet around something that is no module."""
+
+    num_features = 16
+    crop = "sphereface"
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.pretrained_cfg = tiny_fnet().pretrained_cfg
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class Descriptor:
+    """As spandrel hands networks out."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, x):
+        return self.model(x)
+
+
+def quantised(seed):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 24, 16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
+
+
+UNSEEN = {
+    "session": lambda seed: Wrapped(Session(seed)),
+    "descriptor": lambda seed: Wrapped(Descriptor(tiny_fnet(seed).eval())),
+    "callable": lambda seed: Wrapped(tiny_fnet(seed).eval().forward),
+    "int8": lambda seed: Wrapped(quantised(seed)),
+}
+
+
+@pytest.mark.parametrize("kind", UNSEEN)
+def test_weights_that_torch_does_not_see_are_told_apart(kind, data):
+    one, two = UNSEEN[kind](0), UNSEEN[kind](1)
+    assert digest_weights(one) == digest_weights(two)  # the old key saw no more
+    with torch.no_grad():
+        expected = [scores(run(data, {"f": net}, {}, cache=False), *FULL) for net in (one, two)]
+    found = [scores(run(data, {"f": net}, {}), *FULL) for net in (one, two)]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert not np.allclose(*found)
+
+
+class Noisy(nn.Module):
+    """A sampler: another answer each time."""
+
+    def forward(self, x):
+        return x + 0.1 * torch.rand_like(x)
+
+
+class Refusing(nn.Module):
+    """Takes no batch of two."""
+
+    def forward(self, x):
+        assert len(x) > 2
+        return x
+
+
+@pytest.mark.parametrize("kind", [Noisy, Refusing])
+def test_what_cannot_be_told_apart_is_not_kept(kind, data, fnet, home):
+    assert digest_network(kind()) is None
+    with pytest.warns(UserWarning, match="made with 'n' are not kept: it cannot be told"):
+        run(data, {"f": fnet}, {"n": kind()}, batch_size=8)
+    (key,) = home.iterdir()  # of HR
+    assert not key.name.startswith(ONCE)
+
+
+def test_digest_leaves_the_stream_of_random_numbers_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    digest_network(Noisy())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def keys_of(fnet, protocol="paper", crop="sphereface", size=(7, 6), **cfg):
+    fnet.pretrained_cfg |= cfg
+    fnet.crop = crop
+    cells = [Cell("verification", "f", name, *size) for name in (HR, "n")]
+    with ready({"f": fnet}, {"n": EDSR(1, 4)}, get_protocol(protocol), torch.device("cpu")) as nets:
+        torch.manual_seed(0)
+        nets.srnets["n"] = EDSR(1, 4)
+        return list(cell_keys(nets, cells).values())
+
+
+def test_key_holds_whatever_changes_an_embedding():
+    plain = keys_of(tiny_fnet())
+    assert keys_of(tiny_fnet(), "sphereface") == plain  # judged otherwise, that is all
+    own = replace(get_protocol("sphereface"), name="mine", down_mode="bilinear")
+    for other in (
+        keys_of(tiny_fnet(), "standard"),
+        keys_of(tiny_fnet(), own),
+        keys_of(tiny_fnet(), crop="arcface"),
+        keys_of(tiny_fnet(), mean=(0.1, 0.5, 0.6)),
+        keys_of(tiny_fnet(), std=(0.1, 0.5, 0.6)),
+    ):
+        assert not set(plain) & set(other)
+    hr, lr = keys_of(tiny_fnet(), size=(14, 12))
+    assert hr == plain[0]
+    assert lr != plain[1]

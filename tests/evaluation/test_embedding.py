@@ -1,0 +1,238 @@
+"""Pictures as the released code makes them, and networks of all kinds left as they were."""
+
+import warnings
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from nets import TinySRNet, tiny_fnet
+from tinybench import SIZES, run, scores
+from torch import nn
+
+from idloss import create_fnet, create_srnet
+from idloss.encoder import fold_batch_norm
+from idloss.evaluation import get_protocol
+from idloss.evaluation.embedding import fuse_views, prepare_probe, show_probe, to_fnet_input
+from idloss.evaluation.protocols import PROTOCOLS
+from idloss.resample import to_float
+
+CROP = (112, 96)
+PAPER, STANDARD = map(get_protocol, ("paper", "standard"))
+
+
+def rgb(bgr_hwc):
+    """Golden images as the library takes them: RGB, NCHW."""
+    return torch.from_numpy(np.ascontiguousarray(bgr_hwc[..., ::-1])).permute(0, 3, 1, 2)
+
+
+def sizes(golden, prefix):
+    return sorted(key.removeprefix(prefix) for key in golden if key.startswith(prefix))
+
+
+@pytest.mark.parametrize("protocol", sorted(PROTOCOLS))
+@pytest.mark.parametrize("size", ["7x6", "14x12", "16x14", "16x16", "18x16", "28x24"])
+def test_probes_equal_released_code(golden, protocol, size):
+    probes = prepare_probe(rgb(golden["aligned_bgr"]), map_size(size), get_protocol(protocol))
+    assert torch.equal(probes, rgb(golden[f"down_{size}"]))
+
+
+def map_size(text):
+    return tuple(int(side) for side in text.split("x"))
+
+
+@pytest.mark.parametrize("factor", [4, 8, 16])
+def test_rows_without_srnet_equal_released_code(golden, factor):
+    probes = rgb(golden[f"down_f{factor}"])
+    bilinear, bicubic = map(create_srnet, ("bilinear", "bicubic"))
+    released = show_probe(bilinear, probes, PAPER)  # what the paper calls "Bicubic"
+    assert torch.equal(released, to_float(rgb(golden[f"released_up_f{factor}"])))
+    bicubic = show_probe(bicubic, probes, PAPER)
+    levels = (bicubic - to_float(rgb(golden[f"bicubic_up_f{factor}"]))).abs() * 255
+    assert levels.max() <= 1.001  # ties that OpenCV's vendor library breaks in its own way
+    assert (levels > 0.5).float().mean() < 1e-4
+    assert not torch.equal(released, bicubic)
+
+
+@pytest.mark.parametrize("protocol", ["paper", "sphereface"])
+@pytest.mark.parametrize("size", ["28x24", "56x48", "64x64", "112x96"])
+def test_fnet_input_equals_released_code(golden, protocol, size):
+    sr = torch.from_numpy(golden[f"fnet_resize_in_{size}"]).flip(1)
+    shown = to_fnet_input((sr + 1) * 0.5, CROP, get_protocol(protocol))
+    expected = torch.from_numpy(golden[f"fnet_resize_out_{size}"]).flip(1)
+    levels = (shown * 2 - 1 - expected).abs() * 127.5
+    assert levels.max() < 1.001
+    # two pixels of 129,024 at 64x64, none elsewhere
+    assert (levels > 1e-3).sum() <= (2 if size == "64x64" else 0)
+
+
+def test_fnet_input_of_edsr_output_equals_released_code(golden):
+    sr = torch.from_numpy(golden["edsr_out"]).flip(1)
+    shown = to_fnet_input((sr + 1) * 0.5, CROP, PAPER).flip(1) * 2 - 1
+    np.testing.assert_allclose(shown.numpy(), golden["fnet_resize_face_out"], atol=1e-6)
+
+
+def test_sr_of_the_right_size_is_rounded_only_by_standard(seeded):
+    sr = torch.rand(1, 3, *CROP, generator=seeded)
+    assert to_fnet_input(sr, CROP, PAPER) is sr
+    rounded = to_fnet_input(sr, CROP, STANDARD)
+    assert torch.equal(rounded, (sr * 255).round() / 255)
+
+
+def test_standard_rounds_where_paper_cuts_off(seeded):
+    sr = torch.rand(2, 3, 28, 24, generator=seeded)
+    for protocol, cut in (("paper", torch.floor), ("standard", torch.round)):
+        levels = cut(sr * 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        expected = [
+            cv2.resize(image, CROP[::-1], interpolation=cv2.INTER_CUBIC) for image in levels
+        ]
+        shown = to_fnet_input(sr, CROP, get_protocol(protocol)) * 255
+        difference = np.abs(shown.permute(0, 2, 3, 1).numpy() - np.stack(expected))
+        assert difference.max() <= 1.001
+        assert (difference > 0.5).mean() < 1e-4
+
+
+@pytest.mark.parametrize("protocol", sorted(PROTOCOLS))
+def test_values_outside_the_range_are_clamped(protocol):
+    sr = torch.tensor([-0.3, 0.5, 1.4]).reshape(1, 3, 1, 1).expand(1, 3, 28, 24)
+    shown = to_fnet_input(sr, CROP, get_protocol(protocol))
+    assert shown[:, 0].unique().tolist() == [0]
+    assert shown[:, 2].unique().tolist() == [1]
+
+
+def test_views_are_concatenated_or_added(seeded):
+    a, b = torch.rand(2, 3, 8, generator=seeded)
+    assert torch.equal(fuse_views(a, b, PAPER), torch.cat((a, b), 1))
+    assert torch.equal(fuse_views(a, b, get_protocol("sphereface")), torch.cat((a, b), 1))
+    assert torch.equal(fuse_views(a, b, STANDARD), a + b)
+    with pytest.raises(ValueError, match=r"\[3, 8\] and \[2, 8\]"):
+        fuse_views(a, b[:2], PAPER)
+
+
+def test_probes_are_8_bit():
+    with pytest.raises(TypeError, match=r"crops must be uint8, got torch.float32.*to_uint8"):
+        prepare_probe(torch.zeros(1, 3, 8, 8), (4, 4), PAPER)
+    with pytest.raises(TypeError, match="probes must be uint8"):
+        show_probe(create_srnet("bicubic"), torch.zeros(1, 3, 8, 8), PAPER)
+    with pytest.raises(TypeError, match="floating point"):
+        to_fnet_input(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), (4, 4), PAPER)
+
+
+def test_one_network_that_keeps_its_input_is_not_mixed_up(data, fnet, threads):
+    class Forgetful(nn.Module):
+        """Keeps what it is given, as some samplers do, and takes its time."""
+
+        def forward(self, x):
+            self.kept = x
+            for _ in range(20):
+                torch.sort(torch.rand(2000))
+            return self.kept
+
+    alone = run(data, {"f": fnet}, {"n": Forgetful()}, cache=False, batch_size=1)
+    threads(4)
+    crowd = run(data, {"f": fnet}, {"n": Forgetful()}, cache=False, batch_size=1)
+    for size in SIZES:
+        np.testing.assert_allclose(
+            scores(alone, "f", "n", size), scores(crowd, "f", "n", size), atol=2e-6
+        )
+
+
+def kept_output():
+    """Keeps what it made, with its graph, for a loss of its own: it cannot be copied."""
+    net = TinySRNet()
+    net.register_forward_hook(lambda module, _, output: setattr(module, "kept", output))
+    net(torch.rand(2, 3, 8, 8))
+    return net
+
+
+def weight_normed():
+    net = TinySRNet()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has a newer one, which can be copied
+        nn.utils.weight_norm(net.body[0])
+    return net
+
+
+def table_made_late():
+    """Makes a table when it is first called, and trains with it later."""
+
+    class Late(TinySRNet):
+        table = None
+
+        def forward(self, x):
+            if self.table is None:
+                self.table = torch.ones(3, 1, 1)
+            return super().forward(x * self.table)
+
+    return Late()
+
+
+@pytest.mark.parametrize("make", [TinySRNet, kept_output, weight_normed, table_made_late])
+def test_live_networks_are_judged_and_left_as_they_were(make, data, fnet, threads):
+    torch.manual_seed(0)
+    net = make()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    expected = run(data, {"f": fnet}, {"n": net}, cache=False)
+    threads(3)
+    found = run(data, {"f": fnet}, {"n": net}, cache=False, batch_size=2)
+    for size in SIZES:
+        one, two = (scores(which, "f", "n", size) for which in (expected, found))
+        np.testing.assert_allclose(one, two, atol=2e-6)
+    assert all(module.training for module in net.modules())
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    net(torch.rand(2, 3, 8, 8, requires_grad=True)).sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+def test_live_fnet_goes_on_training(data, threads):
+    fnet = tiny_fnet(size=(112, 96)).train()
+    before = {name: value.clone() for name, value in fnet.state_dict().items()}
+    threads(2)
+    run(data, {"f": fnet}, {}, cache=False)
+    assert fnet.training
+    assert all(parameter.requires_grad for parameter in fnet.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in fnet.state_dict().items())
+
+
+def test_folding_is_exact_and_gives_up_where_it_is_not():
+    net = create_fnet("mobilefacenet").eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    quick = fold_batch_norm(net, (3, 112, 112))
+    assert quick is not net
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in quick.modules())
+    x = torch.randn(3, 3, 112, 112)
+    with torch.no_grad():
+        expected = net(x)
+        assert (quick(x) - expected).norm() <= 1e-5 * expected.norm()
+
+    class Branching(nn.Module):
+        """The convolution's output is used beside the batch norm, too."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+            nn.init.constant_(self.norm.running_mean, 2.0)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return (x + self.norm(x)).flatten(1)
+
+    branching = Branching().eval()
+    assert fold_batch_norm(branching, (3, 4, 4)) is branching
+
+
+def test_batch_size_and_threads_do_not_change_the_answer(data, fnet, srnets, threads):
+    whole = run(data, {"f": fnet}, srnets, cache=False, batch_size=64)
+    threads(3)
+    small = run(data, {"f": fnet}, srnets, cache=False, batch_size=1)
+    assert torch.get_num_threads() == 3
+    for cell, arrays in whole.arrays.items():
+        np.testing.assert_allclose(small.arrays[cell]["scores"], arrays["scores"], atol=2e-6)
+    assert [r.estimate for r in whole.records if r.metric == "accuracy"] == [
+        r.estimate for r in small.records if r.metric == "accuracy"
+    ]

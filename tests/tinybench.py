@@ -1,0 +1,27 @@
+"""An evaluation small enough for a test: drawn people in sixteen pairs, and a run over them."""
+
+import torch
+
+from idloss.data import EvaluationSet, Pairs, SyntheticFaces
+from idloss.evaluation import Cell, evaluate
+
+SIZES = ((14, 12), (28, 24))
+
+
+def drawn_pairs():
+    """Five people with four crops each, and sixteen pairs in two folds."""
+    faces = SyntheticFaces(5, 4, seed=2).render(progress=False)
+    first = torch.tensor([0, 4, 8, 12, 0, 4, 8, 12] * 2)
+    second = torch.tensor([1, 5, 9, 13, 5, 9, 13, 17, 2, 6, 10, 14, 6, 10, 14, 18])
+    same = faces.labels[first] == faces.labels[second]
+    return EvaluationSet("drawn", faces, Pairs(first, second, same, torch.arange(16) // 8))
+
+
+def run(data, fnets, srnets, **options):
+    """`evaluate` at two sizes."""
+    return evaluate(data, fnets, srnets, SIZES, progress=False, **{"device": "cpu", **options})
+
+
+def scores(results, fnet, srnet, size):
+    """Cosines of the pairs in one cell, `[N]`."""
+    return results.arrays[Cell("verification", fnet, srnet, *size)]["scores"]
