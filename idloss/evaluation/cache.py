@@ -12,6 +12,8 @@ import hashlib
 import inspect
 import shutil
 import tempfile
+import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -37,6 +39,10 @@ ONCE = "once-"
 # What may change a pixel or the last digits of an embedding: a result never rests on embeddings of
 # other software than it names.
 SOFTWARE = ("torch", "pillow", "numpy")
+FLUSH_BYTES = 16 * 2**20
+"""Embeddings held in memory before they go to disk."""
+FLUSH_SECONDS = 60.0
+"""How long they are held at most: a run that is killed loses no more work than that."""
 SHARD_BYTES = 256 * 2**20
 """No shard of ours comes near this size; a larger file is not read into memory."""
 
@@ -55,6 +61,10 @@ class EmbeddingCache:
         self._folders = [] if folder is None else [folder]
         self._writable = folder is not None
         self._temporary: Path | None = None
+        self._lock = threading.RLock()
+        self._waiting: dict[str, list[tuple[Sequence[bytes], Embeddings]]] = {}
+        self._waiting_bytes = 0
+        self._flushed = time.monotonic()
 
     def __enter__(self) -> EmbeddingCache:
         return self
@@ -68,9 +78,29 @@ class EmbeddingCache:
         return {face for faces, _ in self._shards(key) for face in faces}
 
     def add(self, key: str, faces: Sequence[bytes], rows: Embeddings) -> None:
-        """Keep embeddings `[len(faces), D]` of faces, given by their digests of 32 bytes."""
-        digests = np.frombuffer(b"".join(faces), dtype=np.uint8).reshape(len(faces), 32)
-        content = safetensors.numpy.save({"faces": digests, "rows": np.ascontiguousarray(rows)})
+        """Keep embeddings `[len(faces), D]` of faces, given by their digests of 32 bytes.
+
+        They wait in memory for a while, until there are enough for a file.
+        """
+        with self._lock:
+            self._waiting.setdefault(key, []).append((faces, rows))
+            self._waiting_bytes += rows.nbytes
+            held = time.monotonic() - self._flushed
+            if self._waiting_bytes >= FLUSH_BYTES or held >= FLUSH_SECONDS:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what waits in memory."""
+        for key, parts in self._waiting.items():
+            digests = np.frombuffer(b"".join(one for part, _ in parts for one in part), np.uint8)
+            rows = np.concatenate([rows for _, rows in parts])
+            shard = {"faces": digests.reshape(len(rows), 32), "rows": rows}
+            self._write(key, safetensors.numpy.save(shard))
+        self._waiting.clear()
+        self._waiting_bytes = 0
+        self._flushed = time.monotonic()
+
+    def _write(self, key: str, content: bytes) -> None:
         if self._writable and not key.startswith(ONCE):
             try:
                 _write(self._folders[0] / key, content)

@@ -8,17 +8,14 @@ grid. What was computed before is taken from there.
 from __future__ import annotations
 
 import copy
-import threading
-import time
 import uuid
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
-import numpy as np
 import torch
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
@@ -52,10 +49,6 @@ BATCH_ON_CORE = 8
 BATCH_ON_GPU = 32
 READERS = 4
 """Threads that decode and align for a GPU."""
-FLUSH_BYTES = 16 * 2**20
-"""Embeddings held in memory before they go to disk."""
-FLUSH_SECONDS = 60.0
-"""How long they are held at most: a run that is killed loses no more work than that."""
 
 
 def prepare_probe(crops: Tensor, size: Sequence[int], protocol: Protocol) -> Tensor:
@@ -273,19 +266,21 @@ def embed_grid(
     everything = torch.cat([*wanted.values()]).unique()
     digests, faults = _digest_faces(faces, everything, progress=progress)
     settle(faults.values(), skip_missing=skip_missing)
-    missing: dict[str, tuple[Cell, Tensor]] = {}
+    missing: dict[Cell, Tensor] = {}
     for key in dict.fromkeys(keys.values()):
         cells = [cell for cell in wanted if keys[cell] == key]
         places = torch.cat([wanted[cell] for cell in cells]).unique().tolist()
-        new = _first_of_each(digests, places, cache.known(key))
+        known = cache.known(key)
+        new: dict[bytes, int] = {}  # each content once
+        for place in places:
+            if place in digests and digests[place] not in known:
+                new.setdefault(digests[place], place)
         if new:
-            missing[key] = cells[0], torch.zeros(len(faces), dtype=torch.bool)
-            missing[key][1][new] = True
+            missing[cells[0]] = torch.zeros(len(faces), dtype=torch.bool)
+            missing[cells[0]][[*new.values()]] = True
     if missing:
-        if batch_size is None:
-            batch_size = BATCH_ON_CORE if networks.device.type == "cpu" else BATCH_ON_GPU
-        work = _Pass(networks, faces, digests, missing, cache, batch_size)
-        unreadable = work.run(stop_at_fault=not skip_missing, progress=progress)
+        work = _Pass(networks, faces, digests, missing, keys, cache)
+        unreadable = work.run(batch_size, stop_at_fault=not skip_missing, progress=progress)
         bad = {digests[place]: fault for place, fault in unreadable.items()}
         found = {place: bad[own] for place, own in digests.items() if own in bad}
         settle(found.values(), skip_missing=skip_missing)
@@ -346,17 +341,7 @@ def _digest_faces(
     return digests, faults
 
 
-def _first_of_each(
-    digests: Mapping[int, bytes], places: Iterable[int], known: Collection[bytes]
-) -> list[int]:
-    """Positions of the faces to embed: not known, and each content once."""
-    chosen: dict[bytes, int] = {}
-    for place in places:
-        if place in digests and digests[place] not in known:
-            chosen.setdefault(digests[place], place)
-    return list(chosen.values())
-
-
+@dataclass
 class _Pass:
     """One pass over the faces for the embeddings that are missing.
 
@@ -364,36 +349,22 @@ class _Pass:
     share a core's caches better than they share cores. Threads read ahead for a GPU.
     """
 
-    def __init__(
-        self,
-        networks: Networks,
-        faces: FaceSource,
-        digests: Mapping[int, bytes],
-        missing: Mapping[str, tuple[Cell, Tensor]],
-        cache: EmbeddingCache,
-        batch_size: int,
-    ) -> None:
-        self.networks, self.faces, self.digests = networks, faces, digests
-        self.cache, self.batch_size = cache, batch_size
-        self.crop = faces.template or CANVAS
-        self.missing = dict(missing.values())
-        self.keys = {cell: key for key, (cell, _) in missing.items()}
-        # one SRNet's output is shown to all FNets that lack it
-        self.groups: dict[tuple[str, Size], list[Cell]] = {}
-        for cell in self.missing:
-            if cell.srnet != HR:
-                self.groups.setdefault((cell.srnet, (cell.height, cell.width)), []).append(cell)
-        self.lock = threading.Lock()
-        self.waiting: dict[Cell, list[tuple[list[bytes], Embeddings]]] = {}
-        self.waiting_bytes = 0
-        self.flushed = time.monotonic()
-        self.stopped = False
+    networks: Networks
+    faces: FaceSource
+    digests: Mapping[int, bytes]
+    missing: Mapping[Cell, Tensor]  # whether each face is to be embedded, bool [N]
+    keys: Mapping[Cell, str]
+    cache: EmbeddingCache
+    stopped: bool = False
 
-    def run(self, *, stop_at_fault: bool, progress: bool) -> dict[int, Fault]:
+    def run(
+        self, batch_size: int | None, *, stop_at_fault: bool, progress: bool
+    ) -> dict[int, Fault]:
         """Embed and store; gives the faces that could not be read, by position."""
+        on_cpu = self.networks.device.type == "cpu"
+        size = batch_size or (BATCH_ON_CORE if on_cpu else BATCH_ON_GPU)
         places = torch.stack([*self.missing.values()]).any(0).nonzero().flatten()
         cores = torch.get_num_threads()
-        on_cpu = self.networks.device.type == "cpu"
         workers = cores if on_cpu else READERS
         copies = self.networks.copies(workers if on_cpu else 1)
         idle: SimpleQueue[Networks] = SimpleQueue()
@@ -422,7 +393,7 @@ class _Pass:
         try:
             with bar, pool:
                 try:
-                    for done, found in pool.map(work, places.split(self.batch_size)):
+                    for done, found in pool.map(work, places.split(size)):
                         faults |= found
                         bar.update(done)
                 except BaseException:  # an error, or Ctrl-C: leave soon
@@ -431,26 +402,33 @@ class _Pass:
                     raise
         finally:  # what was computed before an error or Ctrl-C is not computed again
             torch.set_num_threads(cores)
-            self._flush()
+            self.cache.flush()
         return faults
+
+    @property
+    def crop(self) -> str:
+        """What faces are brought to."""
+        return self.faces.template or CANVAS
 
     def _embed(self, networks: Networks, places: Tensor, crops: Tensor) -> None:
         canvas = crops.to(networks.device)
+        hr = cut(canvas, self.crop, SR_CROP)
+        # one SRNet's output is shown to all FNets that lack it
+        groups: dict[tuple[str, Size], list[Cell]] = {}
         for cell, needed in self.missing.items():
-            if cell.srnet == HR and (rows := needed[places]).any() and not self.stopped:
+            rows = needed[places]
+            if cell.srnet != HR:
+                groups.setdefault((cell.srnet, (cell.height, cell.width)), []).append(cell)
+            elif rows.any() and not self.stopped:
                 own = canvas[rows.to(canvas.device)]
                 self._put(cell, places[rows], networks.embed_hr(cell.fnet, own, self.crop))
-        if not self.groups:
-            return
-        hr = cut(canvas, self.crop, SR_CROP)
-        for (srnet, size), cells in self.groups.items():
+        for (srnet, size), cells in groups.items():
             rows = torch.stack([self.missing[cell][places] for cell in cells]).any(0)
-            if not rows.any() or self.stopped:
-                continue
-            lr = prepare_probe(hr[rows.to(hr.device)], size, networks.protocol)
-            shown = networks.show(srnet, lr)
-            for cell in cells:
-                self._put(cell, places[rows], networks.embed(cell.fnet, shown))
+            if rows.any() and not self.stopped:
+                lr = prepare_probe(hr[rows.to(hr.device)], size, networks.protocol)
+                shown = networks.show(srnet, lr)
+                for cell in cells:
+                    self._put(cell, places[rows], networks.embed(cell.fnet, shown))
 
     def _put(self, cell: Cell, places: Tensor, embeddings: Tensor) -> None:
         rows = embeddings.float().cpu()
@@ -463,17 +441,4 @@ class _Pass:
                 "that overflowed"
             )
         digests = [self.digests[place] for place in places.tolist()]
-        with self.lock:
-            self.waiting.setdefault(cell, []).append((digests, rows.numpy()))
-            self.waiting_bytes += rows.nbytes
-            held = time.monotonic() - self.flushed
-            if self.waiting_bytes >= FLUSH_BYTES or held >= FLUSH_SECONDS:
-                self._flush()
-
-    def _flush(self) -> None:
-        for cell, parts in self.waiting.items():
-            digests = [one for part, _ in parts for one in part]
-            self.cache.add(self.keys[cell], digests, np.concatenate([rows for _, rows in parts]))
-        self.waiting.clear()
-        self.waiting_bytes = 0
-        self.flushed = time.monotonic()
+        self.cache.add(self.keys[cell], digests, rows.numpy())

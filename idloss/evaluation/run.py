@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -105,13 +105,12 @@ def evaluate(
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
     fixed = get_protocol(protocol)
-    _require_labels(fnets, srnets)
     place = resolve_device(device)
     own = {
         cast("Task", task): tuple(dict.fromkeys(PAPER_SIZES[task] if sizes is None else sizes))  # type: ignore[index]
         for task in dict.fromkeys(named)
     }
-    _require_sizes(own)
+    _require_sense(fnets, srnets, [size for one in own.values() for size in one])
     results = Results(
         run={
             "tasks": list(own),
@@ -119,7 +118,13 @@ def evaluate(
             "probe": probe,
             "seed": seed,
             "skip_missing": skip_missing,
-            "data": _describe_data(data),
+            "data": {
+                "name": data.name,
+                "faces": len(data.faces),
+                "pairs": 0 if data.pairs is None else len(data.pairs),
+                "list": _digest_list(data),
+                "skipped": [str(fault) for fault in data.faces.skipped],
+            },
             "sizes": {task: [list(size) for size in one] for task, one in own.items()},
             "device": str(place),
             "batch_size": batch_size,
@@ -152,8 +157,10 @@ def evaluate(
     return results
 
 
-def _require_labels(fnets: Mapping[str, nn.Module], srnets: Mapping[str, nn.Module]) -> None:
-    """Refuse names that mean something else in results, or two things."""
+def _require_sense(
+    fnets: Mapping[str, nn.Module], srnets: Mapping[str, nn.Module], sizes: Iterable[Size]
+) -> None:
+    """Refuse names that mean something else in results, or two things, and probes too large."""
     if not fnets:
         raise ValueError("no FNet to measure; give one or more")
     for name in srnets:
@@ -161,26 +168,13 @@ def _require_labels(fnets: Mapping[str, nn.Module], srnets: Mapping[str, nn.Modu
             raise ValueError(f"an SRNet cannot be called {name!r}, as faces without one are")
         if name in fnets:
             raise ValueError(f"{name!r} is both an FNet and an SRNet; call one of them otherwise")
-
-
-def _require_sizes(own: Mapping[Task, Sequence[Size]]) -> None:
     rows, columns = get_template(SR_CROP).size
-    for height, width in (size for sizes in own.values() for size in sizes):
+    for height, width in sizes:
         if not (0 < height <= rows and 0 < width <= columns):
             raise ValueError(
                 f"a probe of {height}x{width} is no smaller version of the {rows}x{columns} crop; "
                 f"give 1x1 to {rows}x{columns}, rows first"
             )
-
-
-def _describe_data(data: EvaluationSet) -> dict[str, Any]:
-    return {
-        "name": data.name,
-        "faces": len(data.faces),
-        "pairs": 0 if data.pairs is None else len(data.pairs),
-        "list": _digest_list(data),
-        "skipped": [str(fault) for fault in data.faces.skipped],
-    }
 
 
 def _describe_network(net: nn.Module) -> dict[str, Any]:
@@ -261,7 +255,12 @@ class _Run:
     def judge(self, task: Task, embedded: Embedded) -> None:
         """Judge every cell of a task, one in memory at a time."""
         lost = torch.tensor(sorted(embedded.faults), dtype=torch.int64)
-        judge = self._judge_of(task, lost)
+        if task == "verification":
+            judge = self._verification(lost)
+        elif self.data.gallery is None:
+            judge = self._drawn_galleries(task, lost)
+        else:
+            judge = self._own_gallery(task, _without(self.data.gallery, lost), lost)
         count = len(self.fnets) * len(self.cells(task, ""))
         what = task.replace("_", " ")
         with tqdm(total=count, desc=what, unit="cell", delay=2, disable=not self.progress) as bar:
@@ -273,20 +272,6 @@ class _Run:
                     figures, arrays = judge(rows if self.probe == "both" else enrolled, rows)
                     self.results.add(cell, figures, arrays)
                     bar.update()
-
-    def _judge_of(self, task: Task, lost: Tensor) -> Judge:
-        if task == "verification":
-            return self._verification(lost)
-        if self.data.gallery is None:
-            return self._drawn_galleries(task, lost)
-        enrolled = _without(self.data.gallery, lost)
-        known = {name: _without(p, lost) for name, p in self._probe_sets(strangers=False).items()}
-        if task == "identification":
-            return self._own_gallery(enrolled, known)
-        strangers = torch.cat([*self._probe_sets(strangers=True).values()])
-        return self._own_watch_list(
-            enrolled, np.concatenate([*known.values()]), _without(strangers, lost)
-        )
 
     def _verification(self, lost: Tensor) -> Judge:
         pairs = self._pairs()
@@ -328,18 +313,23 @@ class _Run:
 
         return judge
 
-    def _own_gallery(
-        self, enrolled: NDArray[np.int64], sets: Mapping[str, NDArray[np.int64]]
-    ) -> Judge:
-        """Search the set's own gallery for each of its probe sets; strangers take no part."""
+    def _own_gallery(self, task: Task, enrolled: NDArray[np.int64], lost: Tensor) -> Judge:
+        """Search the set's own gallery for each of its probe sets; turn strangers away."""
         labels = self._labels()
-        counts = {name: len(places) for name, places in sets.items()}
-        self._note("judged", "identification", {"gallery": len(enrolled), "probes": counts})
+        known = {name: _without(p, lost) for name, p in self._probe_sets(strangers=False).items()}
+        if task == "identification":
+            sizes: dict[str, Any] = {"probes": {name: len(p) for name, p in known.items()}}
+        else:
+            mated = np.concatenate([*known.values()])
+            sets = self._probe_sets(strangers=True)
+            strangers = _without(torch.cat([*sets.values()]), lost)
+            sizes = {"mated": len(mated), "unmated": len(strangers)}
+        self._note("judged", task, {"gallery": len(enrolled), **sizes})
 
-        def judge(gallery: Embeddings, probes: Embeddings) -> Figures:
+        def search(gallery: Embeddings, probes: Embeddings) -> Figures:
             parts = {
                 name: found_within(gallery[enrolled], labels[enrolled], probes[own], labels[own])
-                for name, own in sets.items()
+                for name, own in known.items()
             }
             figures, curve = closed_set(np.concatenate([*parts.values()]), seed=self.seed)
             arrays = {"cmc": curve[None]}
@@ -350,30 +340,12 @@ class _Run:
                     figures |= {f"{metric} {name}": one for metric, one in own_figures.items()}
             return figures, arrays
 
-        return judge
-
-    def _own_watch_list(
-        self,
-        enrolled: NDArray[np.int64],
-        mated: NDArray[np.int64],
-        strangers: NDArray[np.int64],
-    ) -> Judge:
-        labels = self._labels()
-        counts = {"gallery": len(enrolled), "mated": len(mated), "unmated": len(strangers)}
-        self._note("judged", "open_set", counts)
-
-        def judge(gallery: Embeddings, probes: Embeddings) -> Figures:
-            figures, correct = open_set(
-                gallery[enrolled],
-                labels[enrolled],
-                probes[mated],
-                labels[mated],
-                probes[strangers],
-                seed=self.seed,
-            )
+        def turn_away(gallery: Embeddings, probes: Embeddings) -> Figures:
+            people = (gallery[enrolled], labels[enrolled], probes[mated], labels[mated])
+            figures, correct = open_set(*people, probes[strangers], seed=self.seed)
             return figures, {"correct": correct}
 
-        return judge
+        return search if task == "identification" else turn_away
 
     def _pairs(self) -> Pairs:
         if self.data.pairs is None:

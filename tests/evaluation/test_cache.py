@@ -75,6 +75,7 @@ def test_two_writers_at_once(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
+    store.flush()
     assert store.known("key") == set(names)
     np.testing.assert_array_equal(store.load("key", names[::-1]), rows[::-1])
     assert not store.load("key", [None, names[3]])[0].any()
