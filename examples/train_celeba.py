@@ -67,7 +67,7 @@ def train_on(options: argparse.Namespace) -> None:
         )
     trained = {}
     for weight in options.weight or (0.5,):
-        fields = [f"srnet={options.srnet}", f"fnet={options.fnet}", f"weight={weight}"]
+        fields = [f"srnet={options.srnet}", f"fnet={options.fnet}", f"identity_weight={weight}"]
         fields += [f"data={options.out / 'faces'}", f"seed={options.seed}", *options.fields]
         name = f"{options.srnet} lambda {weight:g}"
         folder = options.out / name.replace(" ", "_")
@@ -103,7 +103,7 @@ def quick_start(options: argparse.Namespace) -> None:
             iterations=300,
             batch_size=16,
             learning_rate=1e-3,
-            weight=weight,
+            identity_weight=weight,
             srnet_options={"depth": 4, "width": 32},
             seed=options.seed,
             device="cpu",

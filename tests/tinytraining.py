@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from nets import tiny_fnet
 
-import idloss.training.checkpoint
+import idloss.training.saving
 from idloss import HallucinationLoss, create_srnet
 from idloss.data import AlignedFaces
 from idloss.training import Recipe, train
-from idloss.training.hallucination import HallucinationTask
+from idloss.training.tasks import HallucinationTask
 
 FIELDS = {
     "iterations": 8,
@@ -46,14 +46,16 @@ def tiny_faces(count=20, seed=0):
     )
 
 
-def tiny_run(folder, *, resume=False, faces=None, fnet=None, srnet=None, weight=0.5, **fields):
+def tiny_run(
+    folder, *, resume=False, faces=None, fnet=None, srnet=None, identity_weight=0.5, **fields
+):
     """Train a very small EDSR; gives the network."""
     if srnet is None:
         torch.manual_seed(0)
         srnet = create_srnet("edsr16_64", depth=1, width=8)
-    criterion = HallucinationLoss(fnet or tiny_fnet(), weight=weight, crop="sphereface")
+    criterion = HallucinationLoss(fnet or tiny_fnet(), weight=identity_weight, crop="sphereface")
     return train(
-        Recipe(**{**FIELDS, "weight": weight, **fields}),
+        Recipe(**{**FIELDS, "identity_weight": identity_weight, **fields}),
         folder,
         resume=resume,
         faces=tiny_faces() if faces is None else faces,
@@ -84,9 +86,9 @@ def _die():
 def die_writing(step):
     """Be killed when half of a checkpoint is on the disk."""
     save = torch.save
-    saved = idloss.training.checkpoint.Checkpoints.save
+    saved = idloss.training.saving.Checkpoints.save
 
-    def dying(checkpoints, at, **options):
+    def dying(checkpoints, at, *rest):
         if at == step:
 
             def half(value, place, *rest, **more):
@@ -94,9 +96,9 @@ def die_writing(step):
                 _die()
 
             torch.save = half
-        saved(checkpoints, at, **options)
+        saved(checkpoints, at, *rest)
 
-    idloss.training.checkpoint.Checkpoints.save = dying
+    idloss.training.saving.Checkpoints.save = dying
 
 
 def die_at(step):

@@ -24,13 +24,10 @@ from idloss.geometry import fit_similarity, get_template
 from idloss.losses import HallucinationLoss
 from idloss.registry import create_srnet
 from idloss.resample import Size
-from idloss.training.accelerator import create_accelerator
-from idloss.training.crops import Crops
-from idloss.training.engine import Engine
-from idloss.training.features import compute_features
-from idloss.training.hallucination import Hallucination, HallucinationTask
+from idloss.training.batches import Batch, Crops, Draw, compute_features, shuffled_batches
+from idloss.training.engine import Engine, create_accelerator
 from idloss.training.recipe import Recipe
-from idloss.training.task import Batch, Draw, shuffled_batches
+from idloss.training.tasks import Hallucination, HallucinationTask
 
 PARTS = ("data", "SR", "losses", "backward", "optimizer")
 """What a step is made of; the FNet is the better part of the losses."""
@@ -199,14 +196,14 @@ def our_way(case: TrainingCase) -> Measured:
         assert identity is not None
         task = _Clocked(
             module,
-            Crops(faces, device=accelerator.device, keep=recipe.crops),
+            Crops(faces, device=accelerator.device, hold=recipe.hold_crops),
             recipe.lr_sizes(),
             get_degradation(recipe.degradation),
             seed=recipe.seed,
-            content="benchmark",
-            features=torch.from_numpy(compute_features(faces, identity, accelerator.device)),
             device=case.device,
         )
+        features = compute_features(faces, identity, accelerator.device)
+        task.take_features(torch.from_numpy(features))
         engine = Engine(task, recipe, Path(folder), accelerator)
         engine.run()
     by_size = _medians(task.times, [size for _, size in case.order(recipe)], case.warmup)

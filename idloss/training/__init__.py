@@ -1,13 +1,10 @@
 """Training: recipes, the engine, and the tasks it knows."""
 
-from idloss.training.accelerator import create_accelerator
-from idloss.training.engine import Engine, TrainingStoppedError
-from idloss.training.fnet_recipe import FNetRecipe
-from idloss.training.fnet_run import train_fnet
-from idloss.training.options import RunOptions
-from idloss.training.recipe import Recipe, load_recipe, recipe_names
-from idloss.training.run import train
-from idloss.training.task import Batch, Draw, Task
+from idloss.training.batches import Batch, Draw, Task
+from idloss.training.engine import Engine, TrainingStoppedError, create_accelerator
+from idloss.training.recipe import FNetRecipe, Recipe, RunOptions, load_recipe, recipe_names
+from idloss.training.runs import train, train_fnet
+from idloss.training.saving import open_trained
 
 __all__ = [
     "Batch",
@@ -20,6 +17,7 @@ __all__ = [
     "TrainingStoppedError",
     "create_accelerator",
     "load_recipe",
+    "open_trained",
     "recipe_names",
     "train",
     "train_fnet",

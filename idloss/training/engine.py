@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-import copy
+import csv
 import math
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker, get_available_trackers
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, TorchDynamoPlugin
 from huggingface_hub.utils.tqdm import tqdm
 from safetensors.torch import save_file
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from timm.scheduler.step_lr import StepLRScheduler
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from idloss.training.checkpoint import Checkpoints
-from idloss.training.options import RunOptions
-from idloss.training.schedule import create_optimizer, create_schedule
-from idloss.training.signals import stop_signals
-from idloss.training.task import Batch, Draw, Task, shares, shuffled_batches
-from idloss.training.tracking import VALIDATION
+from idloss.encoder import resolve_device
+from idloss.errors import did_you_mean
+from idloss.training.batches import Batch, Draw, Task, shares, shuffled_batches
+from idloss.training.recipe import RunOptions
+from idloss.training.saving import Checkpoints, Progress
+from idloss.weights.files import written_whole
 
 Validate = Callable[[nn.Module, int], dict[str, float]]
 """Judges the network after a step: figures by name. Called on the main process alone."""
@@ -31,9 +41,76 @@ Validate = Callable[[nn.Module, int], dict[str, float]]
 GIVE_UP_AFTER = 10
 """Steps in a row that may be skipped for a loss that is not finite."""
 
+VALIDATION = "validation/"
+"""What names of validation figures begin with."""
+
+_SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
+
 
 class TrainingStoppedError(RuntimeError):
     """A run that ended before its time; its message says why, and how to go on."""
+
+
+def create_accelerator(options: RunOptions, folder: Path) -> Accelerator:
+    """Make the Accelerator that a run's options ask for, and set the arithmetic.
+
+    Under `torchrun` or `accelerate launch` it joins the other processes.
+
+    Args:
+        options: Device, precision, compilation and trackers.
+        folder: Where logs go.
+
+    Returns:
+        The Accelerator.
+
+    Raises:
+        ValueError: A tracker is unknown or not installed, the device is not there or lacks the
+            precision, or the processes that were started do not find each other.
+    """
+    available = {str(tracker.value) for tracker in get_available_trackers()}
+    for name in options.trackers:
+        if name not in available:
+            raise ValueError(did_you_mean("tracker", name, available) + f". Is {name} installed?")
+    device, started = resolve_device(options.device), int(os.environ.get("WORLD_SIZE", "1"))
+    if device.index is not None:
+        if started > 1:
+            raise ValueError(
+                f"device={options.device} is one device and {started} processes were started: set "
+                "device=auto (and CUDA_VISIBLE_DEVICES to choose some)"
+            )
+        torch.cuda.set_device(device)
+    # one process may train several times, each in its own arithmetic; Accelerate keeps the first
+    alone = not torch.distributed.is_initialized()
+    AcceleratorState._reset_state(reset_partial_state=alone)
+    plugin = None
+    if options.compile != "no":
+        # sizes are few and known: a graph for each beats one for all
+        plugin = TorchDynamoPlugin(backend="inductor", mode=options.compile, dynamic=False)
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=options.precision if options.precision in ("bf16", "fp16") else "no",
+        dynamo_plugin=plugin,
+        log_with=[CsvTracker(folder), *options.trackers],
+        project_dir=str(folder),
+        # others wait while the main process validates, or computes HR features
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
+    )
+    if accelerator.num_processes != started:
+        raise ValueError(
+            f"{started} processes were started and on {accelerator.device} they do not join: "
+            "start one, or set device=cpu"
+        )
+    if accelerator.distributed_type in _SHARDED:
+        raise ValueError(
+            f"weights are not sharded here ({accelerator.distributed_type.value}): launch with "
+            "torchrun, or accelerate launch --multi_gpu"
+        )
+    if accelerator.device.type == "cuda":
+        rounded = options.precision != "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = rounded
+        torch.backends.cudnn.allow_tf32 = rounded
+        torch.backends.cudnn.benchmark = True
+    return accelerator
 
 
 class Engine:
@@ -87,50 +164,37 @@ class Engine:
         if options.grad_checkpointing:
             _checkpoint_activations(task.network)
         task.module.to(accelerator.device).train()
-        self.sharded = accelerator.distributed_type == DistributedType.FSDP
-        if self.sharded:  # whole weights for whoever asks for the network
-            self._twin = copy.deepcopy(task.network)
-        self._place = _place_of(task.network, task.module)
-        self.ema = self._average(options.ema) if options.ema else None
+        self.ema: ModelEmaV3 | None = None
+        if options.ema:
+            self.ema = ModelEmaV3(task.network, decay=options.ema, use_warmup=True)
         optimizer = create_optimizer(trained, options)
         self.schedule = create_schedule(optimizer, options)
         self.model, self.optimizer = accelerator.prepare(task.module, optimizer)
-        self.progress = _Progress(task.content)
-        accelerator.register_for_checkpointing(self.progress)
-        if self.ema is not None:
-            accelerator.register_for_checkpointing(self.ema)
-        self.checkpoints = Checkpoints(folder / "checkpoints", accelerator, options.keep)
+        self.progress = Progress(task.content)
         copies = 3 if options.optimizer != "sgd" else 2  # weights and moments
         weights = sum(p.numel() * p.element_size() for p in trained)
-        self.checkpoint_bytes = weights * (copies + bool(options.ema)) + (1 << 20)
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints",
+            accelerator,
+            keep=options.keep_checkpoints,
+            size=weights * (copies + bool(options.ema)) + (1 << 20),
+        )
         self._skipped = 0
 
-    def _average(self, decay: float) -> ModelEmaV3:
-        if self.sharded:
-            raise ValueError("ema is not kept of weights that FSDP shards: unset ema, or use DDP")
-        return ModelEmaV3(self.task.network, decay=decay, use_warmup=True)
-
+    @property
     def network(self) -> nn.Module:
-        """The network that is kept: the moving average where there is one.
+        """The network that is kept: the moving average where there is one."""
+        return self.task.network if self.ema is None else self.ema.module
 
-        Every process calls it; where weights are sharded, the main process gets them all.
-        """
-        if self.ema is not None:
-            averaged: nn.Module = self.ema.module
-            return averaged
-        if not self.sharded:
-            return self.task.network
-        whole = self.accelerator.get_state_dict(self.model)
-        if self.accelerator.is_main_process:
-            own = {k: v for k, v in whole.items() if k.startswith(self._place)}
-            self._twin.load_state_dict({k.removeprefix(self._place): v for k, v in own.items()})
-        return self._twin
-
-    def run(self, *, resume: bool = False) -> nn.Module:
+    def run(
+        self, *, resume: bool = False, on_start: Callable[[int], object] | None = None
+    ) -> nn.Module:
         """Train to the last step.
 
         Args:
-            resume: Go on from the newest checkpoint in the folder; from the start if there is none.
+            resume: Go on from the newest whole checkpoint in the folder; from the start if there
+                is none.
+            on_start: Told on the main process after which step the run goes on, before it does.
 
         Returns:
             The network, in eval mode.
@@ -139,17 +203,21 @@ class Engine:
             TrainingStoppedError: A loss was not finite, or a signal asked to stop; says how to go
                 on.
             FileExistsError: The folder holds a run and `resume` is False.
-            OSError: There is no room for the last checkpoint.
+            OSError: There is no room for the last checkpoint, or none there is whole.
         """
         start = self._take_up(resume=resume)
-        self._begin_logs(start)
+        self.accelerator.init_trackers("logs")
+        if self.accelerator.is_main_process:
+            self.accelerator.get_tracker("csv").cut(start)
+            if on_start is not None:
+                on_start(start)
         try:
-            with stop_signals() as asked:
+            with _stop_signals() as asked:
                 self._train(start, asked)
         finally:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
-        return self.network().eval()
+        return self.network.eval()
 
     def _train(self, start: int, asked: list[int]) -> None:
         options, saved = self.options, start
@@ -189,23 +257,33 @@ class Engine:
         return self.validate is not None and bool(due or step == self.options.iterations)
 
     def _take_up(self, *, resume: bool) -> int:
+        """Load the newest whole checkpoint, and tell its step."""
         steps = self.checkpoints.steps()
         if not steps:
             self.accelerator.wait_for_everyone()
-            self.checkpoints.check_room(self.checkpoint_bytes * (self.options.keep + 1))
+            self.checkpoints.check_room(self.options.keep_checkpoints + 1)
             return 0
         if not resume:
             raise FileExistsError(
                 f"{self.folder} holds a run, checkpointed at step {steps[-1]}: resume it, or "
                 "choose another folder"
             )
-        self.checkpoints.load(steps[-1])
+        step = self.checkpoints.newest_whole()
+        if step > self.options.iterations:
+            raise ValueError(
+                f"the run in {self.folder} is at step {step}, beyond "
+                f"iterations={self.options.iterations}: raise iterations"
+            )
+        decay = [group["weight_decay"] for group in self.optimizer.param_groups]
+        self.progress = self.checkpoints.load(step, self.ema)
+        for group, value in zip(self.optimizer.param_groups, decay, strict=True):
+            group["weight_decay"] = value  # this run's; the schedule sets the rate anew
         if self.progress.content != self.task.content:
             raise ValueError(
                 f"the run in {self.folder} was on other faces than these: give it the same data, "
                 "or choose another folder"
             )
-        return steps[-1]
+        return step
 
     def _draws(self, start: int) -> Iterator[Draw]:
         options = self.options
@@ -241,8 +319,8 @@ class Engine:
             self._refuse(step, dict(zip(names, values, strict=True)), held)
         else:
             self._skipped = 0
-            if self.options.clip is not None:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip)
+            if self.options.clip_norm is not None:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
             self.optimizer.step()
             if self.ema is not None:
                 self.ema.update(self.task.network, step=step)
@@ -267,20 +345,15 @@ class Engine:
         what = f"step {step} has a loss that is not finite ({shown}); its batch is in {path}"
         if self.options.non_finite == "stop":
             raise TrainingStoppedError(
-                f"{what}. Resume with non_finite=skip to leave it out, or lower learning_rate, set "
-                "clip or take precision=fp32"
+                f"{what}. Resume with non_finite=skip to leave it out, or with a lower "
+                "learning_rate, clip_norm or precision=fp32"
             )
         if self._skipped == GIVE_UP_AFTER:
             raise TrainingStoppedError(
                 f"{what}, like those of the {GIVE_UP_AFTER - 1} steps before: the weights are "
-                "lost. Resume from a checkpoint with a lower learning_rate, clip or precision=fp32"
+                "lost. Resume with a lower learning_rate, clip_norm or precision=fp32"
             )
         self.accelerator.print(f"skipped: {what}")
-
-    def _begin_logs(self, start: int) -> None:
-        self.accelerator.init_trackers("logs")
-        if self.accelerator.is_main_process:
-            self.accelerator.get_tracker("csv").cut(start)
 
     def _log(self, step: int) -> str:
         then, since = self._clock
@@ -297,13 +370,13 @@ class Engine:
 
     def _save(self, step: int, *, must: bool) -> int | None:
         """Write a checkpoint if there is room and the weights are sound."""
-        if not all(bool(_local(p).isfinite().all()) for p in self.model.parameters()):
+        if not all(bool(p.detach().isfinite().all()) for p in self.model.parameters()):
             raise TrainingStoppedError(
                 f"weights are not finite after step {step}; the checkpoints before are sound: "
-                "resume with a lower learning_rate or clip"
+                "resume with a lower learning_rate or clip_norm"
             )
         try:
-            self.checkpoints.save(step, bytes_wanted=self.checkpoint_bytes)
+            self.checkpoints.save(step, self.progress, self.ema)
         except OSError as error:
             if must:
                 raise
@@ -312,10 +385,9 @@ class Engine:
         return step
 
     def _validate(self, step: int) -> None:
-        network = self.network()
         if self.accelerator.is_main_process and self.validate is not None:
-            # a copy: who judges may move it, or lay its weights out anew
-            figures = self.validate(copy.deepcopy(network), step)
+            with _lent(self.network) as network:
+                figures = self.validate(network, step)
             self.accelerator.log(
                 {f"{VALIDATION}{name}": value for name, value in figures.items()}, step=step
             )
@@ -324,41 +396,126 @@ class Engine:
         self._clock = time.perf_counter(), step
 
 
-class _Progress:
-    """What of a run's state is neither weights nor optimizer."""
+class CsvTracker(GeneralTracker):
+    """Writes `training.csv` and `validation.csv` into a folder, a row a step."""
 
-    def __init__(self, content: str) -> None:
-        self.content = content
-        self.sums: dict[str, float] = {}
-        self.count = 0
+    name = "csv"
+    requires_logging_directory = False
 
-    def add(self, names: list[str], values: list[float]) -> None:
-        for name, value in zip(names, values, strict=True):
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
 
-    def take_means(self) -> dict[str, float]:
-        means = {name: value / self.count for name, value in self.sums.items()}
-        self.sums, self.count = {}, 0
-        return means
+    @property
+    def tracker(self) -> Path:
+        """The folder, as Accelerate wants to know it."""
+        return self.folder
 
-    def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+    def _paths(self) -> tuple[Path, Path]:
+        return self.folder / "training.csv", self.folder / "validation.csv"
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+    def cut(self, start: int) -> None:
+        """Drop the rows of a run that was cut off; what goes on after `start` writes them again."""
+        for path, last in zip(self._paths(), (start, start - 1), strict=True):
+            if not path.exists():
+                continue
+            head, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= last]
+            if not kept:
+                path.unlink()
+            elif len(kept) < len(rows):
+                with written_whole(path) as temporary:
+                    temporary.write_text(head + "".join(kept), encoding="utf-8")
+
+    def log(self, values: Mapping[str, Any], step: int | None = None, **_: Any) -> None:
+        """Add a row of figures by name."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        validating = any(name.startswith(VALIDATION) for name in values)
+        path = self._paths()[validating]
+        new = not path.exists()
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if new:
+                writer.writerow(["step", *(name.removeprefix(VALIDATION) for name in values)])
+            writer.writerow([step, *values.values()])
 
 
-def _place_of(network: nn.Module, module: nn.Module) -> str:
-    """What the names of a network's weights begin with in the state dict of what holds it."""
-    names = (name for name, one in module.named_modules() if one is network)
-    return "".join(f"{name}." for name in [next(names)] if name)
+def create_optimizer(parameters: Iterable[nn.Parameter], options: RunOptions) -> Optimizer:
+    """The optimizer by name, its update fused into one kernel."""
+    common: dict[str, Any] = {
+        "lr": options.learning_rate,
+        "weight_decay": options.weight_decay,
+        "fused": True,
+    }
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **common)
+    kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
+    return kind(parameters, **common)
 
 
-def _local(parameter: Tensor) -> Tensor:
-    """This process's shard of a weight, or all of it."""
-    shard: Tensor = getattr(parameter, "to_local", lambda: parameter)()
-    return shard.detach()
+def create_schedule(optimizer: Optimizer, options: RunOptions) -> Scheduler:
+    """Timm's scheduler: `step_update(step)` before each step sets the rate by the step alone."""
+    warmup: dict[str, Any] = {
+        "warmup_t": options.warmup,
+        "warmup_prefix": True,
+        "t_in_epochs": False,
+    }
+    if options.schedule == "cosine":
+        decaying = max(1, options.iterations - options.warmup) + 1  # zero would be one step later
+        return CosineLRScheduler(optimizer, t_initial=decaying, **warmup)
+    constant = options.schedule == "constant"
+    every = options.decay_every or max(1, options.iterations // 2)
+    rate = 1.0 if constant else options.decay_rate
+    return StepLRScheduler(optimizer, decay_t=every, decay_rate=rate, **warmup)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect the first SIGINT or SIGTERM instead of ending; a second one interrupts."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def note(number: int, _: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _lent(network: nn.Module) -> Iterator[nn.Module]:
+    """A network that may be moved, laid out anew or overwritten: its weights are put back.
+
+    A deep copy would do but for networks that keep outputs, or weights made of others.
+    """
+    modules = list(network.modules())
+    modes = [module.training for module in modules]
+    parameters = [(p, p.data, p.requires_grad) for p in network.parameters()]
+    owners = [(module, dict(module._parameters), dict(module._buffers)) for module in modules]
+    for parameter, data, _ in parameters:
+        parameter.data = data.clone()
+    for module, _, buffers in owners:
+        for name, buffer in buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.clone()
+    try:
+        yield network.eval()
+    finally:
+        for module, own, buffers in owners:
+            module._parameters.update(own)
+            module._buffers.update(buffers)
+        for parameter, data, trained in parameters:
+            parameter.data = data
+            parameter.requires_grad_(trained)
+        for module, training in zip(modules, modes, strict=True):
+            module.training = training
 
 
 def _sent_to_host(row: Tensor) -> Callable[[], list[float]]:

@@ -28,12 +28,9 @@ from idloss.errors import did_you_mean
 class Margin(nn.Module):
     """A margin loss in float32, whatever autocast says, and the centres it learns.
 
-    Args:
-        loss: Gives the mean over faces of embeddings `[B, D]` and labels `[B]`. Its parameter `W`
-            holds the centres, `[D, K]`. Their lengths do not count, but a longer one turns less
-            in a step.
-        deviation: Of the centres' values to begin with; 0.01 in insightface
-            (recognition/arcface_torch/partial_fc_v2.py), 1 in pytorch-metric-learning.
+    The loss's parameter `W` holds the centres, `[D, K]`. Their lengths do not count, but a longer
+    one turns less in a step. Their values begin with a deviation of 0.01 in insightface
+    (recognition/arcface_torch/partial_fc_v2.py), of 1 in pytorch-metric-learning.
     """
 
     def __init__(self, loss: nn.Module, deviation: float = 0.01) -> None:
@@ -43,29 +40,16 @@ class Margin(nn.Module):
 
     @torch.compiler.disable
     def forward(self, embeddings: Tensor, labels: Tensor, step: Tensor | None = None) -> Tensor:
-        """Judge embeddings.
+        """The mean loss of embeddings `[B, D]`, not normalised, with labels `[B]` in 0 ... K-1.
 
-        Args:
-            embeddings: Of faces, `[B, D]`, not normalised.
-            labels: Who they are, int64 `[B]` in 0 ... K-1.
-            step: Which step it is, counted from 1, for margins that grow; None for their end.
-
-        Returns:
-            The mean loss, a scalar.
+        Margins that grow need the step, counted from 1; None is for their end.
         """
         with torch.autocast(embeddings.device.type, enabled=False):
             return self.loss(embeddings.float(), labels)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def nearest(self, embeddings: Tensor) -> Tensor:
-        """Whose centre is nearest.
-
-        Args:
-            embeddings: Of faces, `[B, D]`.
-
-        Returns:
-            Labels, int64 `[B]`.
-        """
+        """Whose centre is nearest to each of the embeddings `[B, D]`, int64 `[B]`."""
         with torch.autocast(embeddings.device.type, enabled=False):
             return (embeddings.float() @ F.normalize(self.loss.W, dim=0)).argmax(1)  # type: ignore[arg-type]
 
@@ -73,27 +57,14 @@ class Margin(nn.Module):
 def softmax(num_identities: int, num_features: int, *, scale: float = 20.0) -> Margin:
     """Softmax over scaled cosines, without a margin (Zhai and Wu, arXiv 1811.12649).
 
-    Args:
-        num_identities: K.
-        num_features: Width D of the embeddings.
-        scale: Of the cosines: one over the temperature, 0.05 in the paper.
-
-    Returns:
-        The loss.
+    The scale is one over the temperature, 0.05 in the paper.
     """
     _check(num_identities, scale=scale)
     return Margin(NormalizedSoftmaxLoss(num_identities, num_features, temperature=1 / scale))
 
 
 class AnnealedMargin(Margin):
-    """A-Softmax whose margin grows in the first steps, without which it hardly converges.
-
-    Args:
-        loss: The loss.
-        base: Lambda of the zeroth step.
-        decay: How quickly it goes.
-        least: What it comes down to.
-    """
+    """A-Softmax whose margin grows in the first steps, without which it hardly converges."""
 
     def __init__(
         self, loss: AnnealedSphereFaceLoss, base: float, decay: float, least: float
@@ -140,18 +111,8 @@ def sphereface(
 
     The embedding's length scales its cosines. pytorch-metric-learning has psi; the annealing is
     that of the authors' code (wy1iu/sphereface, sphereface_model.prototxt): the target's cosine
-    counts lambda times beside psi, lambda = max(least, base / (1 + decay * step)).
-
-    Args:
-        num_identities: K.
-        num_features: Width D of the embeddings.
-        margin: Factor of the angle, a whole number; 4 in the paper's best networks.
-        base: Lambda of the zeroth step.
-        decay: Of lambda.
-        least: What it comes down to, after 1,658 steps.
-
-    Returns:
-        The loss.
+    counts lambda times beside psi, lambda = max(least, base / (1 + decay * step)), which is least
+    after 1,658 steps. The margin is a whole number, 4 in the paper's best networks.
     """
     _check(num_identities, margin=margin)
     if margin != int(margin):
@@ -168,14 +129,7 @@ def cosface(
 ) -> Margin:
     """Cosine margin (Wang et al., CVPR 2018, arXiv 1801.09414, equation 4).
 
-    Args:
-        num_identities: K.
-        num_features: Width D of the embeddings.
-        margin: Taken from the cosine (0.35: paper, section 4).
-        scale: Of the cosines (64: paper, section 4).
-
-    Returns:
-        The loss.
+    The margin is taken from the cosine (0.35 and a scale of 64: paper, section 4).
     """
     _check(num_identities, margin=margin, scale=scale)
     return Margin(CosFaceLoss(num_identities, num_features, margin=margin, scale=scale))
@@ -195,15 +149,8 @@ def arcface(
 ) -> Margin:
     """Angular margin (Deng et al., CVPR 2019, arXiv 1801.07698, equation 3).
 
-    Args:
-        num_identities: K.
-        num_features: Width D of the embeddings.
-        margin: Added to the angle, radians (0.5: paper, section 3.1); pytorch-metric-learning
-            counts in degrees.
-        scale: Of the cosines (64: paper, section 3.1).
-
-    Returns:
-        The loss.
+    The margin is added to the angle, in radians (0.5 and a scale of 64: paper, section 3.1);
+    pytorch-metric-learning counts in degrees.
     """
     _check(num_identities, margin=margin, scale=scale)
     if margin >= math.pi / 2:
@@ -216,14 +163,6 @@ class AdaFaceLoss(nn.Module):
     """A margin that adapts to image quality, for which the embedding's length stands.
 
     Like those of batch norm, its running statistics are of what one process computes in one go.
-
-    Args:
-        num_identities: K.
-        num_features: Width D of the embeddings.
-        margin: m.
-        scale: s.
-        concentration: h.
-        momentum: What stays of the running statistics.
     """
 
     EPS = 1e-3  # authors' head.py: cosines and angles keep that far from where slopes are infinite
@@ -251,14 +190,7 @@ class AdaFaceLoss(nn.Module):
         self.register_buffer("running_std", torch.tensor(100.0))
 
     def quality(self, embeddings: Tensor) -> Tensor:
-        """How an embedding's length compares with others', after taking note of it.
-
-        Args:
-            embeddings: `[B, D]`.
-
-        Returns:
-            In [-1, 1], without gradient, `[B, 1]`.
-        """
+        """How each length compares with others', in [-1, 1] `[B, 1]`, after taking note of it."""
         lengths = embeddings.detach().norm(dim=1, keepdim=True).clamp(0.001, 100)  # head.py
         if self.training and len(lengths) > 1:  # one has no deviation
             self.running_mean.lerp_(lengths.mean(), 1 - self.momentum)
@@ -267,15 +199,7 @@ class AdaFaceLoss(nn.Module):
         return (self.concentration * deviations).clamp(-1, 1)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Judge embeddings.
-
-        Args:
-            embeddings: `[B, D]`, not normalised.
-            labels: Who they are, int64 `[B]`.
-
-        Returns:
-            The mean loss, a scalar.
-        """
+        """The mean loss of embeddings `[B, D]`, not normalised, with labels `[B]`."""
         quality = self.quality(embeddings)
         cosines = F.normalize(embeddings) @ F.normalize(self.W, dim=0)
         cosines = cosines.clamp(self.EPS - 1, 1 - self.EPS)
@@ -297,19 +221,9 @@ def adaface(
     """Margin that adapts to image quality (Kim et al., CVPR 2022, arXiv 2204.00964).
 
     Poor faces meet ArcFace's margin, which is hard on easy ones, average faces CosFace's, and good
-    faces one that is hard on hard ones.
-
-    Args:
-        num_identities: K.
-        num_features: Width D of the embeddings.
-        margin: m (0.4: paper, section 4).
-        scale: s of the cosines (64: authors' head.py).
-        concentration: h, how much of the faces lie between the extremes (0.333: head.py).
-        momentum: What stays of the running mean and deviation of lengths: 1 - `t_alpha` of the
-            authors' code (mk-minchul/AdaFace, config.py: 0.01).
-
-    Returns:
-        The loss.
+    faces one that is hard on hard ones. Margin m is of the paper's section 4, scale s and h, how
+    much of the faces lie between the extremes, of the authors' head.py (mk-minchul/AdaFace), and
+    what stays of the running mean and deviation of lengths is 1 - `t_alpha` of their config.py.
     """
     _check(num_identities, margin=margin, scale=scale)
     if not 0 <= momentum < 1:
@@ -338,15 +252,7 @@ MARGINS: Mapping[str, Callable[..., Margin]] = MappingProxyType(
 
 
 def check_margin(name: str, options: Mapping[str, Any]) -> None:
-    """Refuse a margin that there is not, or options that it does not have.
-
-    Args:
-        name: One of `MARGINS`.
-        options: Its arguments.
-
-    Raises:
-        ValueError: The name or an option is unknown.
-    """
+    """Refuse a margin that there is not, or options that it does not have."""
     if name not in MARGINS:
         raise ValueError(did_you_mean("margin", name, MARGINS))
     parameters = inspect.signature(MARGINS[name]).parameters.values()
@@ -357,19 +263,9 @@ def check_margin(name: str, options: Mapping[str, Any]) -> None:
 
 
 def get_margin(name: str, num_identities: int, num_features: int, **options: Any) -> Margin:
-    """Make a margin loss.
+    """Make one of `MARGINS` over K identities and embeddings of width D, with its options.
 
-    Args:
-        name: One of `MARGINS`.
-        num_identities: K, at least 2.
-        num_features: Width D of the embeddings.
-        **options: Its arguments, such as `scale`.
-
-    Returns:
-        The loss, its centres drawn from torch's random numbers.
-
-    Raises:
-        ValueError: The name or an option is unknown, or an option is out of range.
+    Its centres are drawn from torch's random numbers.
     """
     check_margin(name, options)
     return MARGINS[name](num_identities, num_features, **options)

@@ -1,22 +1,208 @@
-"""What to train, as a small YAML file: the paper's recipes and any other."""
+"""What a run does, as a small YAML file: every field explained, checked, read and written."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from idloss.degradation import list_degradations, sizes_of
 from idloss.errors import did_you_mean
+from idloss.geometry import get_template
 from idloss.losses import DISTANCES
 from idloss.resample import Size, parse_size
-from idloss.training.options import FaceOptions, RunOptions
 from idloss.weights.files import written_whole
 from idloss.weights.zoo import zoo_folder
 
-Options = TypeVar("Options", bound=RunOptions)
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0)]
+AboveZero = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Options = TypeVar("Options", bound="RunOptions")
+
+
+class RunOptions(BaseModel):
+    """How a run goes: batches, optimizer, schedule, arithmetic, checkpoints and logs.
+
+    The same numbers come out whatever the `PASSIVE` fields and the number of processes: only
+    rounding differs.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        coerce_numbers_to_str=True,
+        use_attribute_docstrings=True,
+    )
+
+    PASSIVE: ClassVar[frozenset[str]] = frozenset(
+        {"accumulate", "device", "hold_crops", "workers", "non_finite"}
+        | {"log_every", "checkpoint_every", "keep_checkpoints", "trackers"}
+    )
+    """Fields that do not change what comes out."""
+
+    CHANGEABLE: ClassVar[frozenset[str]] = frozenset(
+        {"iterations", "learning_rate", "weight_decay", "schedule", "decay_every", "decay_rate"}
+        | {"warmup", "clip_norm", "precision", "channels_last", "compile", "grad_checkpointing"}
+    )
+    """Fields that a resumed run may change from there on, which is recorded."""
+
+    iterations: Positive = 50_000
+    """Optimizer steps."""
+    batch_size: Positive = 64
+    """Faces of a step, over all processes and parts of it."""
+    accumulate: Positive = 1
+    """Parts that each process computes its share of a step in."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """`adam`, `adamw` or `sgd` (momentum 0.9, Nesterov)."""
+    learning_rate: AboveZero = 1e-4
+    """Its peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """As the optimizer has it."""
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    """`step`: times `decay_rate` after every `decay_every` steps, counted as in the paper's
+    released code, where the last step of 50,000 is halved twice; `cosine` to zero; `constant`."""
+    decay_every: Positive | None = None
+    """Steps; null for half of `iterations`, as in the paper."""
+    decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Factor of the schedule `step`."""
+    warmup: Count = 0
+    """Steps of linear warm-up."""
+    clip_norm: AboveZero | None = None
+    """Largest norm of the gradient; null to leave it."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the weights, warmed up as in timm's `ModelEmaV3`,
+    which is then what is validated and saved; null for none."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """`fp32`, `tf32` (float32 products rounded to TF32, on a GPU that has it), `bf16` or `fp16`
+    (autocast; weights stay float32)."""
+    channels_last: bool = True
+    """Keep images and weights in that memory format."""
+    compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = "no"
+    """`no`, or a mode of `torch.compile`: `default`, `reduce-overhead` (CUDA graphs, one for each
+    input size), `max-autotune`."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of weights, batches and degradations."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """At a loss that is not finite, `stop`, or `skip` the step. The batch is saved either way."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1` or `mps`."""
+    hold_crops: Literal["auto", "device", "host"] = "auto"
+    """Where aligned crops stay: `device`, `host`, or `auto`: on a GPU if a third of its free
+    memory holds them."""
+    workers: Count = 4
+    """Processes that read faces which are not held in memory."""
+    log_every: Positive = 50
+    """Steps a row of the log covers."""
+    checkpoint_every: Positive = 1000
+    """Steps between checkpoints."""
+    keep_checkpoints: Positive = 2
+    """How many checkpoints stay."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Names that Accelerate knows: `tensorboard`, `wandb`, `mlflow`, ..."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Explain every field in the class's docstring, inherited ones too."""
+        lines = [
+            f"        {name}: {' '.join(str(field.description).split())}"
+            for name, field in cls.model_fields.items()
+        ]
+        cls.__doc__ = "\n".join([f"{(cls.__doc__ or '').rstrip()}\n\n    Attributes:", *lines])
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, Any], where: str = "the recipe") -> Self:
+        """Check fields that a person wrote.
+
+        Args:
+            fields: Values by name.
+            where: What to call their place in an error.
+
+        Returns:
+            The options.
+
+        Raises:
+            ValueError: A field is unknown or its value is not valid; one line that names each.
+        """
+        try:
+            return cls.model_validate(dict(fields))
+        except ValidationError as error:
+            complaints = [cls._complaint(one) for one in error.errors()]
+            raise ValueError(f"{where}: {'; '.join(complaints)}") from None
+
+    @classmethod
+    def _complaint(cls, error: Any) -> str:
+        name = ".".join(str(part) for part in error["loc"])
+        if error["type"] == "extra_forbidden":
+            return did_you_mean("field", name, cls.model_fields)
+        message = error["msg"].removeprefix("Value error, ")
+        if not name:
+            return str(message)
+        return f"{name}: {message[:1].lower()}{message[1:]}, got {error['input']!r}"
+
+
+class FaceOptions(RunOptions):
+    """What faces to train on, how they are made small, and what a run is validated on."""
+
+    # Data may have moved: what counts is the hash of their content.
+    PASSIVE: ClassVar[frozenset[str]] = RunOptions.PASSIVE | {
+        "data",
+        "skip_missing",
+        "validate_on",
+        "validate_every",
+    }
+
+    data: Path | None = None
+    """A folder that `idloss prepare` made, CelebA, or a folder or tar with `landmarks.csv`."""
+    skip_missing: bool = False
+    """Leave out faces that are missing or cannot be aligned; one that turns out so in mid-run is
+    replaced by the next."""
+    exclude: tuple[str, ...] = ()
+    """Identities and images to leave out, as they are written in the data."""
+    crop: str = "sphereface"
+    """Template of the HR crops."""
+    pretrained: bool = False
+    """Begin with the network's published weights."""
+    factors: tuple[Positive, ...] = (4, 8, 16)
+    """Down-sampling factors, one drawn for each batch."""
+    degradation: str = "bicubic"
+    """From HR to LR."""
+    degradation_options: dict[str, Any] = Field(default_factory=dict)
+    """Its arguments."""
+    validate_on: Path | None = None
+    """LFW (or another set of pairs) to verify on while training; null for none."""
+    validate_every: Count = 0
+    """Steps between validations; 0 for one at the end."""
+
+    @field_validator("degradation")
+    @classmethod
+    def _check_degradation(cls, name: str) -> str:
+        if name not in list_degradations():
+            raise ValueError(did_you_mean("degradation", name, list_degradations()))
+        return name
+
+    def sizes_by_factor(self, crop: str) -> tuple[Size, ...]:
+        """LR sizes, rows and columns, that the factors give of crops of a template."""
+        if not self.factors:
+            raise ValueError("factors is empty: give at least one")
+        return sizes_of(self.factors, get_template(crop).size)
 
 
 class Recipe(FaceOptions):
@@ -24,29 +210,27 @@ class Recipe(FaceOptions):
 
     With its defaults it is section 4.1 of the paper (Lai, He and Lam, ICIP 2019), with what its
     released code adds.
-
-    Attributes:
-        srnet: Name of the SRNet.
-        srnet_options: Its arguments, such as `depth`.
-        fnet: Name of the FNet of the identity loss, or names with their weights.
-        weight: Lambda; 0 leaves the image loss alone.
-        distance: Between embeddings.
-        image_loss: Between SR and MR, both in [-1, 1].
-        features: `"stored"`: HR features are computed once for the whole set and kept beside
-            prepared data; `"live"`: in each step.
-        sizes: LR sizes, rows and columns, instead of `factors`.
     """
 
-    PASSIVE: ClassVar[frozenset[str]] = FaceOptions.PASSIVE | {"features"}
+    PASSIVE: ClassVar[frozenset[str]] = FaceOptions.PASSIVE | {"store_hr_features"}
 
     srnet: str = "edsr16_64"
+    """Name of the SRNet."""
     srnet_options: dict[str, Any] = Field(default_factory=dict)
+    """Its arguments, such as `depth`."""
     fnet: str | dict[str, float] = "sface"
-    weight: Annotated[float, Field(ge=0)] = 0.5
+    """Name of the FNet of the identity loss, or names with their weights."""
+    identity_weight: Annotated[float, Field(ge=0)] = 0.5
+    """Lambda of the identity loss; 0 leaves the image loss alone."""
     distance: str = "cosine"
+    """Between embeddings."""
     image_loss: Literal["l1", "mse", "smooth_l1"] = "l1"
-    features: Literal["stored", "live"] = "stored"
+    """Between SR and MR, both in [-1, 1]."""
+    store_hr_features: bool = True
+    """Compute HR features once for the whole set, kept beside prepared data, instead of in each
+    step."""
     sizes: tuple[Size, ...] | None = None
+    """LR sizes, rows and columns (`[7x6, 14x12]`), instead of `factors`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -65,12 +249,53 @@ class Recipe(FaceOptions):
         return self
 
     def lr_sizes(self) -> tuple[Size, ...]:
-        """LR sizes that batches are drawn at, rows and columns.
-
-        Raises:
-            ValueError: As `sizes_by_factor`.
-        """
+        """LR sizes that batches are drawn at, rows and columns."""
         return self.sizes or self.sizes_by_factor(self.crop)
+
+
+class FNetRecipe(FaceOptions):
+    """Train an FNet to tell identities apart, or to embed faces as another does.
+
+    With its defaults it trains the paper's FNet as its authors did (Liu et al., CVPR 2017;
+    wy1iu/sphereface, sphereface_solver.prototxt), but for a cosine schedule, and clipped: without
+    batch norm, the network may not survive their rate otherwise.
+    """
+
+    iterations: Positive = 28_000
+    """Optimizer steps."""
+    batch_size: Positive = 256
+    """Faces of a step, over all processes and parts of it."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "sgd"
+    """`adam`, `adamw` or `sgd` (momentum 0.9, Nesterov)."""
+    learning_rate: AboveZero = 0.1
+    """Its peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """As the optimizer has it."""
+    schedule: Literal["step", "cosine", "constant"] = "cosine"
+    """`step` (see `Recipe`), `cosine` to zero or `constant`."""
+    clip_norm: AboveZero | None = 1.0
+    """Largest norm of the gradient; null to leave it."""
+    fnet: str = "sface"
+    """Name of the FNet."""
+    fnet_options: dict[str, Any] = Field(default_factory=dict)
+    """Its arguments."""
+    margin: str = "sphereface"
+    """Name of the loss over identities; without effect with a teacher."""
+    margin_options: dict[str, Any] = Field(default_factory=dict)
+    """Its arguments."""
+    teacher: str | None = None
+    """Name of an FNet whose embeddings are to be learned, instead of identities."""
+    low_resolution: Share = 0.0
+    """Share of the faces that are made small and enlarged again before the FNet sees them, at
+    sizes that `factors` give; a teacher sees them as they were."""
+
+    @model_validator(mode="after")
+    def _check_names_and_factors(self) -> FNetRecipe:
+        from idloss.training.margins import check_margin  # slow to import
+
+        check_margin(self.margin, self.margin_options)
+        self.sizes_by_factor(self.crop)
+        return self
 
 
 def recipe_names() -> list[str]:
@@ -78,22 +303,20 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in (zoo_folder() / "recipes").glob("*.yaml"))
 
 
-@overload
-def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe: ...
-
-
-@overload
-def load_recipe(recipe: str | Path, overrides: Sequence[str], kind: type[Options]) -> Options: ...
-
-
 def load_recipe(
-    recipe: str | Path, overrides: Sequence[str] = (), kind: type[RunOptions] = Recipe
-) -> RunOptions:
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    kind: type[Options] = Recipe,  # type: ignore[assignment]
+) -> Options:
     """Read a recipe and change some of its fields.
+
+    YAML is read as its version 1.2 has it (`no` is a word, `0045` is 45), and fields that hold text
+    get it as it is written.
 
     Args:
         recipe: A name in `recipe_names()`, or the path of a YAML file.
-        overrides: `field=value`, the value in YAML: `batch_size=32`, `factors=[4, 8]`.
+        overrides: `field=value`, the value in YAML, or for a text as it is: `batch_size=32`,
+            `factors=[4, 8]`, `data=my faces #1`.
         kind: The class of its fields.
 
     Returns:
@@ -113,33 +336,82 @@ def load_recipe(
             )
     if not path.is_file():
         raise FileNotFoundError(f"no recipe at {path}")
-    fields = _yaml(path.read_text(encoding="utf-8"), str(path))
+    text = path.read_text(encoding="utf-8")
+    fields = _yaml(text, str(path), _Typed)
     if not isinstance(fields, dict):
         raise ValueError(  # noqa: TRY004 - its content, not an argument's type
             f"{path}: a recipe is a list of 'field: value', got {fields!r}"
         )
+    as_written = _yaml(text, str(path), yaml.BaseLoader).values()
+    fields = {
+        str(name): written if value is not None and _holds_text(kind, name) else value
+        for (name, value), written in zip(fields.items(), as_written, strict=True)
+    }
     for override in overrides:
         name, equals, value = override.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"{override!r} is not field=value, such as batch_size=32")
-        fields[name] = _yaml(value, override)
+        fields[name] = _value(value.strip(), override, text=_holds_text(kind, name))
     return kind.parse(fields, path.name)
 
 
 def save_recipe(options: RunOptions, path: Path) -> None:
-    """Write a recipe with every field resolved.
-
-    Args:
-        options: The recipe.
-        path: The YAML file, written whole.
-    """
+    """Write a recipe with every field resolved, whole or not at all."""
     fields = options.model_dump(mode="json")
     with written_whole(path) as temporary:
         temporary.write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
 
 
-def _yaml(text: str, where: str) -> Any:
+class _Typed(yaml.SafeLoader):
+    """Scalars by YAML 1.2's core schema, and no key twice."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is said twice")
+        return super().construct_mapping(node, deep)
+
+
+for _kind, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
+    ("null", r"~|null|Null|NULL|", "~nN\0"),
+):
+    _Typed.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_kind}",
+        re.compile(rf"^(?:{_pattern})$"),
+        [letter.replace("\0", "") for letter in _first],
+    )
+_Typed.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(str(node.value)))
+
+
+def _yaml(text: str, where: str, loader: type[Any]) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{where}: not YAML ({' '.join(str(error).split())})") from None
+
+
+def _value(value: str, where: str, *, text: bool) -> Any:
+    """What is written behind `field=`: of a text all of it, but for lists and quotes."""
+    if not text:
+        return _yaml(value, where, _Typed)
+    if value in ("", "~", "null"):
+        return None
+    return _yaml(value, where, yaml.BaseLoader) if value[0] in "[{\"'" else value
+
+
+def _holds_text(kind: type[RunOptions], name: object) -> bool:
+    """Whether a field holds text, alone or in a list."""
+
+    def text(annotation: Any) -> bool:
+        if annotation in (str, Path) or isinstance(annotation, str):
+            return True
+        return get_origin(annotation) is not dict and any(map(text, get_args(annotation)))
+
+    field = kind.model_fields.get(str(name))
+    return field is not None and text(field.annotation)

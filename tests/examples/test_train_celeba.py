@@ -54,7 +54,7 @@ def test_training_lowers_what_it_is_told_to(drawn, fnet, tmp_path):
             batch_size=8,
             learning_rate=3e-3,
             factors=(8,),
-            weight=weight,
+            identity_weight=weight,
             device="cpu",
             trackers=(),
         )

@@ -13,8 +13,8 @@ from idloss.data import AlignedFaces
 from idloss.degradation import draw_batch
 from idloss.srnets import EDSR
 from idloss.training import Recipe, RunOptions, TrainingStoppedError, load_recipe, train
-from idloss.training.schedule import create_optimizer, create_schedule
-from idloss.training.task import shares, shuffled_batches
+from idloss.training.batches import shares, shuffled_batches
+from idloss.training.engine import create_optimizer, create_schedule
 
 
 def test_golden_steps_through_the_engine(
@@ -28,7 +28,7 @@ def test_golden_steps_through_the_engine(
         size = (112 // factors[step - 1], 96 // factors[step - 1])
         return drawn._replace(size=size, mirrored=torch.zeros(count, dtype=torch.bool))
 
-    monkeypatch.setattr("idloss.training.hallucination.draw_batch", as_released)
+    monkeypatch.setattr("idloss.training.tasks.draw_batch", as_released)
     srnet = EDSR(depth=2, width=16)
     srnet.load_state_dict(edsr_released(released_edsr("edsr_2_16")))
     crops = torch.from_numpy(golden["aligned_bgr"]).permute(0, 3, 1, 2).flip(1).contiguous()
@@ -37,7 +37,7 @@ def test_golden_steps_through_the_engine(
         **FIELDS | {"iterations": 6, "learning_rate": 1e-4, "decay_every": 25_000},
         precision="fp32",
         compile="no",
-        features="live",
+        store_hr_features=False,
     )
     criterion = HallucinationLoss(sface_seeded, weight=0.5, crop="sphereface")
     trained = train(recipe, tmp_path, faces=faces, srnet=srnet, criterion=criterion)
@@ -84,11 +84,11 @@ def test_it_learns_and_leaves_a_network_that_opens(plain):
     "fields",
     [
         {"accumulate": 4},
-        {"features": "live"},
+        {"store_hr_features": False},
         {"grad_checkpointing": True},
         {"channels_last": False},
-        {"crops": "device"},
-        {"checkpoint_every": 1, "keep": 1},
+        {"hold_crops": "device"},
+        {"checkpoint_every": 1, "keep_checkpoints": 1},
     ],
     ids=lambda fields: " ".join(fields),
 )
@@ -134,7 +134,7 @@ def test_clipping_bounds_the_step(tmp_path):
     moved = {}
     for name, clip in (("free", None), ("clipped", 1e-4)):
         fields = {"optimizer": "sgd", "learning_rate": 1.0, "schedule": "constant"}
-        fields |= {"iterations": 1, "clip": clip}
+        fields |= {"iterations": 1, "clip_norm": clip}
         torch.manual_seed(0)
         srnet = create_srnet("edsr16_64", depth=1, width=8)
         before = torch.cat([p.detach().flatten().clone() for p in srnet.parameters()])
@@ -147,7 +147,7 @@ def test_clipping_bounds_the_step(tmp_path):
 
 
 def test_lambda_zero_needs_no_fnet(tmp_path):
-    tiny_run(tmp_path, weight=0.0)
+    tiny_run(tmp_path, identity_weight=0.0)
     assert all(len(row) == 3 for row in losses(tmp_path).values())  # loss, image, learning rate
 
 
@@ -215,7 +215,7 @@ class Poison(nn.Module):
 def poisoned_run(folder, bad, **fields):
     torch.manual_seed(0)
     return train(
-        Recipe(**{**FIELDS, "weight": 0, **fields}),
+        Recipe(**{**FIELDS, "identity_weight": 0, **fields}),
         folder,
         faces=tiny_faces(),
         srnet=create_srnet("edsr16_64", depth=1, width=8),

@@ -22,7 +22,7 @@ def test_the_zoo_has_the_four_of_the_paper():
 @pytest.mark.parametrize("name", PAPER)
 def test_they_are_section_4_1(name):
     recipe = load_recipe(name)
-    assert recipe.weight == (0.5 if name.endswith("_id") else 0)
+    assert recipe.identity_weight == (0.5 if name.endswith("_id") else 0)
     assert recipe.srnet == name.removeprefix("paper_")
     assert (recipe.iterations, recipe.batch_size, recipe.learning_rate) == (50_000, 64, 1e-4)
     assert recipe.lr_sizes() == ((28, 24), (14, 12), (7, 6))
@@ -87,7 +87,7 @@ def test_unknown_recipes(tmp_path):
 
 
 def refuse(folder, message, **given):
-    fields = {**FIELDS, "weight": 0, "srnet_options": {"depth": 1, "width": 8}}
+    fields = {**FIELDS, "identity_weight": 0, "srnet_options": {"depth": 1, "width": 8}}
     fields |= given.pop("fields", {})
     kind = given.pop("kind", ValueError)
     with pytest.raises(kind, match=message) as caught:

@@ -18,9 +18,9 @@ from idloss.data import SyntheticFaces, folder_faces
 from idloss.degradation import get_degradation, mirror
 from idloss.resample import resize, to_float
 from idloss.training import FNetRecipe, TrainingStoppedError, load_recipe, recipe_names, train_fnet
-from idloss.training.crops import Crops
+from idloss.training.batches import Crops, Draw, generator_for
 from idloss.training.margins import get_margin
-from idloss.training.recognition import (
+from idloss.training.tasks import (
     Distillation,
     DistillationTask,
     LowResolution,
@@ -30,7 +30,6 @@ from idloss.training.recognition import (
     input_of,
     labels_of,
 )
-from idloss.training.task import Draw, generator_for
 
 SMALL = {
     "iterations": 8,
@@ -61,7 +60,7 @@ def run(folder, *, faces=None, fnet=None, teacher=None, resume=False, **fields):
 
 
 def views(faces, fnet, low=None, crop="sphereface"):
-    crops = Crops(faces, template=crop, device=CPU)
+    crops = Crops(faces, crop=crop, device=CPU)
     return Views(crops, fnet, seed=0, low_resolution=low)
 
 
@@ -134,7 +133,7 @@ def test_batches_of_both_tasks():
     faces = tiny_faces(8)
     fnet = create_fnet(tiny_fnet())
     margin = torch.nn.Identity()
-    task = RecognitionTask(Recognition(fnet, margin), views(faces, fnet), content="x")
+    task = RecognitionTask(Recognition(fnet, margin), views(faces, fnet))
     [batch] = task.batches(draws())
     assert batch["labels"].equal(faces.labels)
     assert batch["step"].item() == 1
@@ -142,7 +141,7 @@ def test_batches_of_both_tasks():
     assert task.network is fnet
     low = views(faces, fnet, low_resolution(1.0))
     teacher = FaceEncoder(tiny_fnet(1), crop="sphereface")
-    [batch] = DistillationTask(Distillation(fnet, teacher), low, content="x").batches(draws())
+    [batch] = DistillationTask(Distillation(fnet, teacher), low).batches(draws())
     both = torch.stack((to_float(faces.crops), to_float(mirror(faces.crops, torch.ones(8) > 0))))
     assert (batch["faces"] == both).flatten(2).all(2).any(0).all()
 
@@ -381,7 +380,7 @@ def test_faces_of_nobody_and_identities_without_faces_are_left_out(tmp_path, cap
         ({"factors": []}, r"factors is empty"),
         ({"factors": [5]}, r"factor 5 does not divide 112x96"),
         ({"crop": "arcfase"}, r"unknown template 'arcfase'"),
-        ({"weight": 0.5}, r"unknown field 'weight'"),
+        ({"identity_weight": 0.5}, r"unknown field 'identity_weight'"),
     ],
     ids=str,
 )

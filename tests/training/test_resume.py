@@ -1,11 +1,15 @@
 """Killed, stopped, cut short or shared out: a run ends with the numbers of an unbroken one."""
 
+import json
 import os
+import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +17,8 @@ import pytest
 import torch
 from tinytraining import losses, tiny_faces, tiny_run, weights
 
-from idloss.training import TrainingStoppedError
+from idloss.training import TrainingStoppedError, load_recipe
+from idloss.weights.files import file_sha256
 
 SCRIPT = Path(__file__).parents[1] / "tinytraining.py"
 
@@ -35,14 +40,18 @@ def finished(process):
     return process.returncode, shown
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unbroken")
+def alone(folder, **options):
+    """Run it here, as the script does."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    tiny_run(folder)
+    tiny_run(folder, **options)
     torch.set_num_threads(threads)
     return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    return alone(tmp_path_factory.mktemp("unbroken"))
 
 
 def assert_same(folder, unbroken, atol):
@@ -54,26 +63,31 @@ def assert_same(folder, unbroken, atol):
         torch.testing.assert_close(state[key], value, atol=10 * atol, rtol=0)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("death", [("--die-at", "5"), ("--die-writing", "6")], ids=lambda d: d[0])
+@pytest.mark.parametrize(
+    ("death", "processes"),
+    [(("--die-at", "6"), 1), (("--die-writing", "6"), 1), (("--die-writing", "6"), 2)],
+    ids=["at a step", "writing", "two writing"],
+)
 def test_killed_and_resumed(unbroken, tmp_path, death, processes):
+    """Two processes give the losses of one, too; and the log of a killed run is cut."""
     code, shown = finished(launch(tmp_path, *death, processes=processes))
     assert code != 0, shown
+    assert max(losses(tmp_path)) in (5, 6)  # the checkpoint is of step 3
     there = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert "step-000003" in there
     assert "step-000006" not in there
-    if death[0] == "--die-writing":
-        assert "step-000006.partial" in there
-    code, shown = finished(launch(tmp_path, "--resume", processes=processes))
-    assert code == 0, shown
+    assert ("step-000006.partial" in there) == (death[0] == "--die-writing")
+    with (tmp_path / "training.csv").open("a") as log:
+        log.write("7,0.1")  # half a row
+    if processes == 1:
+        alone(tmp_path, resume=True)
+    else:
+        code, shown = finished(launch(tmp_path, "--resume", processes=processes))
+        assert code == 0, shown
     assert_same(tmp_path, unbroken, atol=0 if processes == 1 else 1e-5)
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
-
-
-def test_two_processes_give_the_losses_of_one(unbroken, tmp_path):
-    code, shown = finished(launch(tmp_path, processes=2))
-    assert code == 0, shown
-    assert_same(tmp_path, unbroken, atol=1e-5)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.glob("model.*"))
 
 
 def test_asked_to_stop_it_finishes_the_step_and_keeps_it(unbroken, tmp_path):
@@ -90,18 +104,6 @@ def test_asked_to_stop_it_finishes_the_step_and_keeps_it(unbroken, tmp_path):
     assert int(kept.name.removeprefix("step-")) == max(losses(tmp_path))
 
 
-def test_a_log_is_cut_to_what_is_resumed(unbroken, tmp_path):
-    """The log of a killed run reaches beyond its last checkpoint."""
-    code, _ = finished(launch(tmp_path, "--die-at", "6"))
-    assert code != 0
-    assert max(losses(tmp_path)) == 5  # the checkpoint is of step 3
-    with (tmp_path / "training.csv").open("a") as log:
-        log.write("6,0.1")  # half a row
-    torch.set_num_threads(1)
-    tiny_run(tmp_path, resume=True)
-    assert_same(tmp_path, unbroken, atol=0)
-
-
 def test_resuming_a_finished_run_changes_nothing(unbroken, tmp_path):
     tiny_run(tmp_path)
     before = (tmp_path / "training.csv").read_text()
@@ -115,11 +117,89 @@ def test_only_the_same_run_is_resumed(tmp_path):
     tiny_run(tmp_path, iterations=2)
     with pytest.raises(FileExistsError, match="holds a run: resume it, or choose another folder"):
         tiny_run(tmp_path, iterations=2)
-    with pytest.raises(ValueError, match=r"another recipe: learning_rate was 0\.001 and is 0\.01"):
-        tiny_run(tmp_path, resume=True, iterations=2, learning_rate=0.01)
+    with pytest.raises(ValueError, match=r"another recipe: seed was 0 and is 1"):
+        tiny_run(tmp_path, resume=True, iterations=2, seed=1)
     with pytest.raises(ValueError, match="on other faces than these"):
         tiny_run(tmp_path, resume=True, iterations=2, faces=tiny_faces(seed=1))
+    with pytest.raises(ValueError, match="at step 2, beyond iterations=1: raise iterations"):
+        tiny_run(tmp_path, resume=True, iterations=1)
     tiny_run(tmp_path, resume=True, iterations=2, log_every=7)  # changes no number
+    assert not (tmp_path / "changes.csv").exists()
+
+
+def test_what_advice_names_may_change_on_resuming_and_is_recorded(tmp_path):
+    """As every message says: a lower rate, clipping, another precision; and a longer run."""
+    tiny_run(tmp_path, iterations=4, schedule="constant", weight_decay=0.1)
+    fields = {"learning_rate": 1e-4, "clip_norm": 1.0, "precision": "bf16", "iterations": 6}
+    tiny_run(tmp_path, resume=True, schedule="constant", weight_decay=0.0, **fields)
+    assert losses(tmp_path)[4][-1] == 1e-3
+    assert losses(tmp_path)[5][-1] == 1e-4
+    recorded = (tmp_path / "changes.csv").read_text().splitlines()
+    assert recorded[0] == "after_step,field,before,now"
+    assert "4,learning_rate,0.001,0.0001" in recorded
+    assert len(recorded) == 6
+    assert load_recipe(tmp_path / "recipe.yaml").learning_rate == 1e-4
+    told = json.loads((tmp_path / "model" / "config.json").read_text())["idloss"]
+    assert [change["field"] for change in told["changes"]] == [
+        row.split(",")[1] for row in recorded[1:]
+    ]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl"])
+@pytest.mark.parametrize("harm", ["cut", "a bit", "gone"])
+def test_a_damaged_checkpoint_is_passed_over(unbroken, tmp_path, name, harm, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    file = folder / "checkpoints" / "step-000008" / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data if harm == "a bit" else data[:100])
+    if harm == "gone":
+        file.unlink()
+    alone(folder, resume=True)
+    shown = capsys.readouterr().out
+    assert "step-000008: " in shown
+    assert name in shown
+    assert "Going on from step 6" in shown
+    assert_same(folder, unbroken, atol=0)
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {
+        "step-000006",
+        "step-000008",
+    }
+
+
+def test_no_whole_checkpoint_is_said(unbroken, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    for file in folder.glob("checkpoints/*/optimizer.bin"):
+        file.unlink()
+    with pytest.raises(OSError, match=r"no checkpoint in .* is whole.*optimizer\.bin.*train anew"):
+        tiny_run(folder, resume=True)
+
+
+class Payload:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "scaler.pt"]
+)
+def test_no_file_of_a_checkpoint_runs_code(unbroken, tmp_path, name):
+    """Whoever writes a checkpoint may write its hashes too."""
+    folder, planted = tmp_path / "run", tmp_path / "planted"
+    shutil.copytree(unbroken, folder)
+    checkpoint = folder / "checkpoints" / "step-000008"
+    (checkpoint / name).write_bytes(pickle.dumps(Payload(planted)))
+    hashes = json.loads((checkpoint / "sha256.json").read_text())
+    hashes[name] = file_sha256(checkpoint / name)
+    (checkpoint / "sha256.json").write_text(json.dumps(hashes))
+    with suppress(OSError):
+        tiny_run(folder, resume=True)
+    assert not planted.exists()
 
 
 def test_a_full_disk_is_found_out_before_training(tmp_path, monkeypatch):
@@ -147,19 +227,16 @@ def test_a_write_that_fails_leaves_earlier_checkpoints_whole(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 
-    code, shown = finished(launch(tmp_path, "iterations=4"))
-    assert code == 0, shown
-    again = ["--resume", "iterations=4"]
+    alone(tmp_path, iterations=4)
     # shorten the finished run to what a full disk would have cut
     for path in (tmp_path / "checkpoints").iterdir():
         if path.name == "step-000004":
             path.rename(tmp_path / "gone")
-    code, shown = finished(launch(tmp_path, *again, preexec_fn=limited))
+    code, shown = finished(launch(tmp_path, "--resume", "iterations=4", preexec_fn=limited))
     assert code != 0
     assert "could not be written" in shown
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
-    code, shown = finished(launch(tmp_path, *again))
-    assert code == 0, shown
+    alone(tmp_path, iterations=4, resume=True)
 
 
 def test_weights_that_are_not_finite_are_never_kept(tmp_path, monkeypatch):

@@ -13,10 +13,10 @@ from tinytraining import FIELDS, losses, tiny_faces
 from idloss import HallucinationLoss, create_srnet
 from idloss.data import lfw
 from idloss.training import Recipe, create_accelerator, train
-from idloss.training.crops import Crops
+from idloss.training.batches import Crops
 from idloss.training.engine import Engine
-from idloss.training.hallucination import Hallucination, HallucinationTask
-from idloss.training.validation import Verification
+from idloss.training.runs import srnet_validation
+from idloss.training.tasks import Hallucination, HallucinationTask
 
 SIZES = ((14, 12), (7, 6))
 
@@ -38,7 +38,6 @@ def engine(folder, validate, every=0, **fields):
         recipe.lr_sizes(),
         lambda hr, size, *, seeds: torch.zeros(len(hr), 3, *size),
         seed=0,
-        content="",
     )
     return Engine(task, recipe, folder, accelerator, validate=validate, validate_every=every)
 
@@ -49,7 +48,9 @@ def read(folder):
 
 
 def test_it_verifies_every_so_often_and_at_the_end(pairs, tmp_path):
-    verification = Verification(pairs, tiny_fnet(), SIZES, tmp_path / "pictures", "cpu")
+    verification = srnet_validation(
+        pairs, tiny_fnet(), SIZES, tmp_path / "pictures", torch.device("cpu")
+    )
     engine(tmp_path, verification, every=3).run()
     rows = read(tmp_path)
     assert [row["step"] for row in rows] == ["3", "6", "8"]
@@ -96,7 +97,7 @@ def test_by_recipe_the_first_fnet_judges(tmp_path, monkeypatch):
         named.append((name, pretrained))
         return tiny_fnet()
 
-    monkeypatch.setattr("idloss.training.run.create_fnet", fnet)
+    monkeypatch.setattr("idloss.training.runs.create_fnet", fnet)
     fields = {"validate_on": data, "sizes": ["7x6"], "fnet": {"one": 1, "two": 2}}
     train(
         Recipe(**FIELDS | fields),

@@ -1,4 +1,4 @@
-"""Two tasks for an FNet: to tell identities apart, and to embed faces as a teacher does."""
+"""What can be trained: an SRNet between two losses, an FNet on identities or after a teacher."""
 
 from __future__ import annotations
 
@@ -11,24 +11,101 @@ from torch import Tensor, nn
 
 from idloss.degradation import Degradation, draw_batch, mirror
 from idloss.encoder import FaceEncoder
-from idloss.losses import cosine_distance
+from idloss.losses import HallucinationLoss, cosine_distance
 from idloss.resample import Size, resize, to_float
-from idloss.training.crops import Crops, Faces
-from idloss.training.task import Batch, Draw, generator_for
+from idloss.training.batches import Batch, Crops, Draw, generator_for
+from idloss.training.seams import Faces
 
 if TYPE_CHECKING:
-    from idloss.training.margins import Margin
+    from idloss.training.margins import Margin  # slow to import
 
 _LOW = 2  # purpose of the numbers that choose who is seen at low resolution
 
 
-class Recognition(nn.Module):
-    """An FNet with a margin loss: what is trained, compiled and wrapped as one.
+class Hallucination(nn.Module):
+    """An SRNet with its losses: what is trained, compiled and wrapped as one."""
+
+    def __init__(self, srnet: nn.Module, criterion: HallucinationLoss) -> None:
+        super().__init__()
+        self.srnet = srnet
+        self.criterion = criterion
+
+    def forward(
+        self, lr: Tensor, hr: Tensor, target_features: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Losses of LR `[B, 3, h, w]` against HR `[B, 3, H, W]`, RGB [0, 1], by name.
+
+        `"loss"`, and its parts before weighting: `"image"` and, if there is one, `"identity"`; HR
+        features `[B, D]` spare the FNet's run on `hr`.
+        """
+        total, parts = self.criterion(self.srnet(lr), hr, target_features=target_features)
+        return {"loss": total, **parts}
+
+
+class HallucinationTask:
+    """Faces made small at random, one size for each batch (paper, section 4.1).
 
     Args:
-        fnet: Normalised RGB `[B, 3, H, W]` to embeddings `[B, D]`.
-        margin: Loss over identities.
+        module: SRNet and losses.
+        crops: HR crops.
+        sizes: LR sizes that batches are drawn at.
+        degradation: From HR to LR.
+        seed: Of the sizes, mirrorings and degradations.
+        channels_last: Give images in that memory format.
     """
+
+    def __init__(
+        self,
+        module: Hallucination,
+        crops: Crops,
+        sizes: tuple[Size, ...],
+        degradation: Degradation,
+        *,
+        seed: int,
+        channels_last: bool = True,
+    ) -> None:
+        self.module = module
+        self.network = module.srnet
+        self.crops = crops
+        self.content = crops.faces.content
+        self.sizes = sizes
+        self.degradation = degradation
+        self.seed = seed
+        self.features: Tensor | None = None
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __len__(self) -> int:
+        return len(self.crops.faces)
+
+    def take_features(self, features: Tensor) -> None:
+        """Spare each step the FNet's pass over HR by stored features `[2, N, D]`."""
+        resident = self.crops.resident is not None
+        self.features = features.to(self.crops.device) if resident else features
+
+    def batches(self, draws: Iterable[Draw]) -> Iterator[Batch]:
+        """LR, HR and, where they are stored, HR features of each draw."""
+        for draw, crops in self.crops.read(draws):
+            yield self.batch(draw, crops)
+
+    def batch(self, draw: Draw, crops: Tensor) -> Batch:
+        """Degrade the crops of one draw, uint8 RGB `[B, 3, H, W]`."""
+        chance = draw_batch(draw.step, draw.total, seed=self.seed, sizes=self.sizes)
+        mirrored = chance.mirrored[draw.rows]
+        hr = mirror(crops, mirrored.to(crops.device, non_blocking=True))
+        lr = self.degradation(hr, chance.size, seeds=chance.seeds[draw.rows])
+        batch = {
+            "lr": lr.contiguous(memory_format=self.format),
+            "hr": to_float(hr).contiguous(memory_format=self.format),
+        }
+        if self.features is not None:
+            at = self.features.device
+            rows = self.features[mirrored.long().to(at), draw.faces.to(at)]
+            batch["target_features"] = rows.to(crops.device, non_blocking=True)
+        return batch
+
+
+class Recognition(nn.Module):
+    """An FNet with a margin loss: what is trained, compiled and wrapped as one."""
 
     def __init__(self, fnet: nn.Module, margin: Margin) -> None:
         super().__init__()
@@ -36,15 +113,9 @@ class Recognition(nn.Module):
         self.margin = margin
 
     def forward(self, images: Tensor, labels: Tensor, step: Tensor) -> dict[str, Tensor]:
-        """Embed faces and compare them with the centres of identities.
+        """`"loss"` of FNet inputs `[B, 3, H, W]` with labels `[B]` at a step, and `"accuracy"`.
 
-        Args:
-            images: Input of the FNet, `[B, 3, H, W]`.
-            labels: Who they are, int64 `[B]`.
-            step: Which step it is, a scalar.
-
-        Returns:
-            `"loss"`, and `"accuracy"`: the share of faces nearest to their own centre.
+        The accuracy is the share of faces that are nearest to their own centre.
         """
         embeddings = self.fnet(images)
         right = self.margin.nearest(embeddings) == labels
@@ -57,10 +128,7 @@ class Recognition(nn.Module):
 class Distillation(nn.Module):
     """An FNet that learns the embeddings of a frozen one.
 
-    Args:
-        fnet: Normalised RGB `[B, 3, H, W]` to embeddings `[B, D]`.
-        teacher: RGB [0, 1] crops to embeddings `[B, E]`. Where E is not D, a linear map that is
-            learned and then dropped stands between the two.
+    Where their widths differ, a linear map that is learned and then dropped stands between them.
     """
 
     def __init__(self, fnet: nn.Module, teacher: FaceEncoder) -> None:
@@ -71,14 +139,9 @@ class Distillation(nn.Module):
         self.projection = nn.Identity() if width == wanted else nn.Linear(width, wanted, bias=False)
 
     def forward(self, images: Tensor, faces: Tensor) -> dict[str, Tensor]:
-        """Embed faces with both and compare.
+        """`"loss"`, one minus the cosine of both embeddings.
 
-        Args:
-            images: Input of the FNet, `[B, 3, H, W]`.
-            faces: The same faces for the teacher, RGB [0, 1] `[B, 3, H, W]`.
-
-        Returns:
-            `"loss"`: one minus the cosine of the two embeddings.
+        The FNet sees its inputs `[B, 3, h, w]`, the teacher the faces, RGB [0, 1] `[B, 3, H, W]`.
         """
         with torch.no_grad():
             targets = self.teacher(faces)
@@ -101,30 +164,13 @@ class LowResolution:
     degradation: Degradation
 
     def choose(self, draw: Draw, seed: int) -> list[int]:
-        """Whom it is to happen to.
-
-        Args:
-            draw: Which step and faces.
-            seed: Of the run.
-
-        Returns:
-            Positions in the draw.
-        """
+        """Which rows of a draw are made small, by the seed of the run."""
         chance = torch.rand(draw.total, generator=generator_for(seed, _LOW, draw.step))
         places: list[int] = (chance[draw.rows] < self.share).nonzero().flatten().tolist()
         return places
 
     def __call__(self, faces: Tensor, size: Size, seeds: list[int]) -> Tensor:
-        """Make faces small and enlarge them.
-
-        Args:
-            faces: uint8 RGB `[B, 3, H, W]`.
-            size: Rows and columns in between.
-            seeds: One for each face.
-
-        Returns:
-            float32 RGB [0, 1] `[B, 3, H, W]`.
-        """
+        """Make uint8 faces `[B, 3, H, W]` small, with a seed each; gives float32 of their size."""
         lr = self.degradation(faces, size, seeds=seeds)
         return resize(lr, faces.shape[-2:], mode="bilinear")
 
@@ -156,14 +202,9 @@ class Views:
         self.format = torch.channels_last if channels_last else torch.contiguous_format
 
     def read(self, draws: Iterable[Draw]) -> Iterator[tuple[Draw, Tensor, Tensor]]:
-        """The faces of each draw.
+        """Each draw, inputs of the FNet `[B, 3, h, w]`, and the faces `[B, 3, H, W]` as they were.
 
-        Args:
-            draws: Which.
-
-        Yields:
-            The draw, input of the FNet `[B, 3, h, w]`, and the faces as they were but for the
-            mirroring, RGB [0, 1] `[B, 3, H, W]`.
+        The faces are RGB [0, 1], and mirrored like the inputs.
         """
         for draw, crops in self.crops.read(draws):
             faces, seen = self.view(draw, crops)
@@ -171,16 +212,7 @@ class Views:
             yield draw, images, faces.contiguous(memory_format=self.format)
 
     def view(self, draw: Draw, crops: Tensor) -> tuple[Tensor, Tensor]:
-        """Leave the crops of one draw to chance.
-
-        Args:
-            draw: Which step and faces.
-            crops: uint8 RGB `[B, 3, H, W]`.
-
-        Returns:
-            The faces mirrored, and what the FNet is to see of them, both RGB [0, 1]
-            `[B, 3, H, W]`.
-        """
+        """The uint8 crops of a draw mirrored, and what of them is to be seen, both RGB [0, 1]."""
         sizes = (self.crops.template.size,) if self.low is None else self.low.sizes
         chance = draw_batch(draw.step, draw.total, seed=self.seed, sizes=sizes)
         mirrored = mirror(crops, chance.mirrored[draw.rows].to(crops.device, non_blocking=True))
@@ -194,44 +226,26 @@ class Views:
         return faces, faces.index_copy(0, places, low)
 
 
-class FNetTask:
-    """What the two tasks have in common.
-
-    Args:
-        module: FNet and loss.
-        views: The faces.
-        content: Hash of them.
-    """
-
-    def __init__(self, module: Recognition | Distillation, views: Views, *, content: str) -> None:
-        self.module = module
-        self.views = views
-        self.content = content
-
-    @property
-    def network(self) -> nn.Module:
-        """The FNet."""
-        return self.module.fnet
-
-    def __len__(self) -> int:
-        return len(self.views.crops.faces)
-
-
-class RecognitionTask(FNetTask):
+class RecognitionTask:
     """Labelled faces, to be told apart.
 
     Args:
         module: FNet and margin.
         views: The faces.
-        content: Hash of them.
 
     Raises:
         ValueError: Faces are without identities, or identities without faces.
     """
 
-    def __init__(self, module: Recognition, views: Views, *, content: str) -> None:
-        super().__init__(module, views, content=content)
+    def __init__(self, module: Recognition, views: Views) -> None:
+        self.module = module
+        self.network = module.fnet
+        self.views = views
+        self.content = views.crops.faces.content
         self.labels = labels_of(views.crops.faces)
+
+    def __len__(self) -> int:
+        return len(self.views.crops.faces)
 
     def batches(self, draws: Iterable[Draw]) -> Iterator[Batch]:
         """Input of the FNet, who is seen, and which step it is."""
@@ -241,14 +255,22 @@ class RecognitionTask(FNetTask):
             yield {"images": images, "labels": labels, "step": step}
 
 
-class DistillationTask(FNetTask):
+class DistillationTask:
     """Faces of anybody, to be embedded as a teacher does.
 
     Args:
         module: FNet and teacher.
         views: The faces.
-        content: Hash of them.
     """
+
+    def __init__(self, module: Distillation, views: Views) -> None:
+        self.module = module
+        self.network = module.fnet
+        self.views = views
+        self.content = views.crops.faces.content
+
+    def __len__(self) -> int:
+        return len(self.views.crops.faces)
 
     def batches(self, draws: Iterable[Draw]) -> Iterator[Batch]:
         """Input of the FNet, and what the teacher sees."""
@@ -256,18 +278,21 @@ class DistillationTask(FNetTask):
             yield {"images": images, "faces": faces}
 
 
+def only_labelled(faces: Faces) -> tuple[Faces, str]:
+    """Leave out faces of nobody known and identities without faces, and say so in a line."""
+    if faces.labels is None:
+        return faces, ""
+    kept = faces.select(faces.labels >= 0)
+    counts = {
+        "faces of nobody known": len(faces) - len(kept),
+        "identities without faces": len(faces.identities) - len(kept.identities),
+    }
+    lost = [f"{count} {what}" for what, count in counts.items() if count]
+    return (kept, f"left out: {', '.join(lost)}") if lost else (faces, "")
+
+
 def labels_of(faces: Faces) -> Tensor:
-    """Who faces are, if it is known of all.
-
-    Args:
-        faces: The faces.
-
-    Returns:
-        int64 `[N]` in 0 ... K-1.
-
-    Raises:
-        ValueError: Faces are without identities, or identities without faces.
-    """
+    """Who faces are, int64 `[N]` in 0 ... K-1, if it is known of all, and all K are there."""
     if faces.labels is None:
         raise ValueError(
             "the faces have no identities to tell apart: give labelled ones, or a teacher to learn "
@@ -284,15 +309,7 @@ def labels_of(faces: Faces) -> Tensor:
 
 
 def input_of(fnet: nn.Module, crop: str) -> FaceEncoder:
-    """What brings crops to an FNet's input, as a FaceEncoder would, which freezes its FNet.
-
-    Args:
-        fnet: From `create_fnet`.
-        crop: Template of the crops.
-
-    Returns:
-        RGB [0, 1] crops `[B, 3, H, W]` to the FNet's input.
-    """
+    """What brings crops to an FNet's input, as a FaceEncoder would, which freezes its FNet."""
     stand_in = nn.Identity()
     for name in ("pretrained_cfg", "num_features", "crop"):
         setattr(stand_in, name, getattr(fnet, name))

@@ -1,0 +1,337 @@
+"""The faces of each step: which they are, their crops, their HR features."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from huggingface_hub.utils.tqdm import tqdm
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from idloss import __version__
+from idloss.data import DataError, Fault
+from idloss.encoder import FaceEncoder
+from idloss.evaluation.cache import digest_network
+from idloss.geometry import convert_crop, get_template
+from idloss.losses import IdentityPreservedLoss
+from idloss.resample import to_float
+from idloss.training.seams import Faces, as_faces
+from idloss.weights.files import written_whole
+
+Batch = Mapping[str, Tensor]
+
+_EPOCH = 1  # purpose of the numbers that shuffle an epoch
+DEVICE_SHARE = 1 / 3
+"""Of a GPU's free memory that crops may take; networks and activations need the rest."""
+COVERAGE = 0.75
+"""Least share of an FNet's crop that ours must hold: 112x96 crops hold 86 % of ArcFace's."""
+FEATURE_BATCH = 64
+
+
+class Draw(NamedTuple):
+    """The share of one step's batch that one process computes in one go.
+
+    Attributes:
+        step: Which step, counted from 1.
+        faces: Positions of its faces in the data, int64 `[rows.stop - rows.start]`.
+        rows: Where they stand in the step's whole batch.
+        total: Faces of the whole batch. Random numbers are drawn for all of it, so that they do
+            not depend on how it is shared out.
+    """
+
+    step: int
+    faces: Tensor
+    rows: slice
+    total: int
+
+
+class Task(Protocol):
+    """A module to train and where its batches come from.
+
+    Attributes:
+        module: What is trained, and what may be compiled and wrapped. Its `forward(**batch)` gives
+            losses by name, scalars that are means over the faces; `"loss"` is minimised.
+        network: The part of `module` that is kept: averaged, validated, saved.
+        content: What its data are, as a hash: a run is not resumed on others.
+    """
+
+    @property
+    def module(self) -> nn.Module: ...  # noqa: D102
+    @property
+    def network(self) -> nn.Module: ...  # noqa: D102
+    @property
+    def content(self) -> str: ...  # noqa: D102
+
+    def __len__(self) -> int:
+        """Faces there are to draw from."""
+
+    def batches(self, draws: Iterable[Draw]) -> Iterator[Batch]:
+        """Inputs of `module`, one batch for each draw, made of the draw alone."""
+
+
+def generator_for(seed: int, *words: int) -> torch.Generator:
+    """Random numbers on the CPU that depend on a run's seed and on what they are for alone."""
+    state = np.random.SeedSequence((seed, *words)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+
+
+def shuffled_batches(
+    faces: int, batch_size: int, *, seed: int, start: int = 1
+) -> Iterator[tuple[int, Tensor]]:
+    """Steps from `start` on and their faces, int64 `[batch_size]`, shuffled anew each epoch.
+
+    A last batch of an epoch that is not full is dropped, as in the paper's released code.
+    """
+    if faces < batch_size:
+        raise ValueError(f"{faces} faces do not fill a batch: lower batch_size={batch_size}")
+    in_epoch = faces // batch_size
+    step = start
+    while True:
+        epoch, first = divmod(step - 1, in_epoch)
+        order = torch.randperm(faces, generator=generator_for(seed, _EPOCH, epoch))
+        for batch in order[: in_epoch * batch_size].split(batch_size)[first:]:
+            yield step, batch
+            step += 1
+
+
+def shares(count: int, *, process: int, processes: int, accumulate: int) -> list[slice]:
+    """The rows of a batch that one process computes, `accumulate` slices of equal length."""
+    parts = processes * accumulate
+    if count % parts:
+        raise ValueError(
+            f"batch_size={count} cannot be shared evenly by {processes} processes with "
+            f"accumulate={accumulate}: make it a multiple of {parts}"
+        )
+    size = count // parts
+    first = process * accumulate
+    return [slice((first + i) * size, (first + i + 1) * size) for i in range(accumulate)]
+
+
+class Crops:
+    """Reads the crops of draws, ahead of time where they come from disk.
+
+    Args:
+        faces: Crops, or photos, which are aligned as they are asked for.
+        crop: The crops' template.
+        device: Where they go.
+        hold: `"device"`, `"host"` or `"auto"`; see `RunOptions.hold_crops`.
+        workers: Processes that read photos, or prepared crops on their way to a GPU.
+        skip_missing: Put the next face in the place of one that cannot be read or aligned.
+
+    Raises:
+        ValueError: The faces are aligned to another template, or are photos that are to be held on
+            the device.
+    """
+
+    def __init__(
+        self,
+        faces: Faces,
+        *,
+        crop: str = "sphereface",
+        device: torch.device,
+        hold: str = "auto",
+        workers: int = 0,
+        skip_missing: bool = False,
+    ) -> None:
+        faces = as_faces(faces)
+        if faces.crop not in (None, crop):
+            raise ValueError(
+                f"the faces are aligned to {faces.crop!r} and the recipe says crop={crop}: set "
+                f"crop={faces.crop}, or prepare them anew"
+            )
+        self.faces = faces
+        self.template = get_template(crop)
+        self.device = device
+        self.workers = workers
+        self.skip_missing = skip_missing
+        self.resident: Tensor | None = None
+        self._unusable: dict[int, Fault] = {}
+        if faces.crop is None:
+            if hold == "device":
+                raise ValueError("hold_crops=device needs prepared faces: run 'idloss prepare'")
+        elif hold == "device" or (hold == "auto" and self._fits()):
+            self.resident = faces.crops_at(torch.arange(len(faces))).to(device)
+
+    def _fits(self) -> bool:
+        if self.device.type != "cuda":
+            return False
+        free, _ = torch.cuda.mem_get_info(self.device)
+        height, width = self.template.size
+        return len(self.faces) * 3 * height * width < free * DEVICE_SHARE
+
+    def read(self, draws: Iterable[Draw]) -> Iterator[tuple[Draw, Tensor]]:
+        """Each draw with its crops, uint8 RGB `[B, 3, H, W]`, on the device."""
+        if self.resident is not None:
+            for draw in draws:
+                yield draw, self.resident.index_select(0, draw.faces.to(self.device))
+            return
+        on_gpu = self.device.type == "cuda"
+        workers = self.workers
+        if self.faces.crop is not None:
+            # a copy within the host's memory is faster than a worker's answer
+            workers = min(workers, 1) if on_gpu else 0
+        pending: deque[Draw] = deque()
+        loader = DataLoader(
+            _Reader(self.faces, self.template.name),
+            batch_sampler=_positions(draws, pending),
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            pin_memory=on_gpu,
+            multiprocessing_context="spawn" if workers else None,
+            generator=torch.Generator(),  # its seeds of workers are not to come from the run's
+        )
+        for crops, faults in loader:
+            draw = pending.popleft()
+            if faults:
+                draw = self._mend(draw, crops, faults)
+            yield draw, crops.to(self.device, non_blocking=True)
+
+    def _mend(self, draw: Draw, crops: Tensor, faults: Mapping[int, Fault]) -> Draw:
+        """Put the next usable face in the place of each that is not, in `crops` and in the draw."""
+        new = {face: fault for face, fault in faults.items() if face not in self._unusable}
+        if not self.skip_missing:
+            raise DataError(new.values(), "Mend them, or set skip_missing=true.")
+        self._unusable |= new
+        if new:
+            shown = "; ".join(map(str, new.values()))
+            warnings.warn(f"replaced by the next faces: {shown}", UserWarning, stacklevel=2)
+        faces = draw.faces.clone()
+        for row, face in enumerate(draw.faces.tolist()):
+            if face in faults:
+                faces[row], crops[row] = self._next_usable(face)
+        return draw._replace(faces=faces)
+
+    def _next_usable(self, face: int) -> tuple[int, Tensor]:
+        count = len(self.faces)
+        for place in ((face + step) % count for step in range(1, count)):
+            if place not in self._unusable:
+                found: dict[int, Fault] = {}
+                [crop] = self.faces.crops_at(torch.tensor([place]), self.template, faults=found)
+                if not found:
+                    return place, crop
+                self._unusable |= found
+        raise DataError(self._unusable.values(), "No face is left to train on.")
+
+
+class _Reader(Dataset[tuple[Tensor, dict[int, Fault]]]):
+    """Whole batches of crops, and what is wrong with whom: an error would not survive the way."""
+
+    def __init__(self, faces: Faces, crop: str) -> None:
+        self.faces = faces
+        self.crop = crop
+
+    def __getitems__(self, places: list[int]) -> tuple[Tensor, dict[int, Fault]]:
+        faults: dict[int, Fault] = {}
+        return self.faces.crops_at(torch.tensor(places), self.crop, faults=faults), faults
+
+
+def _positions(draws: Iterable[Draw], pending: deque[Draw]) -> Iterator[list[int]]:
+    """The faces of each draw, which is put by until its crops arrive."""
+    for draw in draws:
+        pending.append(draw)
+        yield draw.faces.tolist()
+
+
+def _as_it_is(read: Any) -> Any:
+    return read
+
+
+def check_crop(encoder: FaceEncoder, crop: str) -> None:
+    """Find out before training whether crops of a template hold what an FNet wants to see."""
+    template, wanted = get_template(crop), encoder.fnet_crop
+    if wanted is None:  # it is meant to be stretched
+        return
+    whole = torch.ones(1, 1, *template.size)
+    share = float(convert_crop(whole, template, wanted, fill=0.0).mean())
+    if share < COVERAGE:
+        raise ValueError(
+            f"FNet and crop do not fit: {encoder} takes {wanted!r} crops, of which "
+            f"crop={template.name} holds {share:.0%}: prepare the faces with --crop {wanted} "
+            f"and set crop={wanted}"
+        )
+
+
+def stored_features(
+    faces: Faces,
+    identity: IdentityPreservedLoss,
+    *,
+    device: torch.device,
+    progress: bool = True,
+) -> Tensor:
+    """HR features of all crops and of their mirror images, float32 `[2, N, D]`.
+
+    Those of prepared faces are kept beside them by a hash of the data, the FNets and how these are
+    fed, so that other data or another FNet never meet features that are not theirs. Where that is
+    not possible they stay in memory.
+    """
+    folder: Path | None = getattr(faces, "folder", None)
+    key = features_key(faces.content, identity)
+    if folder is None or key is None:
+        return torch.from_numpy(compute_features(faces, identity, device, progress=progress))
+    path = folder / f"features-{key}.npy"
+    if not path.is_file():
+        wanted = 8 * len(faces) * identity.num_features
+        try:
+            if shutil.disk_usage(folder).free < wanted:
+                raise OSError(f"{wanted >> 20} MiB are needed")  # noqa: TRY301
+            with written_whole(path) as temporary:
+                found = compute_features(faces, identity, device, progress=progress, file=temporary)
+                found.flush()  # type: ignore[attr-defined]
+        except OSError as error:
+            warnings.warn(
+                f"HR features cannot be kept in {folder} ({error}) and are computed for this run "
+                "alone: prepare the faces into another folder to keep them",
+                UserWarning,
+                stacklevel=2,
+            )
+            return torch.from_numpy(compute_features(faces, identity, device, progress=progress))
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def features_key(content: str, identity: IdentityPreservedLoss) -> str | None:
+    """A name for HR features: what faces, what FNets, how fed; None if an FNet cannot be told."""
+    parts: list[object] = [__version__, content, identity.value_range]
+    for encoder in identity.encoders:
+        assert isinstance(encoder, FaceEncoder)
+        fnet = digest_network(encoder.fnet)
+        if fnet is None:
+            return None
+        parts.append(
+            (fnet, encoder.crop, encoder.interpolation, encoder.flip, encoder.channel_order)
+        )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+@torch.inference_mode()
+def compute_features(
+    faces: Faces,
+    identity: IdentityPreservedLoss,
+    device: torch.device,
+    *,
+    progress: bool = True,
+    file: Path | None = None,
+) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """Embed every crop and its mirror image, float32 `[2, N, D]`, in memory or in an `.npy`."""
+    shape = (2, len(faces), identity.num_features)
+    features: np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+    if file is None:
+        features = np.empty(shape, np.float32)
+    else:
+        features = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+    bar = tqdm(total=len(faces), desc="HR features", unit="face", delay=2, disable=not progress)
+    with bar:
+        for places in torch.arange(len(faces)).split(FEATURE_BATCH):
+            hr = to_float(faces.crops_at(places).to(device))
+            both = identity.embed(torch.cat((hr, hr.flip(-1))))
+            rows = slice(int(places[0]), int(places[-1]) + 1)
+            features[:, rows] = both.float().cpu().numpy().reshape(2, len(places), -1)
+            bar.update(len(places))
+    return features

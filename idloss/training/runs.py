@@ -1,0 +1,484 @@
+"""Whole runs from a recipe: faces, networks, checks, training, and the saved network."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+
+from idloss import __version__
+from idloss.data import EvaluationSet, open_evaluation, open_training
+from idloss.degradation import Degradation, get_degradation
+from idloss.encoder import FaceEncoder
+from idloss.evaluation import HR, evaluate, write_sheets
+from idloss.geometry import get_template
+from idloss.losses import HallucinationLoss, ImageLoss
+from idloss.registry import create_fnet, create_srnet
+from idloss.resample import Size
+from idloss.training.batches import Crops, check_crop, stored_features
+from idloss.training.engine import Engine, Validate, create_accelerator
+from idloss.training.recipe import FaceOptions, FNetRecipe, Recipe, save_recipe
+from idloss.training.saving import (
+    Kind,
+    cfg_of,
+    name_of,
+    save_network,
+    try_to_save,
+    unwrapped,
+)
+from idloss.training.seams import Faces, as_faces
+from idloss.training.tasks import (
+    Distillation,
+    DistillationTask,
+    Hallucination,
+    HallucinationTask,
+    LowResolution,
+    Recognition,
+    RecognitionTask,
+    Views,
+    labels_of,
+    only_labelled,
+)
+
+IMAGE_LOSSES: Mapping[str, ImageLoss] = {
+    "l1": F.l1_loss,
+    "mse": F.mse_loss,
+    "smooth_l1": F.smooth_l1_loss,
+}
+"""Image losses by name."""
+SHOWN = 5
+"""Faces on a sheet of pictures."""
+SR_CROP = "sphereface"
+"""Template of the crops that probes are made of, as in the paper."""
+RECIPE, CHANGES, MODEL = "recipe.yaml", "changes.csv", "model"
+
+
+def train(
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    faces: Faces | None = None,
+    srnet: nn.Module | None = None,
+    criterion: HallucinationLoss | None = None,
+    degradation: Degradation | None = None,
+) -> nn.Module:
+    """Train an SRNet.
+
+    What is given takes the place of what the recipe names: the way to try a network, a loss or a
+    degradation of one's own.
+
+    Args:
+        recipe: What to do.
+        folder: Where everything goes: `recipe.yaml`, `training.csv`, `checkpoints/`, `pictures/`,
+            and at the end `model/`, which `open_trained` opens.
+        resume: Go on from the newest whole checkpoint in the folder. Fields in
+            `recipe.CHANGEABLE` may have other values from there on; `changes.csv` tells them.
+        faces: Faces to train on.
+        srnet: The network; a compiled or data-parallel one is unwrapped.
+        criterion: The losses.
+        degradation: From HR to LR.
+
+    Returns:
+        The trained network, in eval mode.
+
+    Raises:
+        ValueError: Something does not fit, or the network cannot be saved; before training starts,
+            in one line that says what to change.
+        FileNotFoundError: There are no data where the recipe says.
+        FileExistsError: The folder holds a run and `resume` is False.
+        TrainingStoppedError: Training ended before its time.
+        OSError: The disk is full, or no checkpoint is whole.
+    """
+    run = _Run(recipe, Path(folder), faces, resume=resume)
+    network = unwrapped(srnet) if srnet is not None else None
+    if network is None:
+        network = create_srnet(recipe.srnet, pretrained=recipe.pretrained, **recipe.srnet_options)
+    if criterion is None:
+        criterion = HallucinationLoss(
+            recipe.fnet,
+            weight=recipe.identity_weight,
+            image_loss=IMAGE_LOSSES[recipe.image_loss],
+            crop=recipe.crop,
+            distance=recipe.distance,
+        )
+        criterion_given = None
+    else:
+        criterion_given = criterion
+    module = Hallucination(network, criterion)
+    _check_fit(recipe, module)
+    task = HallucinationTask(
+        module.to(run.device),
+        run.crops(),
+        recipe.lr_sizes(),
+        degradation or get_degradation(recipe.degradation, **recipe.degradation_options),
+        seed=recipe.seed,
+        channels_last=recipe.channels_last,
+    )
+    validate = _srnet_validation(recipe, run)
+    identity = criterion.identity
+    if recipe.store_hr_features and identity is not None:
+        if run.faces.crop is None:
+            run.accelerator.print("photos are read anew each time: HR features are not stored")
+        else:
+            # one process of each machine computes them, the others read its file
+            with run.accelerator.local_main_process_first():
+                show = run.accelerator.is_local_main_process
+                task.take_features(
+                    stored_features(run.faces, identity, device=run.device, progress=show)
+                )
+    replaced = {
+        "srnet": (srnet, ("srnet", "srnet_options", "pretrained")),
+        "criterion": (criterion_given, ("fnet", "identity_weight", "distance", "image_loss")),
+        "degradation": (degradation, ("degradation", "degradation_options")),
+    }
+    probe = torch.rand(1, 3, *recipe.lr_sizes()[0], generator=torch.Generator().manual_seed(0))
+    options = {} if srnet is not None else recipe.srnet_options
+    return run.carry_out(task, "srnet", probe, options, replaced, validate)
+
+
+def train_fnet(
+    recipe: FNetRecipe,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    faces: Faces | None = None,
+    fnet: nn.Module | None = None,
+    teacher: nn.Module | None = None,
+) -> nn.Module:
+    """Train an FNet.
+
+    What is given takes the place of what the recipe names.
+
+    Args:
+        recipe: What to do.
+        folder: As for `train`.
+        resume: As for `train`.
+        faces: Faces to train on.
+        fnet: The network.
+        teacher: An FNet whose embeddings are to be learned.
+
+    Returns:
+        The trained network, in eval mode.
+
+    Raises:
+        ValueError: As for `train`, like the others: `FileNotFoundError`, `FileExistsError`,
+            `TrainingStoppedError` and `OSError`.
+    """
+    run = _Run(recipe, Path(folder), faces, resume=resume)
+    options = {} if fnet is not None else recipe.fnet_options
+    network = create_fnet(
+        unwrapped(fnet) if fnet is not None else recipe.fnet,
+        pretrained=recipe.pretrained,
+        **options,
+    )
+    taught_by = teacher or recipe.teacher
+    if taught_by is None:
+        run.faces, left_out = only_labelled(run.faces)
+        if left_out:
+            run.accelerator.print(left_out)
+    low = LowResolution(
+        recipe.low_resolution,
+        recipe.sizes_by_factor(recipe.crop),
+        get_degradation(recipe.degradation, **recipe.degradation_options),
+    )
+    views = Views(
+        run.crops(),
+        network,
+        seed=recipe.seed,
+        low_resolution=low if recipe.low_resolution else None,
+        channels_last=recipe.channels_last,
+    )
+    check_crop(views.input, recipe.crop)
+    task: RecognitionTask | DistillationTask
+    if taught_by is not None:
+        encoder = FaceEncoder(taught_by, crop=recipe.crop)
+        check_crop(encoder, recipe.crop)
+        task = DistillationTask(Distillation(network, encoder).to(run.device), views)
+    else:
+        from idloss.training.margins import get_margin  # slow to import
+
+        width: Any = network.num_features
+        identities = int(labels_of(run.faces).max()) + 1
+        margin = get_margin(recipe.margin, identities, width, **recipe.margin_options)
+        task = RecognitionTask(Recognition(network, margin).to(run.device), views)
+    replaced = {
+        "fnet": (fnet, ("fnet", "fnet_options", "pretrained")),
+        "teacher": (teacher, ("teacher",)),
+    }
+    input_size = network.pretrained_cfg["input_size"]  # type: ignore[index]
+    probe = torch.rand(2, *input_size, generator=torch.Generator().manual_seed(0))
+    return run.carry_out(task, "fnet", probe, options, replaced, _fnet_validation(recipe, run))
+
+
+class _Run:
+    """How every run on faces begins and ends."""
+
+    def __init__(
+        self, recipe: FaceOptions, folder: Path, faces: Faces | None, *, resume: bool
+    ) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.resume = resume
+        self.changes = _changes(recipe, folder, resume=resume)
+        self.accelerator = create_accelerator(recipe, folder)
+        self.device = self.accelerator.device
+        self.faces = as_faces(_open_faces(recipe) if faces is None else faces)
+        torch.manual_seed(recipe.seed)
+
+    def crops(self) -> Crops:
+        recipe = self.recipe
+        return Crops(
+            self.faces,
+            crop=recipe.crop,
+            device=self.device,
+            hold=recipe.hold_crops,
+            workers=recipe.workers,
+            skip_missing=recipe.skip_missing,
+        )
+
+    def carry_out(
+        self,
+        task: HallucinationTask | RecognitionTask | DistillationTask,
+        kind: Kind,
+        probe: Tensor,
+        options: Mapping[str, Any],
+        replaced: Mapping[str, tuple[object | None, tuple[str, ...]]],
+        validate: Validate | None,
+    ) -> nn.Module:
+        """Try to save, train, save.
+
+        Args:
+            task: What to train.
+            kind: What its network is.
+            probe: An input of the network.
+            options: What it was made with.
+            replaced: What was given instead of fields of the recipe, which then do not hold.
+            validate: Judges the network.
+
+        Returns:
+            The trained network.
+        """
+        engine = Engine(
+            task,
+            self.recipe,
+            self.folder,
+            self.accelerator,
+            validate=validate,
+            validate_every=self.recipe.validate_every,
+        )
+        told = self._told(task.network, kind, replaced)
+        own = ""
+        if self.accelerator.is_main_process:
+            own = try_to_save(
+                task.network, self.folder / MODEL, told, options, probe.to(self.device)
+            )
+            if own:
+                print(f"the saved network will open with open_trained(folder, network): {own}")
+
+        def start(step: int) -> None:
+            save_recipe(self.recipe, self.folder / RECIPE)
+            _record(self.changes, step, self.folder / CHANGES)
+
+        trained = engine.run(resume=self.resume, on_start=start)
+        if self.accelerator.is_main_process:
+            told |= {"registered": not own, "changes": _recorded(self.folder / CHANGES)}
+            save_network(trained, self.folder / MODEL, told, options)
+        self.accelerator.wait_for_everyone()
+        return trained
+
+    def _told(
+        self,
+        network: nn.Module,
+        kind: Kind,
+        replaced: Mapping[str, tuple[object | None, tuple[str, ...]]],
+    ) -> dict[str, Any]:
+        """What a saved network tells of its run."""
+        given = {name: name_of(one) for name, (one, _) in replaced.items() if one is not None}
+        untrue = {field for name in given for field in replaced[name][1]}
+        fields = self.recipe.model_dump(mode="json")
+        left_out = untrue | self.recipe.PASSIVE
+        told: dict[str, Any] = {
+            "idloss": __version__,
+            "kind": kind,
+            "class": name_of(network),
+            "registered": True,
+            "recipe": {key: value for key, value in fields.items() if key not in left_out},
+            "given": given,
+            "data": {
+                "sha256": self.faces.content,
+                "faces": len(self.faces),
+                "identities": len(self.faces.identities),
+            },
+        }
+        cfg = cfg_of(network)
+        if self.recipe.pretrained and kind not in given:
+            told["began_with"] = {
+                key: cfg[key]
+                for key in ("architecture", "tag", "license", "origin_url")
+                if key in cfg
+            }
+        return told
+
+
+def _changes(
+    recipe: FaceOptions, folder: Path, *, resume: bool
+) -> dict[str, tuple[object, object]]:
+    """What a resumed run changes of its recipe; refuses what would make it another run."""
+    written = folder / RECIPE
+    if not written.is_file():
+        return {}
+    if not resume:
+        raise FileExistsError(f"{folder} holds a run: resume it, or choose another folder")
+    before = yaml.safe_load(written.read_text(encoding="utf-8"))
+    changed = {
+        name: (before.get(name), value)
+        for name, value in recipe.model_dump(mode="json").items()
+        if before.get(name) != value
+    }
+    fixed = changed.keys() - recipe.PASSIVE - recipe.CHANGEABLE
+    if fixed:
+        was = "; ".join(
+            f"{name} was {changed[name][0]!r} and is {changed[name][1]!r}" for name in sorted(fixed)
+        )
+        raise ValueError(f"the run in {folder} cannot be resumed with another recipe: {was}")
+    return {name: both for name, both in changed.items() if name in recipe.CHANGEABLE}
+
+
+def _record(changes: Mapping[str, tuple[object, object]], step: int, path: Path) -> None:
+    if not changes:
+        return
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(("after_step", "field", "before", "now"))
+        for name, (before, now) in changes.items():
+            writer.writerow((step, name, before, now))
+            print(f"from step {step + 1} on: {name} was {before!r} and is {now!r}")
+
+
+def _recorded(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _open_faces(recipe: FaceOptions) -> Faces:
+    """The faces that a recipe names, without those that it excludes."""
+    data = recipe.data
+    if data is None:
+        raise ValueError("there are no faces to train on: set data=FOLDER")
+    faces: Faces = open_training(data, skip_missing=recipe.skip_missing)
+    if not recipe.exclude:
+        return faces
+    unwanted = set(recipe.exclude)
+    unknown = unwanted - set(faces.names) - set(faces.identities)
+    if unknown:
+        raise ValueError(
+            f"exclude names {', '.join(sorted(unknown))}: neither images nor identities of {data}"
+        )
+    labels = [-1] * len(faces) if faces.labels is None else faces.labels.tolist()
+    keep = [
+        name not in unwanted and (label < 0 or faces.identities[label] not in unwanted)
+        for name, label in zip(faces.names, labels, strict=True)
+    ]
+    return faces.select(torch.tensor(keep))
+
+
+@torch.no_grad()
+def _check_fit(recipe: Recipe, module: Hallucination) -> None:
+    """Find out before training whether crop, FNet, SRNet and sizes fit each other."""
+    height, width = get_template(recipe.crop).size
+    identity = module.criterion.identity
+    for encoder in identity.encoders if identity is not None else ():
+        check_crop(encoder, recipe.crop)  # type: ignore[arg-type]
+    training = module.training
+    module.eval()
+    for rows, columns in recipe.lr_sizes():
+        sr = module.srnet(torch.zeros(1, 3, rows, columns))
+        if sr.ndim != 4 or sr.shape[1] != 3:
+            raise ValueError(
+                f"{type(module.srnet).__name__} gave {list(sr.shape)} for a {rows}x{columns} face: "
+                "an SRNet gives RGB [B, 3, H, W]"
+            )
+        if sr.shape[-2] > height or sr.shape[-1] > width:
+            raise ValueError(
+                f"size {rows}x{columns} does not fit: its SR of {sr.shape[-2]}x{sr.shape[-1]} is "
+                f"larger than the {height}x{width} crops it is compared with"
+            )
+    module.train(training)
+
+
+def _open_pairs(recipe: FaceOptions) -> EvaluationSet | None:
+    if recipe.validate_on is None:
+        if recipe.validate_every:
+            raise ValueError("validate_every needs faces to verify: set validate_on=LFW")
+        return None
+    data = open_evaluation(recipe.validate_on)
+    if data.pairs is None:
+        raise ValueError(f"validate_on={recipe.validate_on} has no pairs to verify")
+    return data
+
+
+def _srnet_validation(recipe: Recipe, run: _Run) -> Validate | None:
+    data = _open_pairs(recipe)
+    if data is None:
+        return None
+    name = recipe.fnet if isinstance(recipe.fnet, str) else next(iter(recipe.fnet))
+    fnet = create_fnet(name, pretrained=True)
+    return srnet_validation(data, fnet, recipe.lr_sizes(), run.folder / "pictures", run.device)
+
+
+def _fnet_validation(recipe: FNetRecipe, run: _Run) -> Validate | None:
+    data = _open_pairs(recipe)
+    sizes = recipe.sizes_by_factor(SR_CROP)
+    restored = create_srnet("bilinear")
+    if data is None:
+        return None
+    return lambda network, _: verification_rates(data, network, restored, sizes, run.device)
+
+
+def srnet_validation(
+    data: EvaluationSet,
+    fnet: nn.Module,
+    sizes: tuple[Size, ...],
+    folder: Path,
+    device: torch.device,
+) -> Validate:
+    """Verify pairs by an FNet on restored probes, and draw the first faces into a folder."""
+
+    def validate(network: nn.Module, step: int) -> dict[str, float]:
+        rates = verification_rates(data, fnet, network, sizes, device)
+        shown = {"bicubic": create_srnet("bicubic"), "srnet": network}
+        sheets = folder / f"step-{step:06d}"
+        write_sheets(sheets, data, {"fnet": fnet}, shown, sizes, count=SHOWN, device=device)
+        del rates["HR"]  # of the FNet alone, and always the same
+        return rates
+
+    return validate
+
+
+def verification_rates(
+    data: EvaluationSet,
+    fnet: nn.Module,
+    srnet: nn.Module,
+    sizes: tuple[Size, ...],
+    device: torch.device,
+) -> dict[str, float]:
+    """Share of right answers by probe size (`7x6`), and `HR`, protocol `paper`; nothing is kept."""
+    results = evaluate(
+        data, {"fnet": fnet}, {"srnet": srnet}, sizes, device=device, cache=False, progress=False
+    )
+    return {
+        "HR" if record.cell.srnet == HR else record.cell.size: record.estimate.value
+        for record in results.records
+        if record.metric == "accuracy"
+    }
