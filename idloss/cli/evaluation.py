@@ -77,17 +77,11 @@ def evaluate(
 ) -> None:
     """Measure FNets on low-resolution faces, restored by SRNets: Tables 1 and 2."""
     from idloss import create_fnet, create_srnet
+    from idloss import evaluation as bench
     from idloss.cli.options import parse_networks, parse_sizes
-    from idloss.evaluation import (
-        evaluate,
-        get_protocol,
-        write_figures,
-        write_sheets,
-        write_tables,
-    )
 
     # what is wrong with these is told before gigabytes are read and hours are spent
-    get_protocol(protocol)
+    bench.get_protocol(protocol)
     _require_writable(out)
     sizes = parse_sizes(size) if size else None
     found = _open(
@@ -102,7 +96,7 @@ def evaluate(
     )
     fnets = parse_networks("--fnet", fnet, create_fnet)
     srnets = parse_networks("--srnet", srnet, create_srnet)
-    results = evaluate(
+    results = bench.evaluate(
         found,
         fnets,
         srnets,
@@ -119,16 +113,16 @@ def evaluate(
     )
     results.run["command"] = ["idloss", *sys.argv[1:]]
     out, written = _keep(results, out)
-    tables = write_tables(results, out)
+    tables = bench.write_tables(results, out)
     for table in tables.values():
         typer.echo(f"\n{table}", nl=False)
     typer.echo(f"\nIn {out}: {', '.join(path.name for path in (*written, *tables))}")
     drawn: list[Path] = []
     if figures:
-        drawn += write_figures(results, out / "figures")
+        drawn += bench.write_figures(results, out / "figures")
         if faces:
             used = [(h, w) for own in results.run["sizes"].values() for h, w in own]
-            drawn += write_sheets(
+            drawn += bench.write_sheets(
                 out / "figures",
                 found,
                 fnets,

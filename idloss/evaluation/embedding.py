@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 from huggingface_hub.utils.tqdm import tqdm
@@ -34,7 +35,7 @@ from idloss.evaluation.cache import (
 from idloss.evaluation.protocols import Protocol
 from idloss.evaluation.reading import crops_at, digest_face
 from idloss.evaluation.results import HR, Cell
-from idloss.geometry import convert_crop, get_template
+from idloss.geometry import Template, convert_crop, get_template
 from idloss.registry import create_fnet
 from idloss.resample import Size, resize, to_float, to_uint8
 from idloss.srnets import Interpolation
@@ -106,11 +107,10 @@ def both_views(images: Tensor) -> Tensor:
     return torch.cat((images, images.flip(-1)))
 
 
-def cut(canvas: Tensor, crop: str, wanted: str) -> Tensor:
+def cut(canvas: Tensor, crop: str, wanted: str | Template) -> Tensor:
     """One crop out of a wider one, uint8; no resampling between sphereface and arcface."""
-    if crop == wanted:
-        return canvas
-    return to_uint8(convert_crop(to_float(canvas), crop, wanted))
+    own, other = get_template(crop), get_template(wanted)
+    return canvas if own == other else to_uint8(convert_crop(to_float(canvas), own, other))
 
 
 def _require_uint8(images: Tensor, what: str) -> None:
@@ -140,16 +140,19 @@ class Networks:
     ) -> None:
         self.fnets, self.srnets = dict(fnets), dict(srnets)
         self.protocol, self.device = protocol, device
-        self.crops = {name: str(net.crop or SR_CROP) for name, net in fnets.items()}
-        # SR comes as the SR crop, HR as the FNet's own
+        # HR comes as the FNet's own crop, SR as the SR crop
+        self.crops: dict[str, Template] = {}
         self.encoders: dict[tuple[str, str], FaceEncoder] = {}
         for name, fnet in fnets.items():
             net = fold_batch_norm(fnet, fnet.pretrained_cfg["input_size"])  # type: ignore[index, arg-type]
             if net is not fnet and device.type == "cpu":
                 net = net.to(memory_format=torch.channels_last)
-            for crop in (SR_CROP, self.crops[name]):
-                encoder = FaceEncoder(net, crop=crop, interpolation=protocol.up_mode)
-                self.encoders[name, crop] = encoder.to(device)
+            crop: Any = net.crop
+            self.crops[name] = get_template(crop or SR_CROP)
+            encoder = FaceEncoder(net, crop=SR_CROP, interpolation=protocol.up_mode).to(device)
+            self.encoders[name, "sr"] = encoder
+            self.encoders[name, "hr"] = copy.copy(encoder)  # over the same network
+            self.encoders[name, "hr"].crop = encoder.fnet_crop or encoder.crop
 
     def copies(self, count: int) -> list[Networks]:
         """As many sets over the same weights, or this one alone where a network cannot be copied.
@@ -172,12 +175,15 @@ class Networks:
 
     def embed_hr(self, fnet: str, canvas: Tensor, crop: str) -> Tensor:
         """Embed faces at full resolution, uint8 `[B, 3, H, W]` of a template; `[B, D]`."""
-        own = self.crops[fnet]
-        return self.embed(fnet, to_float(both_views(cut(canvas, crop, own))), own)
+        views = both_views(cut(canvas, crop, self.crops[fnet]))
+        return self._embed(fnet, "hr", to_float(views))
 
-    def embed(self, fnet: str, views: Tensor, crop: str = SR_CROP) -> Tensor:
-        """Embed faces and then their mirror images, `[2 B, 3, H, W]` in [0, 1]; `[B, D]`, fused."""
-        straight, mirrored = self.encoders[fnet, crop](views).chunk(2)
+    def embed_sr(self, fnet: str, views: Tensor) -> Tensor:
+        """Embed what `show` gave, `[2 B, 3, 112, 96]`; `[B, D]`, the views of a face fused."""
+        return self._embed(fnet, "sr", views)
+
+    def _embed(self, fnet: str, kind: str, views: Tensor) -> Tensor:
+        straight, mirrored = self.encoders[fnet, kind](views).chunk(2)
         return fuse_views(straight, mirrored, self.protocol)
 
     def show(self, srnet: str, probes: Tensor) -> Tensor:
@@ -428,7 +434,7 @@ class _Pass:
                 lr = prepare_probe(hr[rows.to(hr.device)], size, networks.protocol)
                 shown = networks.show(srnet, lr)
                 for cell in cells:
-                    self._put(cell, places[rows], networks.embed(cell.fnet, shown))
+                    self._put(cell, places[rows], networks.embed_sr(cell.fnet, shown))
 
     def _put(self, cell: Cell, places: Tensor, embeddings: Tensor) -> None:
         rows = embeddings.float().cpu()

@@ -292,7 +292,7 @@ def write_sheets(
             for method in srnets:
                 shown = networks.show(method, lr)
                 columns[method] = shown[: len(lr)]
-                found = networks.embed(name, shown)
+                found = networks.embed_sr(name, shown)
                 cosines[method] = F.cosine_similarity(found, reference).cpu()
             figure = picture_sheet({**columns, HR: hr}, cosines, names=names, title=f"FNet: {name}")
             files += save_figure(figure, Path(folder) / f"faces-{size[0]}x{size[1]}")

@@ -295,6 +295,29 @@ def test_results_that_cannot_be_written_are_told_first(lfw, networks, command, t
         assert re.search(rf"--out .*{said}; name another folder", error), error
 
 
+@pytest.mark.filterwarnings("default")
+def test_results_outlive_a_disk_that_filled_up(
+    lfw, networks, command, tmp_path, monkeypatch, capsys
+):
+    out, save = tmp_path / "out", Results.save
+
+    def full(results, path):
+        if out in path.parents:
+            raise OSError(28, "No space left on device")
+        return save(results, path)
+
+    monkeypatch.setattr(Results, "save", full)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    words = ["--fnet", networks[0], "--srnet", "bicubic", "--size", "7x6", "--no-figures"]
+    folder = tmp_path / "mine"
+    assert not command("evaluate", lfw, *words, "--out", out, "--cache-folder", folder)
+    told = capsys.readouterr()
+    assert "| bicubic" in told.out
+    other = re.search(r"No space left on device\); the results are in (\S+)\. ", told.err)
+    assert len(Results.load(f"{other[1]}/results.json").cells()) == 2
+    assert [*folder.rglob("*.safetensors")]
+
+
 def test_photos_without_points_say_what_to_give(networks, command, tmp_path):
     picture = Image.fromarray(np.zeros((20, 20, 3), np.uint8))
     for name in "abcd":

@@ -129,7 +129,7 @@ def test_another_srnet_computes_its_own_cells_only(data, fnet, srnets, calls):
 
 
 def test_tasks_share_embeddings(data, fnet, srnets, calls):
-    alone = run(data, {"f": fnet}, srnets, tasks=("identification", "open_set"), draws=3)
+    alone = run(data, {"f": fnet}, srnets, tasks=("identification", "open-set"), draws=3)
     faces = sum(s[0] for n, s in calls if n == "TinyFNet" and s[0] > 2)
     assert faces == 2 * len(data.faces) * (1 + len(srnets) * len(SIZES))
     assert {cell.task for cell in alone.cells()} == {"identification", "open_set"}
