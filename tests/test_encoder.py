@@ -167,7 +167,7 @@ def test_repr_tells_what_is_inside(encoder):
 
 def test_device_by_name():
     assert resolve_device("cpu") == torch.device("cpu")
-    found = torch.accelerator.current_accelerator()
+    found = torch.accelerator.current_accelerator(check_available=True)
     assert resolve_device() == (found or torch.device("cpu"))
     with pytest.raises(ValueError, match=r"'gpu' cannot be used .*this machine has"):
         resolve_device("gpu")

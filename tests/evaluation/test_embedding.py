@@ -137,9 +137,9 @@ def test_one_network_that_keeps_its_input_is_not_mixed_up(data, fnet, threads):
         )
 
 
-def kept_output():
+def kept_output(net=None):
     """Keeps what it made, with its graph, for a loss of its own: it cannot be copied."""
-    net = TinySRNet()
+    net = net or TinySRNet()
     net.register_forward_hook(lambda module, _, output: setattr(module, "kept", output))
     net(torch.rand(2, 3, 8, 8))
     return net
@@ -186,8 +186,10 @@ def test_live_networks_are_judged_and_left_as_they_were(make, data, fnet, thread
     assert all(parameter.grad is not None for parameter in net.parameters())
 
 
-def test_live_fnet_goes_on_training(data, threads):
-    fnet = tiny_fnet(size=(112, 96)).train()
+@pytest.mark.filterwarnings("ignore:.* cannot be copied:UserWarning")
+@pytest.mark.parametrize("change", [nn.Module.train, kept_output])
+def test_live_fnet_goes_on_training(change, data, threads):
+    fnet = change(tiny_fnet(size=(112, 96)).train())
     before = {name: value.clone() for name, value in fnet.state_dict().items()}
     threads(2)
     run(data, {"f": fnet}, {}, cache=False)
