@@ -1,5 +1,7 @@
 """Recipes: the paper's, those of a person, and everything that is wrong before training starts."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -7,7 +9,7 @@ from nets import tiny_fnet
 from tinytraining import FIELDS, tiny_faces, tiny_run
 
 from idloss import HallucinationLoss, create_srnet
-from idloss.training import Recipe, load_recipe, recipe_names, train
+from idloss.training import FNetRecipe, Recipe, load_recipe, recipe_names, train
 from idloss.training.recipe import save_recipe
 
 PAPER = [name for name in recipe_names() if name.startswith("paper_")]
@@ -45,6 +47,55 @@ def test_any_field_can_be_changed_and_comes_back(tmp_path):
     save_recipe(recipe, tmp_path / "recipe.yaml")
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
     assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["precision"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "value"),
+    [
+        ("compile=no", "compile", "no"),
+        ("exclude=[0000045, 12:30:45, no, 1e3]", "exclude", ("0000045", "12:30:45", "no", "1e3")),
+        ("data=a #1", "data", Path("a #1")),
+        ("data=a: b", "data", Path("a: b")),
+        ("data=null", "data", None),
+        ("srnet=0012", "srnet", "0012"),
+        ("fnet={0045: 1}", "fnet", {"0045": 1.0}),
+        ("seed=0045", "seed", 45),
+        ("learning_rate=1e-3", "learning_rate", 1e-3),
+        ("channels_last=false", "channels_last", False),
+        (
+            "srnet_options={depth: 4, res_scale: 1e-1}",
+            "srnet_options",
+            {"depth": 4, "res_scale": 0.1},
+        ),
+    ],
+    ids=str,
+)
+def test_text_is_taken_as_written(tmp_path, override, field, value):
+    """YAML 1.1 makes false of no, 37 of 0000045, 45045 of 12:30:45, and a of 'a #1'."""
+    recipe = load_recipe("paper_edsr16_64", [override])
+    assert getattr(recipe, field) == value
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+def test_text_in_a_file_is_taken_as_written(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("compile: no\nexclude: [0000045, 12:30:45]\ndata: 0012\nwarmup: 0010\n")
+    recipe = load_recipe(path)
+    assert (recipe.compile, recipe.exclude) == ("no", ("0000045", "12:30:45"))
+    assert (recipe.data, recipe.warmup) == (Path("0012"), 10)
+    path.write_text("seed: 1\nseed: 2\n")
+    with pytest.raises(ValueError, match=r"mine\.yaml: not YAML \(seed is said twice"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("kind", [Recipe, FNetRecipe])
+def test_every_field_is_explained(kind):
+    attributes = kind.__doc__.partition("Attributes:\n")[2].splitlines()
+    explained = dict(line.strip().split(": ", 1) for line in attributes)
+    assert explained.keys() == kind.model_fields.keys()
+    assert all(text[0].isupper() or text[0] == "`" for text in explained.values())
+    assert all(text.endswith(".") or text.endswith("...") for text in explained.values())
 
 
 def test_sizes_take_the_place_of_factors():

@@ -1,0 +1,326 @@
+"""What a run saves opens again, whoever built the network, and tells of the run."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from nets import TinyFNet, TinySRNet, tiny_fnet
+from timm.models import build_model_with_cfg
+from tinytraining import FIELDS, tiny_faces, tiny_run, weights
+from torch import nn
+
+from idloss import HallucinationLoss, create_srnet, register_srnet
+from idloss.data import SyntheticFaces
+from idloss.training import FNetRecipe, Recipe, load_recipe, open_trained, train, train_fnet
+from idloss.training.engine import _lent
+
+LR = torch.rand(2, 3, 7, 6, generator=torch.Generator().manual_seed(1))
+
+
+def small(**options):
+    torch.manual_seed(0)
+    return create_srnet("edsr16_64", **{"depth": 1, "width": 8, **options})
+
+
+class Tied(nn.Module):
+    """Two convolutions that share their weight, as an autoencoder's may."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        return torch.sigmoid(self.two(self.one(x)))
+
+
+class Transposed(nn.Module):
+    """A weight that lies in memory in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Parameter(torch.eye(3).repeat(1, 2)[:, ::2].t() + 0.1)
+
+    def forward(self, x):
+        return torch.einsum("oc,bchw->bohw", self.mix, x)
+
+
+class Adapter(nn.Module):
+    """What LoRA does: the network inside is frozen, and speaks for what is around it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.added = nn.Conv2d(3, 3, 1, bias=False)
+        self.pretrained_cfg = base.pretrained_cfg
+
+    def forward(self, x):
+        return self.added(self.base(x)) + self.base(x)
+
+
+def normed():
+    """The old weight norm, whose weights are made of others and cannot be copied."""
+    net = TinySRNet()
+    nn.utils.weight_norm(net.body[0])
+    return net
+
+
+class Remembering(TinySRNet):
+    """Keeps its last output, with its graph."""
+
+    def forward(self, x):
+        self.last = super().forward(x)
+        return self.last
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize(
+    "build",
+    [
+        TinySRNet,
+        Tied,
+        Transposed,
+        lambda: Adapter(small()),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1)),
+        normed,
+        Remembering,
+    ],
+    ids=["own", "tied", "transposed", "LoRA", "parametrised", "weight norm", "remembering"],
+)
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_networks_of_ones_own_train_are_judged_save_and_open(tmp_path, build, ema, monkeypatch):
+    seen = []
+
+    def judge(network, step):
+        seen.append((step, network.training))
+        return {"figure": float(network.double()(LR.double()).mean())}
+
+    monkeypatch.setattr("idloss.training.runs._srnet_validation", lambda *_: judge)
+    fields = {"iterations": 2, "channels_last": False, "ema": ema, "identity_weight": 0}
+    trained = tiny_run(tmp_path, srnet=build(), **fields)
+    opened = open_trained(tmp_path, build())
+    torch.testing.assert_close(opened(LR), trained.eval()(LR))
+    assert seen == [(2, False)]
+    with pytest.raises(ValueError, match="is not registered: build one and give it to"):
+        open_trained(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [nn.DataParallel, torch.compile, lambda net: torch.compile(nn.DataParallel(net))],
+    ids=["DataParallel", "compiled", "both"],
+)
+def test_what_is_wrapped_is_saved_as_it_is_without(tmp_path, wrap):
+    tiny_run(tmp_path / "plain", srnet=small(), iterations=1)
+    tiny_run(tmp_path / "wrapped", srnet=wrap(small()), iterations=1)
+    expected, found = weights(tmp_path / "plain"), weights(tmp_path / "wrapped")
+    assert all(found[key].equal(value) for key, value in expected.items())
+    assert open_trained(tmp_path / "wrapped").scale == 4
+
+
+def test_settings_that_weights_do_not_show_come_back(tmp_path):
+    trained = tiny_run(tmp_path, srnet=small(scale=2), iterations=1)
+    opened = create_srnet(f"local-dir:{tmp_path}/model", pretrained=True)
+    torch.testing.assert_close(opened(LR), trained(LR))
+
+
+class PlugIn(TinySRNet):
+    num_classes = num_features = 0
+
+    def __init__(self, **_):
+        super().__init__()
+
+
+@register_srnet
+def plugged_in(pretrained=False, **kwargs):
+    cfg = kwargs.pop("pretrained_cfg", None) or {"input_size": (3, 7, 6)}
+    return build_model_with_cfg(PlugIn, "plugged_in", pretrained, pretrained_cfg=cfg, **kwargs)
+
+
+def test_a_plug_in_opens_by_the_registry(tmp_path):
+    trained = tiny_run(tmp_path, srnet=create_srnet("plugged_in"), iterations=1)
+    opened = create_srnet(f"local-dir:{tmp_path}/model", pretrained=True).eval()
+    assert isinstance(opened, PlugIn)
+    torch.testing.assert_close(opened(LR), trained(LR))
+
+
+def test_what_cannot_be_saved_is_refused_before_the_first_step(tmp_path):
+    class Secretive(TinySRNet):
+        def get_extra_state(self):
+            return {"not": "a tensor"}
+
+        def set_extra_state(self, state):
+            pass
+
+    with pytest.raises(ValueError, match="Secretive cannot be saved"):
+        tiny_run(tmp_path, srnet=Secretive())
+    assert not (tmp_path / "training.csv").exists()
+    assert not list(tmp_path.glob("model*"))
+
+
+def test_a_saved_network_tells_its_own_run(tmp_path):
+    """Not that of the weights in the zoo under the same name."""
+    trained = train(
+        Recipe(**FIELDS | {"iterations": 1}, srnet_options={"depth": 1, "width": 8}),
+        tmp_path,
+        faces=tiny_faces(),
+        criterion=HallucinationLoss(tiny_fnet(), weight=0.25, crop="sphereface"),
+    )
+    text = (tmp_path / "model" / "config.json").read_text()
+    for lie in ("celeba295", "LFW", "zoo", "file://", "research"):
+        assert lie not in text
+    told = json.loads(text)["idloss"]
+    assert told["recipe"]["iterations"] == 1
+    assert len(told["data"]["sha256"]) == 64
+    assert (told["data"]["faces"], told["data"]["identities"]) == (20, 10)
+    assert told["given"] == {"criterion": "idloss.losses.HallucinationLoss"}
+    assert "identity_weight" not in told["recipe"]  # the criterion given had its own
+    assert "data" not in told["recipe"]
+    opened = create_srnet(f"local-dir:{tmp_path}/model", pretrained=True)
+    assert not opened.pretrained_cfg.get("tag")
+    assert opened(LR).equal(trained(LR))
+
+
+def test_an_fnet_of_ones_own(tmp_path):
+    trained = train_fnet(
+        FNetRecipe(**FIELDS | {"iterations": 1, "margin": "cosface"}),
+        tmp_path,
+        faces=tiny_faces(),
+        fnet=tiny_fnet(),
+    )
+    opened = open_trained(tmp_path, TinyFNet())
+    images = torch.rand(2, 3, 28, 24)
+    torch.testing.assert_close(opened(images), trained(images))
+
+
+def test_damaged_and_foreign_folders_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no saved network"):
+        open_trained(tmp_path)
+    tiny_run(tmp_path, srnet=TinySRNet(), iterations=1)
+    with pytest.raises(ValueError, match=r"are of a nets\.TinySRNet and do not fit"):
+        open_trained(tmp_path, Tied())
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"\0" * 20)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        open_trained(tmp_path, TinySRNet())
+    (tmp_path / "model" / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json is not that of a trained network"):
+        open_trained(tmp_path, TinySRNet())
+
+
+def test_a_lent_network_comes_back_as_it_was():
+    net = TinySRNet().train()
+    net.up.eval()
+    state = {key: (value, value.clone()) for key, value in net.state_dict().items()}
+    parameters = dict(net.named_parameters())
+    with _lent(net) as lent:
+        assert not lent.training
+        lent.double().requires_grad_(False)
+        for value in lent.state_dict().values():
+            value.zero_()
+    assert net.training
+    assert not net.up.training
+    for key, value in net.state_dict().items():
+        before, copy = state[key]
+        assert value.data_ptr() == before.data_ptr()
+        assert value.equal(copy)
+    assert all(one is parameters[name] for name, one in net.named_parameters())
+    assert all(one.requires_grad for one in net.parameters())
+
+
+# devices
+
+
+def test_two_processes_on_a_cpu_are_one_run_without_being_told(tmp_path):
+    """`torchrun` on a machine without a GPU began two lone trainings in one folder."""
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1"]
+    command += ["--nproc-per-node=2", str(ROOT / "tests" / "tinytraining.py"), str(tmp_path)]
+    done = subprocess.run(
+        [*command, "device=auto", "iterations=2"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    checkpoint = tmp_path / "checkpoints" / "step-000002"
+    assert {path.name for path in checkpoint.glob("random_states_*")} == {
+        "random_states_0.pkl",
+        "random_states_1.pkl",
+    }
+
+
+def test_processes_that_do_not_join_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("idloss.training.engine.Accelerator", _Lone)
+    with pytest.raises(ValueError, match="2 processes were started and on cpu they do not join"):
+        tiny_run(tmp_path)
+
+
+class _Lone:
+    num_processes = 1
+    device = torch.device("cpu")
+
+    def __init__(self, **_):
+        pass
+
+
+def test_a_device_that_is_not_there(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match="cuda:1"):
+        tiny_run(tmp_path, device="cuda:1")
+    with pytest.raises(ValueError, match="device: string should match pattern"):
+        load_recipe("paper_edsr16_64", ["device=gpu"])
+
+
+# faces that fail in mid-run
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_photo_that_breaks_names_itself_or_is_replaced(tmp_path, workers):
+    from minilfw import mini_lfw
+
+    from idloss.data import DataError, lfw
+
+    root = mini_lfw(tmp_path / "lfw", people=4, photos=3)
+    faces = lfw(root).faces
+    broken = sorted(root.rglob("*.jpg"))[4]
+    broken.write_bytes(broken.read_bytes()[:200])
+    fields = {"iterations": 2, "batch_size": 8, "workers": workers, "identity_weight": 0}
+    with pytest.raises(DataError) as caught:
+        tiny_run(tmp_path / "strict", faces=faces, **fields)
+    assert broken.stem in str(caught.value)
+    assert "set skip_missing=true" in str(caught.value)
+    assert len(caught.value.faults) == 1
+    with pytest.warns(UserWarning, match=f"replaced by the next faces: .*{broken.stem}"):
+        tiny_run(tmp_path / "lenient", faces=faces, skip_missing=True, **fields)
+
+
+def test_the_label_of_a_replaced_face_goes_with_it(tmp_path, monkeypatch):
+    from idloss.data import Fault
+    from idloss.training.batches import Crops, Draw
+
+    faces = SyntheticFaces(4, 2).render(progress=False)
+    crops = Crops(faces, device=torch.device("cpu"), skip_missing=True)
+    read = type(crops.faces).crops_at
+
+    def failing(self, indices, crop=None, *, faults=None):
+        found = read(self, indices, crop, faults=faults)
+        for row, face in enumerate(torch.as_tensor(indices).tolist()):
+            if face in (2, 3) and faults is not None:
+                faults[face] = Fault(f"face {face}", "gone")
+                found[row] = 0
+        return found
+
+    monkeypatch.setattr(type(crops.faces), "crops_at", failing)
+    with pytest.warns(UserWarning, match="face 2: gone"):
+        [(draw, pixels)] = crops.read([Draw(1, torch.tensor([0, 2]), slice(0, 2), 2)])
+    assert draw.faces.tolist() == [0, 4]
+    assert pixels[1].equal(faces.crops[4])
