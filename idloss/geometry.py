@@ -7,6 +7,7 @@ the mouth, left and right as seen in the photo.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -17,12 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from idloss.errors import did_you_mean
-from idloss.resample import Mode
+from idloss.plugins import load_plugins
+from idloss.resample import Mode, check_images, resize
 
 Point: TypeAlias = tuple[float, float]
 Fill: TypeAlias = float | Literal["edge"]
 # One number, or a batch of them [B]: the least-squares fit is written once for both.
 _Number: TypeAlias = float | Tensor
+_Conversion: TypeAlias = tuple[
+    tuple[int, int],
+    tuple[int, int],
+    tuple[int, int] | None,
+    tuple[tuple[float, float, float], tuple[float, float, float]],
+]
 _Points: TypeAlias = Sequence[tuple[_Number, _Number]]
 
 _MIN_EXTENT = 1.0  # pixels; a face smaller than that is normalised coordinates or one point
@@ -79,26 +87,61 @@ def _moved(points: Sequence[Point], scale: float, right: float, down: float) -> 
 # - facenet: the box plus 32 px of margin, at 160 (davidsandberg/facenet, wiki "Validate on LFW":
 #   align_dataset_mtcnn.py --image_size 160 --margin 32), but without its stretch to a square.
 # The paper feeds VGG-Face neither: it stretches the 112x96 crop to 224x224.
-TEMPLATES: Final[Mapping[str, Template]] = MappingProxyType(
-    {
-        template.name: template
-        for template in (
-            Template("sphereface", (112, 96), _SPHEREFACE),
-            # deepinsight/insightface, python-package/insightface/utils/face_align.py: + 8 px in x
-            Template("arcface", (112, 112), _moved(_SPHEREFACE, 1.0, 8.0, 0.0)),
-            Template("vggface", (224, 224), _moved(_SPHEREFACE, 2.433, -1.2, -44.4)),
-            Template("facenet", (160, 160), _moved(_SPHEREFACE, 1.294, 20.1, -4.0)),
-        )
-    }
-)
+_ARCFACE: Final = _moved(_SPHEREFACE, 1.0, 8.0, 0.0)
+# FNets of pSp and e4e see rows 35 to 223 and columns 32 to 220 of a 256 px face, shrunk to 112x112
+# (eladrich/pixel2style2pixel, criteria/id_loss.py); pixels have their centres at whole numbers.
+_PSP: Final = 188 / 112
+_templates: dict[str, Template] = {}
+
+TEMPLATES: Final[Mapping[str, Template]] = MappingProxyType(_templates)
 """Crops by name."""
 
 
-def get_template(template: str | Template) -> Template:
+def register_template(template: Template) -> Template:
+    """Let a template be asked for by its name wherever a `crop` is.
+
+    Args:
+        template: The template.
+
+    Returns:
+        The template.
+
+    Raises:
+        ValueError: Another template has that name.
+    """
+    if _templates.setdefault(template.name, template) != template:
+        raise ValueError(f"there is another template {template.name!r}: give this one its own name")
+    return template
+
+
+for _template in (
+    Template("sphereface", (112, 96), _SPHEREFACE),
+    # deepinsight/insightface, python-package/insightface/utils/face_align.py: + 8 px in x
+    Template("arcface", (112, 112), _ARCFACE),
+    Template("vggface", (224, 224), _moved(_SPHEREFACE, 2.433, -1.2, -44.4)),
+    Template("facenet", (160, 160), _moved(_SPHEREFACE, 1.294, 20.1, -4.0)),
+    Template("psp", (256, 256), _moved(_ARCFACE, _PSP, 31.5 + _PSP / 2, 34.5 + _PSP / 2)),
+    # xinntao/facexlib, utils/face_restoration_helper.py: FFHQ's mean points at 512
+    Template(
+        "ffhq",
+        (512, 512),
+        (
+            (192.98138, 239.94708),
+            (318.90277, 240.1936),
+            (256.63416, 314.01935),
+            (201.26117, 371.41043),
+            (313.08905, 371.15118),
+        ),
+    ),
+):
+    register_template(_template)
+
+
+def get_template(crop: str | Template) -> Template:
     """Look a template up.
 
     Args:
-        template: A name in `TEMPLATES`, or a template, which is given back.
+        crop: A name in `TEMPLATES`, or a template, which is given back.
 
     Returns:
         The template.
@@ -106,16 +149,18 @@ def get_template(template: str | Template) -> Template:
     Raises:
         ValueError: There is no such name; the message says which one was probably meant.
     """
-    if isinstance(template, Template):
-        return template
-    if template not in TEMPLATES:
-        raise ValueError(did_you_mean("template", template, TEMPLATES))
-    return TEMPLATES[template]
+    if isinstance(crop, Template):
+        return crop
+    if crop not in TEMPLATES:
+        load_plugins()
+    if crop not in TEMPLATES:
+        raise ValueError(did_you_mean("template", crop, TEMPLATES))
+    return TEMPLATES[crop]
 
 
 def fit_similarity(
     landmarks: Tensor,
-    template: str | Template = "sphereface",
+    crop: str | Template = "sphereface",
     *,
     names: Sequence[str] | None = None,
     image_size: tuple[int, int] | None = None,
@@ -128,7 +173,7 @@ def fit_similarity(
 
     Args:
         landmarks: Five points in pixels of the photos, `[B, 5, 2]`, any real type.
-        template: What to fit to.
+        crop: Template to fit to.
         names: One name per photo, for messages; its index otherwise.
         image_size: Rows and columns of the photos; when given, landmarks far outside are refused.
 
@@ -140,14 +185,14 @@ def fit_similarity(
         ValueError: Wrong shape, or landmarks that no face has: not finite, all in one place, on one
             line, or far outside the photo; the message names the photo.
     """
-    wanted = get_template(template)
+    wanted = get_template(crop)
     points = _check_landmarks(landmarks, names, image_size)
     return _inverse(_matrix(_solve(wanted.points, _coordinates(points))))
 
 
 def fit_similarity_forward(
     landmarks: Tensor,
-    template: str | Template = "sphereface",
+    crop: str | Template = "sphereface",
     *,
     names: Sequence[str] | None = None,
     image_size: tuple[int, int] | None = None,
@@ -159,7 +204,7 @@ def fit_similarity_forward(
 
     Args:
         landmarks: Five points in pixels of the photos, `[B, 5, 2]`, any real type.
-        template: What to fit to.
+        crop: Template to fit to.
         names: One name per photo, for messages; its index otherwise.
         image_size: Rows and columns of the photos; when given, landmarks far outside are refused.
 
@@ -170,7 +215,7 @@ def fit_similarity_forward(
         TypeError: The landmarks are not real numbers.
         ValueError: As for `fit_similarity`.
     """
-    wanted = get_template(template)
+    wanted = get_template(crop)
     points = _check_landmarks(landmarks, names, image_size)
     return _matrix(_solve(_coordinates(points), wanted.points))
 
@@ -202,7 +247,7 @@ def warp(
         TypeError: The images or the matrices are not floating point.
         ValueError: Wrong shapes, a size that is not positive, or an unknown mode.
     """
-    _check_images(images)
+    check_images(images, channels=None)
     if mode not in get_args(Mode):
         raise ValueError(did_you_mean("mode", mode, get_args(Mode)))
     if not matrices.is_floating_point():
@@ -221,7 +266,7 @@ def warp(
 def align(
     images: Tensor,
     landmarks: Tensor,
-    template: str | Template = "sphereface",
+    crop: str | Template = "sphereface",
     *,
     fit: Callable[..., Tensor] = fit_similarity,
     names: Sequence[str] | None = None,
@@ -232,7 +277,7 @@ def align(
     Args:
         images: Photos `[B, C, H, W]`, floating point of any range.
         landmarks: Five points each in pixels of the photos, `[B, 5, 2]`.
-        template: Crop wanted.
+        crop: Template of the crops wanted.
         fit: `fit_similarity` (the paper's) or `fit_similarity_forward` (the usual one), or any
             function of the same arguments.
         names: One name per photo, for messages.
@@ -245,8 +290,9 @@ def align(
         TypeError: The photos are not floating point.
         ValueError: Wrong shapes, or landmarks that no face in the photo has.
     """
-    wanted = get_template(template)
-    height, width = _check_images(images)
+    wanted = get_template(crop)
+    check_images(images, channels=None)
+    height, width = images.shape[-2:]
     if landmarks.shape[0] != images.shape[0]:
         raise ValueError(f"{len(landmarks)} sets of landmarks for {len(images)} photos")
     matrices = fit(landmarks.to(images.device), wanted, names=names, image_size=(height, width))
@@ -262,10 +308,11 @@ def convert_crop(
 ) -> Tensor:
     """Turn aligned crops of one template into those of another, in a single step.
 
-    Crops of any size will do: the scale is that of the crop to its template, and is kept. Where the
-    templates are whole pixels apart at that scale, nothing is resampled: `sphereface` 112x96 to
-    `arcface` 112x112 appends 8 columns on either side and the way back cuts them off. Other pairs
-    are one bicubic warp.
+    Crops of any size will do: the scale is that of the crop to its template, and is kept, unless
+    the face fills fewer pixels of the new template, which then gets as many as the crop has to
+    give. Where the templates are whole pixels apart at that scale, nothing is resampled:
+    `sphereface` 112x96 to `arcface` 112x112 appends 8 columns on either side and the way back cuts
+    them off. Other pairs are one bicubic warp, after antialiasing if the face shrinks.
 
     Args:
         images: Crops `[B, C, H, W]` in the geometry of `source`, floating point; gradients reach
@@ -284,39 +331,77 @@ def convert_crop(
             of `source`.
     """
     old, new = get_template(source), get_template(target)
-    height, width = _check_images(images)
+    check_images(images, channels=None)
     if isinstance(fill, str) and fill != "edge":
         raise ValueError(f"fill must be 'edge' or a number, got {fill!r}")
+    if 0 in images.shape[1:]:
+        raise ValueError(f"images must be [B, C, H, W] with pixels, got {list(images.shape)}")
+    height, width = images.shape[-2:]
+    _check_aspect(old, height, width)
     if old == new:
         return images
-    rows, columns = old.size
-    down, across = height / rows, width / columns
-    if abs(width - columns * down) > _ASPECT_SLACK and abs(height - rows * across) > _ASPECT_SLACK:
-        raise ValueError(
-            f"a {old.name!r} crop is {rows}x{columns} or of the same aspect, got {height}x{width}; "
-            f"resize it to {old.size} first if it was squashed"
-        )
-    size = (max(1, round(new.size[0] * down)), max(1, round(new.size[1] * across)))
-    # From the new crop back to the old. Both are scaled about the corner of the image, which lies
-    # at (-0.5, -0.5): x of a template is across * (x + 0.5) - 0.5 of a crop.
-    a, b, x, y = (float(number) for number in _solve(new.points, old.points))
-    right_by_row, down_by_column = -b * across / down, b * down / across
-    right = across * (x + 0.5 * (1 - a + b)) + 0.5 * (a + right_by_row - 1)
-    lower = down * (y + 0.5 * (1 - a - b)) + 0.5 * (a + down_by_column - 1)
-    if max(abs(a - 1), abs(b)) * max(size) < _WHOLE and all(
-        abs(shift - round(shift)) < _WHOLE for shift in (right, lower)
-    ):
-        return _window(
-            _window(images, -1, round(right), size[1], fill), -2, round(lower), size[0], fill
-        )
-    back = torch.tensor(
-        [[[a, right_by_row, right], [down_by_column, a, lower]]],
-        dtype=_precise(images.device),
-        device=images.device,
-    ).expand(images.shape[0], 2, 3)
+    if (height, width) == old.size:
+        size, small, window, lines = _full_conversion(old, new)
+    else:
+        size, small, window, lines = _conversion(old, new, height, width)
+    if small != (height, width):
+        images = resize(images, small, convention="antialias")
+    if window is not None:
+        wide = _window(images, -1, window[0], size[1], fill)
+        return _window(wide, -2, window[1], size[0], fill)
+    back = torch.tensor([lines], dtype=_precise(images.device), device=images.device).expand(
+        images.shape[0], 2, 3
+    )
     if fill == "edge":
         return _sample(images, back, size, mode="bicubic", padding="border")
     return _sample(images - fill, back, size, mode="bicubic", padding="zeros") + fill
+
+
+def _check_aspect(template: Template, height: int, width: int) -> None:
+    rows, columns = template.size
+    down, across = height / rows, width / columns
+    if abs(width - columns * down) > _ASPECT_SLACK and abs(height - rows * across) > _ASPECT_SLACK:
+        raise ValueError(
+            f"a {template.name!r} crop is {rows}x{columns} or of the same aspect, got "
+            f"{height}x{width}; resize it to {template.size} first if it was squashed"
+        )
+
+
+# a constant to a compiler: with free numbers, torch.compile(dynamic=True) took a quarter of an hour
+@torch.compiler.assume_constant_result
+def _full_conversion(old: Template, new: Template) -> _Conversion:
+    return _conversion(old, new, *old.size)
+
+
+def _conversion(old: Template, new: Template, height: int, width: int) -> _Conversion:
+    """How crops `height x width` of one template become those of another.
+
+    The size of the result; that to shrink to first; then either the corner of a window, where whole
+    pixels lie between the two, or the affine map from the result back, `[2][3]`.
+    """
+    down, across = height / old.size[0], width / old.size[1]
+    a, b, x, y = (float(number) for number in _solve(new.points, old.points))
+    shrinks = math.hypot(a, b)
+    new_down, new_across = (max(scale, min(1.0, scale * shrinks)) for scale in (down, across))
+    size = (max(1, round(new.size[0] * new_down)), max(1, round(new.size[1] * new_across)))
+    step = (shrinks * down / new_down, shrinks * across / new_across)  # old pixels in a new one
+    small = (height, width)
+    if max(step) > 1 + _WHOLE:
+        small = (max(1, round(height / step[0])), max(1, round(width / step[1])))
+        down, across = small[0] / old.size[0], small[1] / old.size[1]
+    # Crops are scaled about the corner of the image, which lies at (-0.5, -0.5): x of a template is
+    # across * (x + 0.5) - 0.5 of a crop.
+    right_by_column, right_by_row = a * across / new_across, -b * across / new_down
+    down_by_column, down_by_row = b * down / new_across, a * down / new_down
+    right = across * (x + 0.5 * (1 - a + b)) + 0.5 * (right_by_column + right_by_row - 1)
+    lower = down * (y + 0.5 * (1 - a - b)) + 0.5 * (down_by_row + down_by_column - 1)
+    turns = max(abs(right_by_column - 1), abs(down_by_row - 1), abs(right_by_row))
+    whole = turns * max(size) < _WHOLE and all(
+        abs(shift - round(shift)) < _WHOLE for shift in (right, lower)
+    )
+    window = (round(right), round(lower)) if whole else None
+    lines = ((right_by_column, right_by_row, right), (down_by_column, down_by_row, lower))
+    return size, small, window, lines
 
 
 def _solve(source: _Points, target: _Points) -> tuple[_Number, _Number, _Number, _Number]:
@@ -406,17 +491,6 @@ def _window(images: Tensor, axis: int, start: int, length: int, fill: Fill) -> T
             shape[axis] = beyond
             parts.insert(0 if edge == 0 else len(parts), border.expand(shape))
     return torch.cat(parts, dim=axis) if len(parts) > 1 else parts[0]
-
-
-def _check_images(images: Tensor) -> tuple[int, int]:
-    if not images.is_floating_point():
-        raise TypeError(
-            f"images must be floating point, got {images.dtype}; "
-            "idloss.resample.to_float turns uint8 images into [0, 1]"
-        )
-    if images.ndim != 4 or 0 in images.shape[1:]:
-        raise ValueError(f"images must be [B, C, H, W] with pixels, got {list(images.shape)}")
-    return images.shape[2], images.shape[3]
 
 
 def _check_landmarks(

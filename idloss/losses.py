@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from idloss.encoder import ChannelOrder, FaceEncoder, Interpolation, check_images
+from idloss.encoder import ChannelOrder, FaceEncoder, Interpolation, check_gradient
 from idloss.errors import did_you_mean
-from idloss.resample import resize, to_float, to_uint8
+from idloss.geometry import Template
+from idloss.plugins import load_plugins
+from idloss.resample import ImageWatch, check_images, resize, to_float, to_uint8
 
 Reduction = Literal["mean", "sum", "none"]
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -76,12 +81,91 @@ def l1_distance(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).abs().sum(dim=1)
 
 
-DISTANCES: Mapping[str, Distance] = {
+_distances: dict[str, Distance] = {
     "cosine": cosine_distance,
     "euclidean": euclidean_distance,
     "angular": angular_distance,
     "l1": l1_distance,
 }
+_image_losses: dict[str, ImageLoss] = {"l1": F.l1_loss, "mse": F.mse_loss, "huber": F.huber_loss}
+
+DISTANCES: Final[Mapping[str, Distance]] = MappingProxyType(_distances)
+"""Distances by name."""
+
+IMAGE_LOSSES: Final[Mapping[str, ImageLoss]] = MappingProxyType(_image_losses)
+"""Image losses by name."""
+
+
+def register_distance(name: str, distance: Distance) -> None:
+    """Let a distance be asked for by name, in losses and in recipes.
+
+    Args:
+        name: Its name.
+        distance: From two `[B, D]` tensors to `[B]`.
+
+    Raises:
+        ValueError: Another distance has that name.
+    """
+    _register("distance", _distances, name, distance)
+
+
+def register_image_loss(name: str, image_loss: ImageLoss) -> None:
+    """Let an image loss be asked for by name, in losses and in recipes.
+
+    Args:
+        name: Its name.
+        image_loss: From SR and MR, both `[B, 3, h, w]` in [-1, 1], to a scalar.
+
+    Raises:
+        ValueError: Another image loss has that name.
+    """
+    _register("image loss", _image_losses, name, image_loss)
+
+
+def get_distance(distance: str | Distance) -> Distance:
+    """Look a distance up.
+
+    Args:
+        distance: A name in `DISTANCES`, or a callable, which is given back.
+
+    Returns:
+        The distance.
+
+    Raises:
+        ValueError: There is no such name.
+    """
+    found: Distance = _found("distance", _distances, distance)
+    return found
+
+
+def get_image_loss(image_loss: str | ImageLoss) -> ImageLoss:
+    """Look an image loss up.
+
+    Args:
+        image_loss: A name in `IMAGE_LOSSES`, or a callable, which is given back.
+
+    Returns:
+        The image loss.
+
+    Raises:
+        ValueError: There is no such name.
+    """
+    found: ImageLoss = _found("image loss", _image_losses, image_loss)
+    return found
+
+
+def _register(kind: str, known: dict[str, Any], name: str, function: Any) -> None:
+    if known.setdefault(name, function) is not function:
+        raise ValueError(f"there is another {kind} {name!r}: give this one its own name")
+
+
+def _found(kind: str, known: Mapping[str, Any], wanted: Any) -> Any:
+    if not isinstance(wanted, str):
+        return wanted
+    load_plugins()
+    if wanted not in known:
+        raise ValueError(did_you_mean(kind, wanted, known))
+    return known[wanted]
 
 
 class IdentityPreservedLoss(nn.Module):
@@ -90,6 +174,8 @@ class IdentityPreservedLoss(nn.Module):
     Lai, He and Lam, ICIP 2019, equations 2 and 3. The FNet is frozen (see `FaceEncoder`): the loss
     has no parameters, an empty `state_dict()`, and is not to be wrapped in DDP; wrap the SR
     network. Distances are taken in float32, whatever autocast gives. NaN images give a NaN loss.
+    In eager mode the first call in training finds out whether SR's gradient passes through the
+    FNet, and images are looked at now and then for what is legal and surely not meant.
 
     Args:
         fnet: The face recogniser: a name, a module (see `FaceEncoder`), a sequence of these, or a
@@ -97,8 +183,9 @@ class IdentityPreservedLoss(nn.Module):
             mean of the distances.
         pretrained: Load the FNets' weights; ignored for modules.
         distance: `"cosine"`, `"euclidean"` (squared, of normalised embeddings), `"angular"`,
-            `"l1"`, or a callable from two `[B, D]` tensors to `[B]`.
-        interpolation: How images reach the FNet's input size.
+            `"l1"`, what `register_distance` was given, or a callable from two `[B, D]` tensors to
+            `[B]`.
+        interpolation: How images are enlarged to the FNet's input size.
         crop: Template the images are aligned to; see `FaceEncoder`.
         value_range: Lowest and highest value of the images.
         channel_order: `"rgb"` or `"bgr"`.
@@ -118,7 +205,7 @@ class IdentityPreservedLoss(nn.Module):
         pretrained: bool = True,
         distance: str | Distance = "cosine",
         interpolation: Interpolation = "bilinear",
-        crop: str | None = None,
+        crop: str | Template | None = None,
         value_range: tuple[float, float] = (0.0, 1.0),
         channel_order: ChannelOrder = "rgb",
         reduction: Reduction = "mean",
@@ -128,8 +215,6 @@ class IdentityPreservedLoss(nn.Module):
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-        if isinstance(distance, str) and distance not in DISTANCES:
-            raise ValueError(did_you_mean("distance", distance, DISTANCES))
         weights = _fnet_weights(fnet)
         self.encoders = nn.ModuleList(
             FaceEncoder(
@@ -146,11 +231,12 @@ class IdentityPreservedLoss(nn.Module):
         )
         total = sum(weight for _, weight in weights)
         self.fnet_weights = tuple(weight / total for _, weight in weights)
-        self.distance: Distance = DISTANCES[distance] if isinstance(distance, str) else distance
+        self.distance = get_distance(distance)
         self.value_range = value_range
         self.reduction = reduction
         self.num_features = sum(encoder.num_features for encoder in self._encoders())
-        self._inspected = False
+        self._watch = ImageWatch(value_range)
+        self._inspected: set[str] = set()
 
     def _encoders(self) -> list[FaceEncoder]:
         return list(self.encoders)  # type: ignore[arg-type]
@@ -165,7 +251,13 @@ class IdentityPreservedLoss(nn.Module):
         Returns:
             Embeddings `[B, num_features]`; those of an ensemble are concatenated.
         """
-        return torch.cat([encoder(images) for encoder in self._encoders()], dim=1)
+        check_images(images)
+        if not torch.compiler.is_compiling():
+            self._inspect("hr", images)
+        return self._embed(images)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        return torch.cat([encoder.embed(images) for encoder in self._encoders()], dim=1)
 
     def forward(
         self,
@@ -182,13 +274,15 @@ class IdentityPreservedLoss(nn.Module):
             hr: Their originals `[B, 3, H, W]` of any size; receives no gradient.
             target_features: What `embed(hr)` gave, `[B, num_features]`, instead of `hr`; then no
                 HR forward pass is run.
-            weight: Weight of each face, `[B]`. With `reduction="mean"` the result is the weighted
-                mean, as in `torch.nn.functional.l1_loss`.
+            weight: Weight of each face, `[B]`; 0 leaves a face out, whatever it holds. With
+                `reduction="mean"` the result is the weighted mean, as in
+                `torch.nn.functional.l1_loss`.
 
         Returns:
             A scalar, or `[B]` for `reduction="none"`.
 
         Raises:
+            RuntimeError: If the FNet or the distance cuts the gradient.
             TypeError: If images are not floating point.
             ValueError: If the batch is empty, shapes do not fit, or not exactly one of `hr` and
                 `target_features` is given.
@@ -202,24 +296,29 @@ class IdentityPreservedLoss(nn.Module):
         if hr is not None:
             check_images(hr, "hr")
             _check_batch(hr, batch, "hr")
-        if not torch.compiler.is_compiling() and not self._inspected:
-            self._inspected = True
-            if self.training and torch.is_grad_enabled() and not sr.requires_grad:
-                _warn("sr carries no gradient: none will reach the SR network. Was it detached?")
+        if weight is not None and weight.shape != (batch,):
+            raise ValueError(f"weight must be [{batch}], got {list(weight.shape)}")
+        if not torch.compiler.is_compiling():
+            self._inspect_gradient(sr)
             self._inspect("sr", sr)
             if hr is not None:
                 self._inspect("hr", hr)
-        targets = target_features if hr is None else self.embed(hr)
-        assert targets is not None
-        if targets.shape != (batch, self.num_features):
+        if hr is not None:
+            with torch.no_grad():
+                target_features = self._embed(hr)
+        assert target_features is not None
+        if target_features.shape != (batch, self.num_features):
             raise ValueError(
                 f"target_features must be [{batch}, {self.num_features}] for this batch and "
-                f"FNet, got {list(targets.shape)}"
+                f"FNet, got {list(target_features.shape)}"
             )
-        distances = self._distances(sr, targets.detach())
         if weight is not None:
-            if weight.shape != (batch,):
-                raise ValueError(f"weight must be [{batch}], got {list(weight.shape)}")
+            # before the FNet: zero times the gradient of a NaN is NaN
+            left_out = weight == 0
+            sr = sr.masked_fill(left_out[:, None, None, None], self.value_range[0])
+            target_features = target_features.masked_fill(left_out[:, None], 1.0)
+        distances = self._distances(sr, target_features.detach())
+        if weight is not None:
             distances = distances * weight
         if self.reduction == "none":
             return distances
@@ -234,24 +333,36 @@ class IdentityPreservedLoss(nn.Module):
         encoders = self._encoders()
         parts = targets.split([encoder.num_features for encoder in encoders], dim=1)
         terms = [
-            weight * self.distance(_at_least_float32(encoder(sr)), _at_least_float32(part))
+            weight * self.distance(_at_least_float32(encoder.embed(sr)), _at_least_float32(part))
             for weight, encoder, part in zip(self.fnet_weights, encoders, parts, strict=True)
         ]
         return torch.stack(terms).sum(dim=0)
 
-    @torch.no_grad()
+    def _inspect_gradient(self, sr: Tensor) -> None:
+        """Find out, once in training, whether a gradient comes back to SR."""
+        if "gradient" in self._inspected or not (self.training and torch.is_grad_enabled()):
+            return
+        if not _is_plain(sr):
+            return
+        self._inspected.add("gradient")
+        if not sr.requires_grad:
+            _warn("sr carries no gradient: none will reach the SR network. Was it detached?")
+            return
+        for encoder in self._encoders():
+            encoder.check_gradient()
+            random = torch.randn(2, 2, encoder.num_features, device=sr.device)
+            check_gradient(partial(self.distance, random[1]), random[0], "the distance")
+
     def _inspect(self, name: str, images: Tensor) -> None:
-        """Warn, on the first eager call alone, of what is legal and almost surely not meant."""
-        low, high = self.value_range
-        least, most = (value.item() for value in images.float().aminmax())
-        margin = 0.25 * (high - low)  # a fresh SR network may overshoot
-        seen = f"{name} spans [{least:.3g}, {most:.3g}] and value_range is ({low:g}, {high:g})"
-        if not math.isfinite(least + most):
-            _warn(f"{name} holds NaN or infinity: so will the loss")
-        elif least < low - margin or most > high + margin:
-            _warn(f"{seen}: pass the value_range that the images are in")
-        elif high - low > 1.5 and least >= 0 and most <= 1:
-            _warn(f"{seen}: these look like [0, 1] images")
+        """Warn of what is legal and almost surely not meant."""
+        drawn_yet = name != "sr" or not (self.training and images.requires_grad)
+        complaint = self._watch.complaint(images, name, drawn_yet=drawn_yet)
+        if complaint is not None and f"range of {name}" not in self._inspected:
+            self._inspected.add(f"range of {name}")
+            _warn(complaint)
+        if name in self._inspected:
+            return
+        self._inspected.add(name)
         height, width = images.shape[-2:]
         for encoder in self._encoders():
             if encoder.stretches(height, width):
@@ -260,6 +371,10 @@ class IdentityPreservedLoss(nn.Module):
                     "aligned to another template than the FNet's, pass crop= "
                     "('sphereface' is 112x96, 'arcface' 112x112)"
                 )
+            elif name == "hr" and complaint is None:
+                doubt = encoder.alignment_complaint(images) if _is_plain(images) else None
+                if doubt is not None:
+                    _warn(doubt)
 
 
 class HallucinationLoss(nn.Module):
@@ -273,8 +388,9 @@ class HallucinationLoss(nn.Module):
         identity: The identity loss: an `IdentityPreservedLoss`, or what its `fnet` takes. `None`
             leaves the image loss alone.
         weight: Lambda. With 0 no FNet is built or run, as with `identity=None`.
-        image_loss: A callable of SR and MR, both `[B, 3, h, w]` in [-1, 1]; the mean absolute
-            difference by default, as in the released code.
+        image_loss: `"l1"` (the mean absolute difference, as in the released code), `"mse"`,
+            `"huber"`, what `register_image_loss` was given, or a callable of SR and MR, both
+            `[B, 3, h, w]` in [-1, 1].
         value_range: Lowest and highest value of the images.
         **identity_options: Passed on to `IdentityPreservedLoss` when `identity` names an FNet.
 
@@ -288,7 +404,7 @@ class HallucinationLoss(nn.Module):
         identity: IdentityPreservedLoss | Any | None = "sface",
         *,
         weight: float = 0.5,
-        image_loss: ImageLoss = F.l1_loss,
+        image_loss: str | ImageLoss = "l1",
         value_range: tuple[float, float] = (0.0, 1.0),
         **identity_options: Any,
     ) -> None:
@@ -310,8 +426,9 @@ class HallucinationLoss(nn.Module):
             identity = IdentityPreservedLoss(identity, value_range=value_range, **identity_options)
         self.identity: IdentityPreservedLoss | None = identity if weight > 0 else None
         self.weight = weight
-        self.image_loss = image_loss
+        self.image_loss = get_image_loss(image_loss)
         self.value_range = value_range
+        self._watch = ImageWatch(value_range)
 
     def medium_resolution(self, hr: Tensor, size: tuple[int, int]) -> Tensor:
         """Down-sample HR to MR, what SR is compared with.
@@ -343,16 +460,26 @@ class HallucinationLoss(nn.Module):
             (absent without an identity loss), both before weighting and detached.
 
         Raises:
+            RuntimeError: If the FNet, the distance or the image loss cuts the gradient.
             TypeError: If images are not floating point.
             ValueError: If shapes do not fit.
         """
         check_images(sr, "sr")
         check_images(hr, "hr")
         _check_batch(hr, sr.shape[0], "hr")
+        if not torch.compiler.is_compiling():
+            # fills MR; the identity loss may see features instead
+            complaint = self._watch.complaint(hr, "hr") if self.identity is None else None
+            if complaint is not None:
+                _warn(complaint)
         low, high = self.value_range
         with torch.no_grad():
             target = self.medium_resolution(hr, (sr.shape[-2], sr.shape[-1])) * 2 - 1
         total = self.image_loss((sr - low) * (2 / (high - low)) - 1, target)
+        if sr.requires_grad and torch.is_grad_enabled() and not total.requires_grad:
+            raise RuntimeError(
+                "the image loss cuts the gradient: the SR network would learn nothing"
+            )
         parts = {"image": total.detach()}
         if self.identity is not None:
             hr_or_features = None if target_features is not None else hr
@@ -378,6 +505,17 @@ def _fnet_weights(fnet: Any) -> list[tuple[str | nn.Module, float]]:
 def _check_batch(images: Tensor, batch: int, name: str) -> None:
     if images.shape[0] != batch:
         raise ValueError(f"{name} holds {images.shape[0]} faces and sr {batch}: they go in pairs")
+
+
+def _is_plain(images: Tensor) -> bool:
+    """Whether images have values to look at: not while traced, mapped, differentiated or faked."""
+    return (
+        type(images) in (Tensor, nn.Parameter)
+        and not images.is_meta
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and not torch._C._functorch.is_functorch_wrapped_tensor(images)
+        and not is_in_torch_dispatch_mode()
+    )
 
 
 def _at_least_float32(features: Tensor) -> Tensor:

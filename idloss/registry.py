@@ -22,7 +22,7 @@ from timm.models import (
 from torch import nn
 
 from idloss.errors import did_you_mean
-from idloss.geometry import TEMPLATES, get_template
+from idloss.geometry import TEMPLATES, Template, get_template
 from idloss.plugins import load_plugins
 from idloss.weights import load_before_lookup
 
@@ -31,16 +31,18 @@ _EntryPoint = TypeVar("_EntryPoint", bound=Callable[..., nn.Module])
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 _NORMALISATION = ("input_size", "mean", "std")
 
-_fnet_crops: dict[str, str | None] = {}  # architecture -> template name, None: stretched
+_fnet_crops: dict[str, str | Template | None] = {}  # architecture -> template, None: stretched
 _srnets: set[str] = set()
 
 
 @overload
 def register_fnet(fn: _EntryPoint) -> _EntryPoint: ...
 @overload
-def register_fnet(*, crop: str | None = None) -> Callable[[_EntryPoint], _EntryPoint]: ...
 def register_fnet(
-    fn: _EntryPoint | None = None, *, crop: str | None = None
+    *, crop: str | Template | None = None
+) -> Callable[[_EntryPoint], _EntryPoint]: ...
+def register_fnet(
+    fn: _EntryPoint | None = None, *, crop: str | Template | None = None
 ) -> _EntryPoint | Callable[[_EntryPoint], _EntryPoint]:
     """Register an entry point with timm and mark it as a face recogniser (FNet).
 
@@ -56,7 +58,7 @@ def register_fnet(
     Raises:
         ValueError: If no template is called `crop`.
     """
-    template = get_template(crop).name if crop is not None else None
+    template = _checked_crop(crop) if crop is not None else None
 
     def register(entry_point: _EntryPoint) -> _EntryPoint:
         register_model(entry_point)
@@ -120,7 +122,7 @@ def list_srnets(
     return [name for name in list_models(filter, pretrained=pretrained) if _arch(name) in _srnets]
 
 
-def fnet_crop(name: str) -> str | None:
+def fnet_crop(name: str) -> str | Template | None:
     """Template of the crops that a registered FNet takes.
 
     Args:
@@ -140,7 +142,7 @@ def create_fnet(
     fnet: str | nn.Module,
     *,
     pretrained: bool = False,
-    crop: str | None = "auto",
+    crop: str | Template | None = "auto",
     input_size: tuple[int, int, int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -183,8 +185,8 @@ def create_fnet(
     else:
         load_plugins()
         model = _build_fnet(fnet, pretrained, kwargs)
-    _describe_input(model, input_size=input_size, mean=mean, std=std)
-    _describe_output(model, built=model is not fnet)
+    _describe_input(model, kwargs.get("img_size"), input_size=input_size, mean=mean, std=std)
+    _describe_output(model)
     model.crop = _resolve_crop(model, crop)  # type: ignore[assignment]
     return model
 
@@ -221,6 +223,12 @@ def create_srnet(srnet: str | nn.Module, *, pretrained: bool = False, **kwargs: 
     if _arch_of(model) not in _srnets:
         raise ValueError(f"{srnet!r} holds a {_arch_of(model)}, which is not a registered SRNet")
     return model
+
+
+def _checked_crop(crop: str | Template) -> str | Template:
+    """A template that has a name is told by it, so that it can be written down."""
+    template = get_template(crop)
+    return template.name if TEMPLATES.get(template.name) == template else template
 
 
 def _arch(name: str) -> str:
@@ -292,10 +300,17 @@ def _is_headless(model: nn.Module) -> bool:
     return cfg is not None and cfg.num_classes == 0
 
 
-def _describe_input(model: nn.Module, **given: Any) -> None:
+def _describe_input(
+    model: nn.Module, img_size: int | Sequence[int] | None = None, **given: Any
+) -> None:
     """See to it that `model.pretrained_cfg` holds `input_size`, `mean` and `std`."""
     known = getattr(model, "pretrained_cfg", None) or {}
     cfg = dict(known if isinstance(known, dict) else known.to_dict())
+    # what a network was built for, where it can be built for several sizes
+    built_for = img_size or getattr(getattr(model, "patch_embed", model), "img_size", None)
+    if built_for is not None:
+        sides = (built_for, built_for) if isinstance(built_for, int) else tuple(built_for)
+        cfg["input_size"] = (*tuple(cfg.get("input_size", (3,)))[:1], *sides)
     cfg.update({key: value for key, value in given.items() if value is not None})
     missing = [key for key in _NORMALISATION if key not in cfg]
     if missing:
@@ -311,51 +326,67 @@ def _describe_input(model: nn.Module, **given: Any) -> None:
     model.pretrained_cfg = cfg  # type: ignore[assignment]
 
 
-def _describe_output(model: nn.Module, *, built: bool) -> None:
-    """See to it that `model.num_features` is the width of what `forward` returns."""
-    if _arch_of(model) in _fnet_crops:
-        return
-    if built:
+def _describe_output(model: nn.Module) -> None:
+    """See to it that `model.num_features` is the width of what `forward` returns.
+
+    What a module declares is checked by the first images that `FaceEncoder` shows it.
+    """
+    arch, width = _arch_of(model), getattr(model, "num_features", None)
+    if arch not in _fnet_crops and arch is not None and is_model(arch):
         # timm's num_features is the trunk's width; its head may widen that (VGG, MobileNetV3),
-        # and a kept head is what forward returns.
+        # and a kept head is what forward returns
         classes = getattr(model, "num_classes", 0)
-        width = classes or getattr(model, "head_hidden_size", None) or model.num_features
-    elif hasattr(model, "num_features"):
-        return
-    else:
-        width = _probe_width(model)
-    model.num_features = width  # type: ignore[assignment]
+        width = classes or getattr(model, "head_hidden_size", None) or width
+    model.num_features = width or _probe_width(model)  # type: ignore[assignment]
 
 
 @torch.no_grad()
 def _probe_width(model: nn.Module) -> int:
-    """Width of the embeddings of a foreign module, by running one empty image through it."""
+    """Width of the embeddings of a foreign module, by running two empty images through it."""
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    reference = next(model.parameters(), torch.empty(0))
+    floating = (tensor for tensor in model.parameters() if tensor.is_floating_point())
+    reference = next(floating, torch.empty(0, dtype=torch.float32))
+    size = (2, *cfg["input_size"])
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    for module in modes:
+        module.training = False
+    kind = type(model).__name__
     try:
-        image = torch.zeros(1, *cfg["input_size"], device=reference.device, dtype=reference.dtype)
-        output = model(image)
+        output = model(torch.zeros(size, device=reference.device, dtype=reference.dtype))
+    # a stranger's network raises what it likes
+    except Exception as error:
+        raise ValueError(f"{kind} cannot take images {list(size)}: {error}") from error
     finally:
         for module, training in modes.items():
             module.training = training
-    shape = tuple(getattr(output, "shape", ())) or type(output).__name__
-    if not isinstance(output, torch.Tensor) or output.ndim != 2:
-        raise ValueError(
-            f"an FNet maps [B, 3, H, W] to embeddings [B, D]; {type(model).__name__} gave {shape} "
-            f"for one image of {cfg['input_size']}"
+    if isinstance(output, torch.Tensor) and output.ndim == 2 and len(output) == 2:
+        return int(output.shape[1])
+    raise ValueError(
+        f"an FNet maps [B, 3, H, W] to embeddings [B, D]; {kind} gave {describe_output(output)} "
+        f"for images {list(size)}: wrap it in a module whose forward returns the embeddings alone"
+    )
+
+
+def describe_output(output: Any) -> str:
+    """What a network gave, in a few words."""
+    if isinstance(output, torch.Tensor):
+        return str(list(output.shape))
+    if isinstance(output, dict):
+        return (
+            "{" + ", ".join(f"{key}: {describe_output(item)}" for key, item in output.items()) + "}"
         )
-    return int(output.shape[1])
+    if isinstance(output, (tuple, list)):
+        return "(" + ", ".join(describe_output(item) for item in output) + ")"
+    return type(output).__name__
 
 
-def _resolve_crop(model: nn.Module, crop: str | None) -> str | None:
+def _resolve_crop(model: nn.Module, crop: str | Template | None) -> str | Template | None:
     if crop is None:
         return None
     if crop != "auto":
-        return get_template(crop).name
+        return _checked_crop(crop)
     own = getattr(model, "crop", "")
-    if own is None or own in TEMPLATES:
+    if own is None or isinstance(own, Template) or own in TEMPLATES:
         return own
     if _arch_of(model) in _fnet_crops:
         return _fnet_crops[str(_arch_of(model))]

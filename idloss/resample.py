@@ -10,6 +10,7 @@ Two conventions, because the field has two and mixing them costs up to a hundred
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -86,6 +87,77 @@ def resize(
     if mode == "bilinear":
         return _bilinear_bytes(images, height, width)
     return _bicubic_bytes(images, height, width)
+
+
+def check_images(images: Tensor, name: str = "images", channels: int | None = 3) -> None:
+    """Refuse what is not a float batch `[B, C, H, W]`, by shape and dtype alone.
+
+    It reads no pixel, so it costs nothing and compiles.
+
+    Args:
+        images: What to look at.
+        name: What the error is to call it.
+        channels: C wanted; `None` for any.
+
+    Raises:
+        TypeError: If `images` is not a floating-point tensor.
+        ValueError: If the shape is another.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(images).__name__}")
+    if not images.is_floating_point():
+        raise TypeError(
+            f"{name} must be floating point, got {images.dtype}; "
+            "idloss.resample.to_float turns uint8 images into [0, 1]"
+        )
+    if images.ndim != 4 or images.shape[1] != (channels or images.shape[1]):
+        wanted = f"[B, {channels or 'C'}, H, W]"
+        raise ValueError(f"{name} must be {wanted}, got {list(images.shape)}")
+
+
+class ImageWatch:
+    """Looks at the values of images at calls 1, 2, 4, 8, ..., and never while a graph is traced.
+
+    Reading a pixel waits for the GPU: once in so many calls that costs nothing, and a loader that
+    changes its range later is still found.
+    """
+
+    def __init__(self, value_range: tuple[float, float] = (0.0, 1.0)) -> None:
+        self.value_range = value_range
+        self._calls: dict[str, int] = {}
+
+    def complaint(self, images: Tensor, name: str, *, drawn_yet: bool = True) -> str | None:
+        """Say what is wrong with the range of images `[B, C, H, W]`, if they are looked at now.
+
+        A fresh network's images (`drawn_yet=False`) are judged from call 64 on, when the image
+        loss has pulled them into the range.
+        """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return None
+        calls = self._calls[name] = self._calls.get(name, 0) + 1
+        if calls & (calls - 1) or not images.numel():
+            return None
+        try:
+            least, most = torch.stack(images.detach().float().aminmax()).tolist()
+        except (RuntimeError, NotImplementedError, TypeError):
+            return None  # vmap, make_fx, fake and meta tensors have no values to look at
+        if not isinstance(least + most, float):
+            return None
+        return self._judge(least, most, name, settled=drawn_yet or calls >= 64)
+
+    def _judge(self, least: float, most: float, name: str, *, settled: bool) -> str | None:
+        low, high = self.value_range
+        if not math.isfinite(least + most):
+            return f"{name} holds NaN or infinity: so will the loss"
+        if not settled:
+            return None
+        seen = f"{name} spans [{least:.3g}, {most:.3g}] and value_range is ({low:g}, {high:g})"
+        margin = 0.25 * (high - low)  # SR and bicubic images overshoot
+        if least < low - margin or most > high + margin:
+            return f"{seen}: pass the value_range that the images are in"
+        if high - low > 1.5 and least >= 0 and most <= 1:
+            return f"{seen}: these look like [0, 1] images"
+        return None
 
 
 def parse_size(text: str) -> Size:

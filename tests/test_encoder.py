@@ -1,15 +1,19 @@
 import copy
 import pickle
+import warnings
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from nets import faces, tiny_fnet
 from torch import nn
 
-from idloss import FaceEncoder
+from idloss import FaceEncoder, create_fnet, geometry
 from idloss.encoder import resolve_device
-from idloss.geometry import convert_crop
+from idloss.geometry import Template, align, convert_crop, register_template
+from idloss.registry import fnet_crop, register_fnet
+from idloss.resample import to_float
 
 
 class Parent(nn.Module):
@@ -88,7 +92,7 @@ def test_converts_the_crop(net):
 
 def test_stays_frozen_under_a_training_parent(net, encoder):
     parent = Parent(encoder)
-    before = frozen_state(net)
+    before, net = frozen_state(net), encoder.fnet
     parent.train().requires_grad_(True)
     optimizer = torch.optim.SGD(parent.parameters(), lr=0.1)
     for _ in range(3):
@@ -173,3 +177,263 @@ def test_device_by_name():
         resolve_device("gpu")
     with pytest.raises(ValueError, match="'cuda:99' cannot be used"):
         resolve_device("cuda:99")
+
+
+INPUT = {"input_size": (3, 28, 24), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+
+
+class Linear(nn.Sequential):
+    """An FNet in two layers; `gives` makes something else of its embeddings."""
+
+    def __init__(self, gives=lambda features: features, width=16):
+        super().__init__(nn.Flatten(), nn.Linear(3 * 28 * 24, width))
+        self.gives = gives
+
+    def forward(self, x):
+        return self.gives(super().forward(x))
+
+
+# --- the FNet is the encoder's own ---------------------------------------------------------------
+
+
+def test_fnet_of_a_parent_stays_frozen_and_the_callers_own():
+    net = tiny_fnet().train()
+    described = dict(vars(net))
+    parent = nn.ModuleDict({"fnet": net, "encoder": FaceEncoder(net)})
+    x = faces()
+    expected = parent["encoder"](x)
+    parent.train().requires_grad_(True)
+    net(x)  # batch-norm statistics of the caller's network move
+    with torch.no_grad():
+        net.head.weight.zero_()
+    parent["encoder"].fnet.train()
+    assert torch.equal(parent["encoder"](x), expected)
+    assert not any(p.requires_grad for p in parent["encoder"].fnet.parameters())
+    assert all(p.requires_grad for p in net.parameters())
+    assert net.training
+    assert vars(net).keys() == described.keys()
+    assert net.pretrained_cfg is described["pretrained_cfg"]
+
+
+def test_fnet_without_a_copy_is_used_itself_with_a_warning():
+    class Bound(Linear):
+        def __deepcopy__(self, memo):
+            raise TypeError("holds a session")
+
+    net = Bound()
+    with pytest.warns(UserWarning, match="Bound cannot be copied .*holds a session"):
+        encoder = FaceEncoder(net, **INPUT)
+    assert encoder.fnet is net
+    net.train()
+    encoder(faces())
+    assert not net.training
+
+
+@pytest.mark.parametrize("kind", ["traced", "exported", "exported module", "compiled"])
+def test_networks_that_are_graphs_serve_as_fnets(kind):
+    net, x = Linear().eval(), faces()
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        graph = {
+            "traced": lambda: torch.jit.trace(net, x),
+            "exported": lambda: torch.export.export(net, (x,), dynamic_shapes=dynamic),
+            "exported module": lambda: torch.export.export(
+                net, (x,), dynamic_shapes=dynamic
+            ).module(),
+            "compiled": lambda: torch.compile(net, backend="eager"),
+        }[kind]()
+        encoder = FaceEncoder(graph, **INPUT)
+        twin = copy.deepcopy(nn.Sequential(encoder)).train()
+    x.requires_grad_()
+    assert encoder.num_features == 16
+    torch.testing.assert_close(twin(x), FaceEncoder(net, **INPUT)(x))
+    encoder.check_gradient()
+
+
+def test_to_empty_keeps_the_weights():
+    encoder, x = FaceEncoder(tiny_fnet()), faces()
+    expected = encoder(x)
+    parent = Parent(encoder)
+    parent.srnet.to("meta")
+    parent.to_empty(device="cpu")
+    assert torch.equal(encoder(x), expected)
+    with pytest.raises(RuntimeError, match=r"meta device.*to_empty"):
+        Parent(FaceEncoder(tiny_fnet())).to("meta").to_empty(device="cpu")
+
+
+def test_made_under_the_meta_device_it_has_weights():
+    with torch.device("meta"):
+        parent = Parent(FaceEncoder("mobilefacenet", pretrained=False))
+    parent.to_empty(device="cpu")
+    assert parent.encoder(faces(2, (112, 112))).isfinite().all()
+
+
+# --- what an FNet takes and gives is seen, not believed -------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_fnets_of_any_precision(dtype):
+    x = faces()
+    got = FaceEncoder(tiny_fnet().to(dtype))(x)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), FaceEncoder(tiny_fnet())(x), atol=0.05, rtol=0.05)
+
+
+def test_default_precision_of_the_process():
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert FaceEncoder("mobilefacenet", pretrained=False)(faces().float()).shape == (4, 128)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_width_is_seen():
+    net = Linear(width=24)
+    assert FaceEncoder(net, **INPUT).num_features == 24
+    vgg = timm.create_model("vgg11", num_classes=0)  # declares its trunk's 512
+    assert FaceEncoder(vgg).num_features == 4096
+    net.num_features = 512
+    with pytest.raises(ValueError, match=r"gave \[4, 24\] for 4 images.*num_features is 512"):
+        FaceEncoder(net, **INPUT)(faces())
+    net = create_fnet("mobilefacenet", num_classes=7)
+    with pytest.raises(ValueError, match=r"gave \[4, 7\] for 4 images.*num_features is 128"):
+        FaceEncoder(net)(faces())
+
+
+@pytest.mark.parametrize("name", ["mobilefacenet", "timm/vit_tiny_patch16_224"])
+def test_img_size_reaches_the_encoder(name):
+    encoder = FaceEncoder(name, pretrained=False, img_size=(64, 64))
+    assert encoder.input_size == (64, 64)
+    assert encoder(faces(2)).ndim == 2
+
+
+@pytest.mark.parametrize(
+    ("gives", "says"),
+    [
+        (lambda f: (f, f.norm(dim=1)), r"gave \(\[2, 16\], \[2\]\)"),
+        (lambda f: {"embedding": f}, r"gave \{embedding: \[2, 16\]\}"),
+        (lambda f: f[..., None, None], r"gave \[2, 16, 1, 1\]"),
+        (lambda f: f @ f, "cannot take images"),
+    ],
+)
+def test_names_what_is_no_embedding(gives, says):
+    with pytest.raises(ValueError, match=says):
+        FaceEncoder(Linear(gives), **INPUT)
+    net = Linear(gives)
+    net.num_features = 16
+    with pytest.raises((ValueError, RuntimeError), match=says if "gave" in says else "shapes"):
+        FaceEncoder(net, **INPUT)(faces(2))
+
+
+def test_refuses_grey_fnets():
+    grey = nn.Sequential(nn.Flatten(), nn.Linear(28 * 24, 4))
+    with pytest.raises(ValueError, match="takes 1 channels and faces are RGB"):
+        FaceEncoder(grey, input_size=(1, 28, 24), mean=(0.5,), std=(0.5,))
+
+
+# --- sizes, crops, ranges ------------------------------------------------------------------------
+
+
+def test_every_pixel_has_a_say_when_images_shrink(encoder):
+    x = faces(1, (224, 192)).requires_grad_()
+    encoder(x).square().sum().backward()
+    assert (x.grad != 0).float().mean() > 0.95  # 0.11 without antialiasing
+    small = F.interpolate(x, (28, 24), mode="bilinear", antialias=True)
+    torch.testing.assert_close(encoder(x), encoder(small))
+
+
+MINE = Template("mine", (64, 64), tuple((x / 2 + 8, y / 2 + 4) for x, y in [
+    (30.3, 51.7), (65.5, 51.5), (48.0, 71.7), (33.5, 92.4), (62.7, 92.2)
+]))  # fmt: skip
+
+
+def test_own_templates_as_crop_of_images_and_of_fnets(monkeypatch):
+    monkeypatch.setitem(geometry._templates, "mine", MINE)  # and away with it afterwards
+    net = tiny_fnet(size=(112, 96))
+    x = faces(2, (64, 64))
+    expected = FaceEncoder(net)(convert_crop(x, MINE, "sphereface"))
+    assert expected.shape == (2, 16)
+    with pytest.raises(ValueError, match="mine"):
+        FaceEncoder(net, crop="mine-not-there")
+    torch.testing.assert_close(FaceEncoder(net, crop=MINE)(x), expected, atol=1e-5, rtol=1e-4)
+    assert FaceEncoder(net, crop=register_template(MINE)).crop is FaceEncoder(net, crop="mine").crop
+    with pytest.raises(ValueError, match="another template 'mine'"):
+        register_template(Template("mine", (8, 8), MINE.points))
+    net.crop = MINE
+    net.pretrained_cfg["input_size"] = (3, 64, 64)
+    small = faces(2, (112, 96))
+    got = FaceEncoder(net, crop="sphereface")(small)
+    torch.testing.assert_close(got, FaceEncoder(net)(convert_crop(small, "sphereface", MINE)))
+
+
+def test_fnets_are_registered_with_own_templates():
+    @register_fnet(crop=MINE)
+    def core_test_fnet(pretrained=False, **kwargs):
+        net = Linear()
+        net.pretrained_cfg = INPUT
+        net.num_features = 16
+        return net
+
+    assert fnet_crop("core_test_fnet") == MINE
+
+
+@pytest.mark.parametrize("scale", [1, 255])
+def test_range_is_watched_at_later_calls_too(encoder, scale):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder(faces())
+        encoder((faces() * 20 - 10).requires_grad_())  # a fresh network's
+        encoder(faces())
+        if scale == 1:
+            encoder(faces())
+            return
+    with pytest.warns(UserWarning, match=r"images spans .* value_range is \(0, 1\)"):
+        encoder(faces() * scale)
+
+
+# --- graphs and transforms -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crop", [None, "arcface", "facenet"])
+def test_compiles_for_any_size(net, crop):
+    """A crop conversion with free sizes once took a quarter of an hour."""
+    net.pretrained_cfg["input_size"] = (3, 112, 96)
+    encoder = FaceEncoder(net, crop=crop)
+    compiled = torch.compile(encoder, dynamic=True, fullgraph=True)
+    for batch, side in ((2, 56), (3, 112)):
+        x = faces(batch, (side, side))
+        torch.testing.assert_close(compiled(x), encoder(x), atol=1e-4, rtol=1e-4)
+
+
+def test_weights_in_half_precision_beside_float32_buffers(encoder):
+    """FSDP2 casts parameters and inputs and leaves buffers as they are."""
+    encoder.to(torch.bfloat16)
+    assert encoder.scale.dtype == torch.float32
+    assert encoder(faces().bfloat16()).dtype == torch.bfloat16
+
+
+# --- alignment -----------------------------------------------------------------------------------
+
+
+class TestAlignment:
+    """Real faces and a real FNet: aligned ones are taken for what they are, others are not."""
+
+    @pytest.fixture
+    def encoder(self, shared):
+        return FaceEncoder(f"local-dir:{shared('weights/edgeface_xxs')}")
+
+    @pytest.fixture
+    def photos(self, golden):
+        images = torch.from_numpy(golden["raw_bgr"]).permute(0, 3, 1, 2).flip(1)
+        return to_float(images), torch.from_numpy(golden["landmarks"])
+
+    @pytest.mark.parametrize("crop", ["arcface", "sphereface", "ffhq", "psp"])
+    def test_aligned_faces_raise_no_doubt(self, encoder, photos, crop):
+        encoder = FaceEncoder(encoder.fnet, crop=crop)
+        assert encoder.alignment_complaint(align(*photos, crop)) is None
+
+    @pytest.mark.parametrize("crop", ["ffhq", "facenet", "vggface", "psp"])
+    def test_other_templates_do(self, encoder, photos, crop):
+        complaint = encoder.alignment_complaint(align(*photos, crop))
+        assert "does not look aligned to 'arcface'" in complaint

@@ -18,7 +18,9 @@ from idloss.geometry import (
     get_template,
     warp,
 )
-from idloss.resample import to_float, to_uint8
+from idloss.resample import resize, to_float, to_uint8
+
+SPHEREFACE = TEMPLATES["sphereface"].points
 
 
 def chw(array):
@@ -179,6 +181,27 @@ def test_sphereface_to_arcface_and_back_is_exact(rows, fill):
     assert torch.equal(convert_crop(wide, "arcface", "sphereface"), crop)
 
 
+def test_faces_that_shrink_are_antialiased(photos):
+    """A face of 1,000 px turned into a crop is what a small photo of it gives."""
+    big = align(*photos, Template("big", (896, 768), face(0, 8.0, 3.5, 3.5)[0].tolist()))
+    fine = torch.stack([(torch.arange(768) % 2).expand(896, -1).float()] * 3)[None]
+    large = Template("large", (896, 768), tuple((8 * x + 3.5, 8 * y + 3.5) for x, y in SPHEREFACE))
+    grey = convert_crop(fine, large, "sphereface")
+    torch.testing.assert_close(grey, torch.full_like(grey, 0.5), atol=0.02, rtol=0)
+    off = (convert_crop(big, large, "sphereface") - align(*photos)).abs().mean()
+    assert off < 0.01
+    assert convert_crop(torch.rand(1, 3, 128, 128), "ffhq", "arcface").shape[-2:] == (95, 95)
+
+
+def test_psp_template_is_its_window():
+    """Rows 35 to 223 and columns 32 to 220 of 256 px, shrunk to the FNet's 112."""
+    x = torch.rand(1, 3, 256, 256)
+    x = torch.nn.functional.avg_pool2d(x, 9, 1, 4)
+    small = resize(x[..., 35:223, 32:220], (112, 112), convention="antialias")
+    off = (convert_crop(x, "psp", "arcface") - small).abs()[..., 2:-2, 2:-2]
+    assert off.max() < 0.02  # a pixel beside it: 0.1
+
+
 def test_half_pixel_borders_are_warped():
     """7x6 lies half a pixel inside 7x7: no padding can say that."""
     crop = torch.rand(1, 3, 7, 6)
@@ -211,7 +234,11 @@ def test_points_land_on_points(source, target):
     rows, columns = old.size
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     width = rows / 40
-    for (px, py), (qx, qy) in zip(old.points, new.points, strict=True):
+    there = fit_similarity(torch.tensor(old.points)[None].double(), new)[0]
+    landed = torch.tensor(old.points).double() @ there[:, :2].T + there[:, 2]
+    if "ffhq" not in (source, target):  # FFHQ's mean face is no other template's, moved
+        torch.testing.assert_close(landed, torch.tensor(new.points).double(), atol=0.01, rtol=0)
+    for (px, py), (qx, qy) in zip(old.points, landed.tolist(), strict=True):
         blob = torch.exp(-((x - px) ** 2 + (y - py) ** 2) / (2 * width**2))[None, None]
         found = convert_crop(blob, source, target, fill=0.0)[0, 0].clamp(min=0)
         assert found.shape == new.size
@@ -297,6 +324,8 @@ def test_arcface_is_sphereface_8_px_to_the_right():
         "arcface": (112, 112),
         "vggface": (224, 224),
         "facenet": (160, 160),
+        "psp": (256, 256),
+        "ffhq": (512, 512),
     }
 
 

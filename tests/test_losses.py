@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 from nets import faces, tiny_fnet
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from idloss import FaceEncoder, HallucinationLoss, IdentityPreservedLoss
-from idloss.losses import DISTANCES
+from idloss.fnets.base import PReLU
+from idloss.losses import DISTANCES, register_distance, register_image_loss
 
 
 @pytest.fixture
@@ -62,9 +65,9 @@ def test_target_features_save_the_hr_forward(net):
     loss = loss_of(net)
     expected = loss(sr, hr)
     features = loss.embed(hr)
-    net.calls.clear()
+    loss.encoders[0].fnet.calls.clear()
     assert torch.equal(loss(sr, target_features=features), expected)
-    assert list(net.calls) == [4]
+    assert list(loss.encoders[0].fnet.calls) == [4]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -140,7 +143,7 @@ def test_zero_embeddings_in_half_precision_are_not_nan(net, dtype):
     with torch.no_grad():
         net.head.weight.zero_()
         net.head.bias.zero_()
-    loss = loss_of(net).to(dtype)
+    loss = loss_of(net).to(dtype).eval()  # a network of zeros gives no gradient, and is refused
     sr, hr = (x.detach().to(dtype) for x in sr_and_hr())
     value = loss(sr.requires_grad_(), hr)
     value.backward()
@@ -283,9 +286,11 @@ class TestHallucinationLoss:
         sr, hr = sr_and_hr()
         loss = HallucinationLoss(net)
         features = loss.identity.embed(hr)
-        net.calls.clear()
+        loss(sr, hr)  # the first call tries the gradient
+        calls = loss.identity.encoders[0].fnet.calls
+        calls.clear()
         total, _ = loss(sr, hr, target_features=features)
-        assert list(net.calls) == [4]
+        assert list(calls) == [4]
         assert torch.equal(total, loss(sr, hr)[0])
 
     def test_own_image_loss(self):
@@ -311,6 +316,122 @@ class TestHallucinationLoss:
         sr, hr = sr_and_hr()
         with pytest.raises(ValueError, match="hr holds 3 faces and sr 4"):
             HallucinationLoss(net)(sr, hr[:3])
+
+
+# --- gradients that do not arrive ----------------------------------------------------------------
+
+
+def cutting(how):
+    """A tiny FNet whose gradient does not get through."""
+    net = tiny_fnet()
+    straight = net.forward
+    net.forward = {
+        "no_grad": torch.no_grad()(straight),
+        "detach": lambda x: straight(x.detach()),
+        "numpy": lambda x: straight(torch.from_numpy(x.detach().numpy())),
+        "rounding": lambda x: straight((x * 100).round() / 100),
+    }[how]
+    return net
+
+
+@pytest.mark.parametrize("how", ["no_grad", "detach", "numpy", "rounding"])
+def test_refuses_an_fnet_that_cuts_the_gradient(how):
+    sr, hr = sr_and_hr()
+    loss = loss_of(tiny_fnet())
+    loss.encoders[0].fnet.forward = cutting(how).forward
+    with pytest.raises(RuntimeError, match="FNet TinyFNet cuts the gradient"):
+        loss(sr, hr)
+    with torch.no_grad():
+        loss.eval()(sr, hr)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda net: IdentityPreservedLoss(net, distance=lambda a, b: (a - b).detach().sum(1)),
+        lambda net: HallucinationLoss(net, image_loss=lambda a, b: (a.detach() - b).abs().mean()),
+    ],
+    ids=["distance", "image loss"],
+)
+def test_refuses_functions_that_cut_the_gradient(net, make):
+    with pytest.raises(RuntimeError, match=r"the (distance|image loss) cuts the gradient"):
+        make(net)(*sr_and_hr())
+
+
+def test_a_face_of_weight_zero_may_hold_anything(net):
+    sr, hr = faces(4, (14, 12), seed=1), faces(4, seed=2)
+    weight = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    loss = loss_of(net)
+    expected = loss(sr.requires_grad_(), hr, weight=weight)
+    expected.backward()
+    bad = sr.detach().clone()
+    bad[1], hr[1] = float("nan"), float("nan")
+    with pytest.warns(UserWarning, match="NaN"):
+        value = loss_of(net)(bad.requires_grad_(), hr, weight=weight)
+    value.backward()
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(bad.grad, sr.grad)
+
+
+def test_range_is_judged_by_what_is_settled(net):
+    """A fresh network overshoots; one that has been trained for a while does not."""
+    sr, hr = sr_and_hr()
+    wide = (sr.detach() * 20 - 10).requires_grad_()
+    loss = loss_of(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(63):
+            loss(wide, hr)
+    with pytest.warns(UserWarning, match="sr spans"):
+        loss(wide, hr)
+    with pytest.warns(UserWarning, match="hr spans"):
+        HallucinationLoss(None)(sr, hr * 255)
+
+
+# --- transforms ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prelu_loss():
+    net = nn.Sequential(PReLU(3), nn.Conv2d(3, 4, 3, stride=2), PReLU(4), nn.Flatten())
+    shape = {"input_size": (3, 28, 24), "mean": (0.4,) * 3, "std": (0.5,) * 3}
+    return IdentityPreservedLoss(net, reduction="none", **shape)
+
+
+def test_functional_transforms(prelu_loss):
+    sr, hr = faces(3, (14, 12), seed=1), faces(3, seed=2)
+    total = lambda x: prelu_loss(x, hr).sum()  # noqa: E731
+    (expected,) = torch.autograd.grad(total(sr.requires_grad_()), sr)
+    sr = sr.detach()
+    torch.testing.assert_close(torch.func.grad(total)(sr), expected)
+    torch.testing.assert_close(torch.func.jacrev(total)(sr), expected)
+    tangent = faces(3, (14, 12), seed=3)
+    _, along = torch.func.jvp(total, (sr,), (tangent,))
+    torch.testing.assert_close(along, (expected * tangent).sum())
+    mapped = torch.func.vmap(prelu_loss)(sr[:, None], hr[:, None])
+    torch.testing.assert_close(mapped[:, 0], prelu_loss(sr, hr))
+    each = torch.func.vmap(torch.func.grad(lambda s, h: prelu_loss(s, h).sum()))
+    torch.testing.assert_close(each(sr[:, None], hr[:, None])[:, 0], expected)
+
+
+@pytest.mark.parametrize("kind", ["make_fx", "symbolic", "trace", "fake", "meta"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
+def test_first_call_inside_a_tracer(net, kind):
+    sr, hr = (x.detach() for x in sr_and_hr())
+    loss, expected = loss_of(net), loss_of(net)(sr, hr)
+    if kind in ("make_fx", "symbolic"):
+        mode = "real" if kind == "make_fx" else kind
+        got = make_fx(loss, tracing_mode=mode, _allow_non_fake_inputs=True)(sr, hr)(sr, hr)
+    elif kind == "trace":
+        got = torch.jit.trace(loss.eval(), (sr, hr))(sr, hr)
+    elif kind == "fake":
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert loss(torch.rand(4, 3, 14, 12), torch.rand(4, 3, 28, 24)).shape == ()
+        got = loss(sr, hr)
+    else:
+        assert loss.to("meta")(sr.to("meta"), hr.to("meta")).is_meta
+        return
+    torch.testing.assert_close(got, expected)
 
 
 # --- distances -----------------------------------------------------------------------------------
@@ -358,3 +479,16 @@ def test_gradient_is_finite_where_formulas_break(name, case):
 def test_same_embedding_is_at_distance_zero(name):
     a = torch.from_numpy(pairs()[0])
     torch.testing.assert_close(DISTANCES[name](a, a), torch.zeros(6), atol=1e-6, rtol=0)
+
+
+def test_own_distances_and_image_losses_by_name(net):
+    sr, hr = sr_and_hr()
+    register_distance("test_squared", lambda a, b: (a - b).square().sum(1))
+    assert loss_of(net, distance="test_squared")(sr, hr) > 0
+    with pytest.raises(ValueError, match="another distance 'cosine'"):
+        register_distance("cosine", lambda a, b: a)
+    register_image_loss("test_quarter", lambda a, b: (a - b).abs().mean() / 4)
+    quarter, _ = HallucinationLoss(None, image_loss="test_quarter")(sr, hr)
+    torch.testing.assert_close(4 * quarter, HallucinationLoss(None)(sr, hr)[0])
+    with pytest.raises(ValueError, match="Did you mean 'l1'"):
+        HallucinationLoss(None, image_loss="l11")

@@ -219,7 +219,7 @@ def test_crop_by_input_size(size, crop):
 
 def test_modules_that_do_not_embed():
     module = nn.Conv2d(3, 4, 1)
-    with pytest.raises(ValueError, match=r"Conv2d gave \(1, 4, 14, 12\) for one image"):
+    with pytest.raises(ValueError, match=r"Conv2d gave \[2, 4, 14, 12\] for images"):
         create_fnet(module, input_size=(3, 14, 12), mean=(0.5,) * 3, std=(0.5,) * 3)
 
 

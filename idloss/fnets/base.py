@@ -157,15 +157,8 @@ class PReLU(nn.PReLU):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale what is negative.
-
-        Args:
-            x: `[B, C, ...]`.
-
-        Returns:
-            The same shape.
-        """
-        if self.weight.requires_grad or not (torch.is_grad_enabled() and x.requires_grad):
+        """Scale what is negative in `[B, C, ...]`."""
+        if self.weight.requires_grad or not torch.is_grad_enabled():
             return super().forward(x)
         scaled: Tensor = _Frozen.apply(x, self.weight)
         return scaled
@@ -174,14 +167,29 @@ class PReLU(nn.PReLU):
 class _Frozen(torch.autograd.Function):
     """PReLU with a gradient for its input alone."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
         return F.prelu(x, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         x, weight = ctx.saved_tensors
-        slopes = weight.to(grad.dtype).view(-1, *[1] * (x.ndim - 2))
         positive = torch.ops.aten.threshold_backward(grad, x, 0)  # the gradient where x is
-        return torch.addcmul(positive, grad - positive, slopes), None
+        return torch.addcmul(positive, grad - positive, _slopes(weight, grad)), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
+        x, weight = ctx.saved_tensors
+        return torch.where(x > 0, tangent, tangent * _slopes(weight, tangent))
+
+
+def _slopes(weight: Tensor, like: Tensor) -> Tensor:
+    """One slope per channel, to meet `[B, C, ...]`."""
+    return weight.to(like.dtype).view(-1, *[1] * (like.ndim - 2))

@@ -253,9 +253,9 @@ def check_crop(encoder: FaceEncoder, crop: str) -> None:
     share = float(convert_crop(whole, template, wanted, fill=0.0).mean())
     if share < COVERAGE:
         raise ValueError(
-            f"FNet and crop do not fit: {encoder} takes {wanted!r} crops, of which "
-            f"crop={template.name} holds {share:.0%}: prepare the faces with --crop {wanted} "
-            f"and set crop={wanted}"
+            f"FNet and crop do not fit: {encoder} takes {wanted.name!r} crops, of which "
+            f"crop={template.name} holds {share:.0%}: prepare the faces with --crop {wanted.name} "
+            f"and set crop={wanted.name}"
         )
 
 

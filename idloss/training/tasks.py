@@ -208,7 +208,7 @@ class Views:
         """
         for draw, crops in self.crops.read(draws):
             faces, seen = self.view(draw, crops)
-            images = self.input(seen).contiguous(memory_format=self.format)
+            images = self.input.preprocess(seen).contiguous(memory_format=self.format)
             yield draw, images, faces.contiguous(memory_format=self.format)
 
     def view(self, draw: Draw, crops: Tensor) -> tuple[Tensor, Tensor]:

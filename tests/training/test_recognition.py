@@ -85,7 +85,7 @@ def test_input_is_what_a_face_encoder_feeds_its_fnet(crop):
     fnet = tiny_fnet()
     hr = torch.rand(3, 3, 112, 112 if crop == "arcface" else 96)
     encoder = FaceEncoder(tiny_fnet(), crop=crop)
-    assert input_of(create_fnet(fnet), crop)(hr).equal(encoder.preprocess(hr))
+    assert input_of(create_fnet(fnet), crop).preprocess(hr).equal(encoder.preprocess(hr))
     assert fnet.training
     assert all(parameter.requires_grad for parameter in fnet.parameters())
 
@@ -100,12 +100,12 @@ def test_views_are_mirrored_and_made_small_by_seed_and_step():
     assert (kept | flipped).all()
     assert kept.any()
     assert flipped.any()
-    assert images.equal(input_of(fnet, "sphereface")(seen))
+    assert images.equal(input_of(fnet, "sphereface").preprocess(seen))
 
     [(_, low, teacher)] = views(faces, fnet, low_resolution(0.5)).read(draws())
     assert not teacher.equal(seen) or kept.all()  # as for everybody else: never made small
     chance = torch.rand(8, generator=generator_for(0, 2, 1)) < 0.5
-    small = (low != input_of(fnet, "sphereface")(teacher)).flatten(1).any(1)
+    small = (low != input_of(fnet, "sphereface").preprocess(teacher)).flatten(1).any(1)
     assert small.equal(chance)
     assert small.any()
     assert not small.all()
