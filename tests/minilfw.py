@@ -11,7 +11,7 @@ from idloss.data.pairs import lfw_name
 
 def mini_lfw(root, people=6, photos=4):
     """Photos, `lfw_landmarks.csv` and a `pairs.txt` of two folds below a folder."""
-    faces = SyntheticFaces(people, photos, seed=5, size=(112, 112), template="arcface")
+    faces = SyntheticFaces(people, photos, seed=5, size=(112, 112), crop="arcface")
     crops = faces.render(progress=False).crops
     rows = []
     for index, (crop, points) in enumerate(zip(crops, faces.landmarks, strict=True)):

@@ -42,7 +42,7 @@ def tiny_faces(count=20, seed=0):
         names=tuple(f"{i}.jpg" for i in range(count)),
         labels=labels,
         identities=tuple(str(i) for i in range(int(labels.max()) + 1)),
-        template="sphereface",
+        crop="sphereface",
     )
 
 

@@ -167,12 +167,12 @@ def _open(
         for name in options.keys() - known.keys():
             raise ValueError(f"the data set {kind!r} takes no --{name}")
     if crop is not None and kind == "pairs":
-        options["template"] = get_template(crop).name
+        options["crop"] = get_template(crop).name
     found = open_evaluation(path, kind, skip_missing=skip_missing, **options)
     if crop is not None and isinstance(found.faces, FileFaces):
-        own = replace(found.faces, template=get_template(crop).name, landmarks=None)
+        own = replace(found.faces, crop=get_template(crop).name, landmarks=None)
         return replace(found, faces=own)
-    if found.faces.template is None and found.faces.landmarks is None:
+    if found.faces.crop is None and found.faces.landmarks is None:
         way = "put landmarks.csv beside it" if kind == "pairs" else "name a table with --landmarks"
         raise ValueError(
             f"{path} has no landmarks to align its photos by; {way}, or name the template the "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from idloss.data import Exclusion, FaceSource, Report
+    from idloss.data import Exclusion, Faces, Report
 
 _KINDS = ("celeba", "folder", "lfw")
 _FNET = "mobilefacenet"
@@ -57,7 +57,7 @@ def prepare(
     report = run(
         source,
         out,
-        template=crop,
+        crop=crop,
         clean_list=clean_list,
         exclude=exclude,
         shard_faces=shard_faces,
@@ -68,7 +68,7 @@ def prepare(
         typer.echo(line)
 
 
-def _source(kind: str, path: Path, split: str | None, *, skip_missing: bool) -> FaceSource:
+def _source(kind: str, path: Path, split: str | None, *, skip_missing: bool) -> Faces:
     from idloss.data import celeba_faces, folder_faces, lfw
     from idloss.errors import did_you_mean
 
@@ -113,7 +113,7 @@ def _lines(report: Report) -> list[str]:
     faces = report.faces
     height, width = faces.shards.size
     people = f" of {len(faces.identities):,} people" if faces.labels is not None else ""
-    lines = [f"{len(faces):,} faces{people}, {faces.template} {height}x{width}, in {faces.folder}"]
+    lines = [f"{len(faces):,} faces{people}, {faces.crop} {height}x{width}, in {faces.folder}"]
     lines += [f"dropped {count:,}: {reason}" for reason, count in report.dropped.items()]
     if report.dropped:
         lines.append(f"each is named in {faces.folder / 'dropped.csv'}")

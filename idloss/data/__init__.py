@@ -1,9 +1,9 @@
 """Faces: from disk, aligned, or drawn by the package itself."""
 
-from idloss.data.aligned import AlignedDataset, AlignedFaces, align_all
 from idloss.data.celeba import celeba_faces
 from idloss.data.exclusion import Exclusion
-from idloss.data.faults import DataError, Fault
+from idloss.data.faces import AlignedFaces, Faces, FileFaces, align_all
+from idloss.data.files import DataError, Fault
 from idloss.data.folder import folder_faces
 from idloss.data.insightface import insightface_bin
 from idloss.data.lfw import lfw
@@ -13,7 +13,6 @@ from idloss.data.overlap import Match, embed_faces, find_overlap, without_overla
 from idloss.data.packed import PackedFaces, open_packed
 from idloss.data.pairs import EvaluationSet, Pairs
 from idloss.data.prepare import Report, prepare, read_report
-from idloss.data.source import FaceSource, FileFaces
 from idloss.data.surveillance import (
     scface,
     survface_identification,
@@ -24,12 +23,11 @@ from idloss.data.synthetic import SyntheticFaces
 
 __all__ = [
     "EVALUATIONS",
-    "AlignedDataset",
     "AlignedFaces",
     "DataError",
     "EvaluationSet",
     "Exclusion",
-    "FaceSource",
+    "Faces",
     "Fault",
     "FileFaces",
     "Match",

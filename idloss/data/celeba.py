@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from idloss.data.faults import DataError, Fault, settle
-from idloss.data.files import Files, open_files
-from idloss.data.source import FileFaces, number_identities
+from idloss.data.faces import FileFaces, number_identities
+from idloss.data.files import DataError, Fault, Files, open_files, skip_or_raise
 from idloss.data.tables import Table, first_file, read_number, read_points, read_table
 from idloss.errors import did_you_mean
 
@@ -101,7 +100,7 @@ def celeba_faces(
             faults.append(body.fault(line, f"{image} has no identity in {IDENTITIES}"))
         else:
             names.append(image)
-    skipped = settle(faults, skip_missing=skip_missing)
+    skipped = skip_or_raise(faults, skip_missing=skip_missing)
     names = list(dict.fromkeys(names))
     labels, people = number_identities(identities[image] for image in names)
     return FileFaces(
@@ -165,5 +164,5 @@ def _by_image(files: Files, name: str) -> dict[str, str]:
         for line, cells in table.rows
         if len(cells) != 2 or not cells[1].isdecimal()
     ]
-    settle(faults, skip_missing=False)
+    skip_or_raise(faults, skip_missing=False)
     return {cells[0]: cells[1] for _, cells in table.rows}

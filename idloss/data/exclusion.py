@@ -8,12 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from idloss.data.aligned import align_all
+from idloss.data.faces import Faces, align_all
 from idloss.data.overlap import THRESHOLD, Match, embed_faces, find_overlap
 from idloss.data.packed import PackedFaces
 from idloss.data.packing import Dropped, read_rows, write_rows
 from idloss.data.photos import Photos
-from idloss.data.source import FaceSource
 
 COLUMNS = ("identity", "photo", "other", "cosine")
 
@@ -32,7 +31,7 @@ class Exclusion:
     """
 
     name: str
-    faces: FaceSource
+    faces: Faces
     encoder: Callable[[Tensor], Tensor]
     fnet: str
     threshold: float = THRESHOLD
@@ -67,7 +66,7 @@ class Exclusion:
         """
         others = align_all(
             self.faces,
-            faces.template,
+            faces.crop,
             skip_missing=skip_missing,
             threads=threads,
             progress=progress,

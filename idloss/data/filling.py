@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from huggingface_hub.utils.tqdm import tqdm
 
-from idloss.data.aligned import align_all
 from idloss.data.exclusion import Exclusion, write_matches
-from idloss.data.faults import DataError, Fault
+from idloss.data.faces import align_all
+from idloss.data.files import DataError, Fault
 from idloss.data.packed import pack
 from idloss.data.packing import (
     DATASET,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 
-from idloss.data.faults import DataError, settle
-from idloss.data.files import Files, open_files
-from idloss.data.source import FileFaces, number_identities
+from idloss.data.faces import FileFaces, number_identities
+from idloss.data.files import DataError, Files, open_files, skip_or_raise
 from idloss.data.tables import POINT_COLUMNS, read_points, read_table
 
 LANDMARKS = "landmarks.csv"
@@ -53,7 +52,7 @@ def folder_faces(path: str | os.PathLike[str] | Files, *, skip_missing: bool = F
             faults.append(body.fault(line, f"{cells[0]} is not in {files.location}"))
         else:
             identities[cells[0]] = cells[11] if IDENTITY in header else ""
-    skipped = settle(faults, skip_missing=skip_missing)
+    skipped = skip_or_raise(faults, skip_missing=skip_missing)
     labels, names = number_identities(identities.values())
     known = IDENTITY in header
     return FileFaces(

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from huggingface_hub.utils.tqdm import tqdm
 
-from idloss.data.faults import DataError, Fault, settle
-from idloss.data.files import MemoryFiles, read_file
+from idloss.data.faces import FileFaces
+from idloss.data.files import DataError, Fault, MemoryFiles, read_file, skip_or_raise
 from idloss.data.folds import contiguous_folds
 from idloss.data.pairs import EvaluationSet, Pairs
-from idloss.data.source import FileFaces
 
 
 class _Dtype:
@@ -164,12 +163,12 @@ def insightface_bin(path: str | os.PathLike[str], *, skip_missing: bool = False)
         raise DataError([Fault(str(place), f"not a verification set: {error}")]) from error
     names = tuple(f"{i:05d}" for i in range(len(images)))
     files = MemoryFiles(str(place), dict(zip(names, images, strict=True)))
-    faces = FileFaces(files, names, names, template="arcface")
+    faces = FileFaces(files, names, names, crop="arcface")
     first, second = torch.arange(len(images)).view(-1, 2).unbind(1)
     pairs = Pairs(first, second, same, contiguous_folds(len(same)))
     if skip_missing:
         faults = _unreadable(faces)
-        faces = replace(faces, skipped=settle(faults.values(), skip_missing=True))
+        faces = replace(faces, skipped=skip_or_raise(faults.values(), skip_missing=True))
         lost = torch.tensor([*faults], dtype=torch.int64)
         pairs = pairs.select(~(torch.isin(first, lost) | torch.isin(second, lost)))
     return EvaluationSet(place.stem, faces, pairs)

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
-from idloss.data.faults import DataError, Fault, settle
-from idloss.data.files import Files, FolderFiles, open_files
+from idloss.data.faces import FileFaces, number_identities
+from idloss.data.files import DataError, Fault, Files, FolderFiles, open_files, skip_or_raise
 from idloss.data.pairs import EvaluationSet, index_of, lfw_name, read_lfw_pairs
-from idloss.data.source import FileFaces, number_identities
 from idloss.data.tables import Table, read_number, read_own_table, read_points
 from idloss.weights.files import Piece
 from idloss.weights.http import download as download_piece
@@ -107,7 +106,7 @@ def lfw(
         labels=labels,
         identities=names,
         landmarks=points.stack(members) if points else None,
-        skipped=settle(faults, skip_missing=skip_missing),
+        skipped=skip_or_raise(faults, skip_missing=skip_missing),
     )
     return EvaluationSet("lfw", faces, pair_list.finish() if pair_list else None)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from idloss.data.celeba import celeba_faces, find_layout, looked_for
+from idloss.data.faces import FileFaces
 from idloss.data.files import open_files
 from idloss.data.folder import find_landmarks, folder_faces
 from idloss.data.insightface import insightface_bin
@@ -15,7 +16,6 @@ from idloss.data.lfw import lfw
 from idloss.data.listed import pairs_csv
 from idloss.data.packed import PackedFaces, is_prepared, open_packed
 from idloss.data.pairs import EvaluationSet
-from idloss.data.source import FileFaces
 from idloss.data.surveillance import (
     scface,
     survface_identification,

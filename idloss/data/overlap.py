@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 
-from idloss.data.aligned import AlignedFaces
+from idloss.data.faces import AlignedFaces, Faces, FileFaces
 from idloss.data.packed import PackedFaces
-from idloss.data.source import FaceSource, FileFaces
 from idloss.resample import to_float
 
 THRESHOLD = 0.65
@@ -29,7 +28,7 @@ person too few in training than one too many: hence below 0.666. Another FNet ha
 BLOCK = 4096
 """Rows and columns of the similarities held at once: 64 MB."""
 
-Faces = TypeVar("Faces", AlignedFaces, FileFaces, PackedFaces)
+Kept = TypeVar("Kept", AlignedFaces, FileFaces, PackedFaces)
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,9 @@ def embed_faces(
 
 
 def find_overlap(
-    training: FaceSource,
+    training: Faces,
     training_embeddings: Tensor,
-    evaluation: FaceSource,
+    evaluation: Faces,
     evaluation_embeddings: Tensor,
     *,
     threshold: float = THRESHOLD,
@@ -133,7 +132,7 @@ def find_overlap(
     return sorted(matches, key=lambda match: -match.similarity)
 
 
-def without_overlap(training: Faces, matches: Sequence[Match]) -> Faces:
+def without_overlap(training: Kept, matches: Sequence[Match]) -> Kept:
     """Training data without the people and photos that are in the evaluation data.
 
     Args:
@@ -181,7 +180,7 @@ def _device(encoder: Callable[[Tensor], Tensor]) -> torch.device:
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
-def _people(faces: FaceSource) -> tuple[Tensor, Sequence[str]]:
+def _people(faces: Faces) -> tuple[Tensor, Sequence[str]]:
     if faces.labels is None:
         return torch.arange(len(faces)), faces.names
     # faces of nobody known (label -1) are each a person of their own

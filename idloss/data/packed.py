@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +13,15 @@ import torch
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 
-from idloss.data.aligned import AlignedFaces, template_landmarks
-from idloss.data.faults import DataError, Fault
+from idloss.data.faces import (
+    AlignedFaces,
+    convert_crops,
+    number_identities,
+    positions,
+    select_labels,
+    template_landmarks,
+)
+from idloss.data.files import DataError, Fault
 from idloss.data.packing import (
     DATASET,
     DROPPED,
@@ -26,7 +34,7 @@ from idloss.data.packing import (
     read_json,
 )
 from idloss.data.shards import Shards, crop_hash
-from idloss.data.source import number_identities, positions, select_labels
+from idloss.geometry import Template
 
 BATCH = 256
 """Crops copied at once where all are read: 8 MB at 112x96."""
@@ -49,7 +57,7 @@ class PackedFaces:
         photo_landmarks: five points in the photo of each crop, float64 `[N, 5, 2]`, nan where there
             were none.
         hashes: hash of each crop.
-        template: the template the crops are aligned to.
+        crop: the template the crops are aligned to.
         skipped: what was dropped, and why.
     """
 
@@ -61,18 +69,18 @@ class PackedFaces:
     identities: tuple[str, ...]
     photo_landmarks: Tensor
     hashes: tuple[str, ...]
-    template: str
+    crop: str
     skipped: tuple[Fault, ...] = ()
 
     @property
     def landmarks(self) -> Tensor:
         """The template's points for each crop, float64 `[N, 5, 2]`."""
-        return template_landmarks(self.template, len(self))
+        return template_landmarks(self.crop, len(self))
 
     @cached_property
     def content(self) -> str:
         """Hash of these crops, 64 hex digits: of their template, names and pixels, in order."""
-        return self.index.content(self.template)
+        return self.index.content(self.crop)
 
     @property
     def index(self) -> Index:
@@ -91,19 +99,21 @@ class PackedFaces:
         """One crop, uint8 RGB `[3, H, W]`."""
         return self.crops_at(torch.tensor([index]))[0]
 
-    def crops_at(self, index: Tensor) -> Tensor:
-        """Copy some crops into memory.
+    def digest(self, index: int) -> bytes:
+        """SHA-256 of a crop's hash and template."""
+        return hashlib.sha256(f"{self.crop}/{self.hashes[index]}".encode()).digest()
 
-        Args:
-            index: their positions, int64 `[B]`.
-
-        Returns:
-            uint8 RGB `[B, 3, H, W]`.
-
-        Raises:
-            IndexError: there is no such position.
-        """
-        return torch.from_numpy(self.shards.gather(self.rows.index_select(0, index).numpy()))
+    def crops_at(
+        self,
+        indices: Sequence[int] | Tensor,
+        crop: str | Template | None = None,
+        *,
+        faults: dict[int, Fault] | None = None,
+    ) -> Tensor:
+        """Copies of some crops, uint8 RGB `[B, 3, H, W]`; see `Faces.crops_at`."""
+        rows = self.rows.index_select(0, torch.as_tensor(indices))
+        crops = torch.from_numpy(self.shards.gather(rows.numpy()))
+        return crops if crop is None else convert_crops(crops, self.crop, crop)
 
     def select(self, keep: Tensor) -> PackedFaces:
         """The crops at some positions; identities that lose all their faces go.
@@ -139,7 +149,7 @@ class PackedFaces:
         for places in self._batches("loading", progress=progress):
             crops[places.start : places.stop] = self.crops_at(torch.tensor(places))
         return AlignedFaces(
-            crops, self.names, self.labels, self.identities, self.template, self.skipped
+            crops, self.names, self.labels, self.identities, self.crop, self.skipped
         )
 
     def verify(self, *, progress: bool = True) -> None:
@@ -217,7 +227,7 @@ def open_packed(path: str | os.PathLike[str]) -> PackedFaces:
 def pack(
     shards: Shards,
     index: Index,
-    template: str,
+    crop: str,
     *,
     labelled: bool,
     skipped: tuple[Fault, ...] = (),
@@ -227,7 +237,7 @@ def pack(
     Args:
         shards: the crops.
         index: a row for each, in their order.
-        template: what they are aligned to.
+        crop: what they are aligned to.
         labelled: whether identities are known.
         skipped: what was dropped.
 
@@ -244,6 +254,6 @@ def pack(
         identities=identities,
         photo_landmarks=index.points,
         hashes=index.hashes,
-        template=template,
+        crop=crop,
         skipped=skipped,
     )

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from idloss.data.faults import DataError, Fault
+from idloss.data.files import DataError, Fault
 from idloss.data.tables import POINT_COLUMNS
 from idloss.weights.files import written_whole
 

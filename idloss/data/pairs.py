@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from idloss.data.aligned import AlignedFaces
-from idloss.data.faults import DataError, Fault
+from idloss.data.faces import AlignedFaces, FileFaces
+from idloss.data.files import DataError, Fault
 from idloss.data.folds import FOLDS, balanced_folds
-from idloss.data.source import FileFaces
 from idloss.data.tables import Table, read_number
 
 PAIR_COLUMNS = ["first", "second", "same"]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from idloss.data.faults import Fault, settle
+from idloss.data.faces import Faces, FileFaces, cut_crops
+from idloss.data.files import Fault, skip_or_raise
 from idloss.data.packing import Dropped
 from idloss.data.pairs import index_of
-from idloss.data.source import FaceSource, FileFaces
 from idloss.data.tables import read_own_table, read_points
+from idloss.geometry import Template
 
 UNLISTED = "not in the clean list"
 ABSENT = "in the clean list, but not in the source"
@@ -25,7 +27,7 @@ COLUMNS = 11
 
 @dataclass(frozen=True, eq=False)
 class Photos:
-    """Some photos of a source, a `FaceSource` themselves for what aligns them.
+    """Some photos of a source, a `Faces` themselves for what aligns them.
 
     Attributes:
         source: where their pixels are.
@@ -38,7 +40,7 @@ class Photos:
         skipped: nothing: what the source left out is told elsewhere.
     """
 
-    source: FaceSource
+    source: Faces
     rows: Tensor
     names: tuple[str, ...]
     people: tuple[str, ...]
@@ -48,7 +50,7 @@ class Photos:
     skipped: tuple[Fault, ...] = ()
 
     @staticmethod
-    def of(source: FaceSource) -> Photos:
+    def of(source: Faces) -> Photos:
         """All photos of a source."""
         count = len(source)
         labels = [-1] * count if source.labels is None else source.labels.tolist()
@@ -64,9 +66,28 @@ class Photos:
         )
 
     @property
-    def template(self) -> str | None:
+    def crop(self) -> str | None:
         """The template the source is aligned to, if it is."""
-        return self.source.template
+        return self.source.crop
+
+    @property
+    def content(self) -> str:
+        """Hash of the source."""
+        return self.source.content
+
+    def digest(self, index: int) -> bytes:
+        """SHA-256 of a photo."""
+        return self.source.digest(int(self.rows[index]))
+
+    def crops_at(
+        self,
+        indices: Sequence[int] | Tensor,
+        crop: str | Template | None = None,
+        *,
+        faults: dict[int, Fault] | None = None,
+    ) -> Tensor:
+        """Some photos as crops `[B, 3, H, W]`; see `Faces.crops_at`."""
+        return cut_crops(self, indices, crop, faults=faults)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -138,7 +159,7 @@ def keep_listed(photos: Photos, path: Path, *, skip_missing: bool) -> tuple[Phot
         points = read_points(table)
         faults += points.faults
         listed = {name: line for name, line in listed.items() if name in points.by_name}
-    settle(faults, skip_missing=skip_missing)
+    skip_or_raise(faults, skip_missing=skip_missing)
     dropped = [Dropped(name, UNLISTED) for name in photos.names if name not in listed]
     dropped += [Dropped(name, ABSENT) for name in listed if name not in positions]
     chosen = photos.select(torch.tensor([i for n, i in positions.items() if n in listed]).long())

@@ -12,7 +12,8 @@ from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
 from idloss import __version__
 from idloss.data.exclusion import Exclusion, read_matches
-from idloss.data.faults import DataError, Fault
+from idloss.data.faces import Faces
+from idloss.data.files import DataError, Fault
 from idloss.data.filling import Filling
 from idloss.data.overlap import Match
 from idloss.data.packed import PackedFaces, open_packed
@@ -28,7 +29,6 @@ from idloss.data.packing import (
     write_json,
 )
 from idloss.data.photos import Photos, keep_listed
-from idloss.data.source import FaceSource
 from idloss.geometry import get_template
 
 SHARD_FACES = 8192
@@ -57,10 +57,10 @@ class Report:
 
 
 def prepare(
-    source: FaceSource,
+    source: Faces,
     out: str | os.PathLike[str],
     *,
-    template: str = "sphereface",
+    crop: str = "sphereface",
     clean_list: str | os.PathLike[str] | None = None,
     exclude: Exclusion | None = None,
     shard_faces: int = SHARD_FACES,
@@ -76,7 +76,7 @@ def prepare(
     Args:
         source: photos with landmarks, or crops of another template.
         out: the folder to fill.
-        template: the crops' geometry, one of `idloss.geometry.TEMPLATES`.
+        crop: the crops' geometry, one of `idloss.geometry.TEMPLATES`.
         clean_list: the images to take, see `idloss.data.photos.keep_listed`; None takes all.
         exclude: an evaluation set whose people are to be found and removed.
         shard_faces: crops in a file.
@@ -95,7 +95,7 @@ def prepare(
     if shard_faces < 1:
         raise ValueError(f"shard_faces must be at least 1, got {shard_faces}")
     folder = Path(out).expanduser()
-    target = get_template(template)
+    target = get_template(crop)
     photos = Photos.of(source)
     dropped = [Dropped(fault.where, LEFT_OUT, fault.what) for fault in source.skipped]
     if clean_list is not None:
@@ -163,14 +163,14 @@ def _check(photos: Photos, exclude: Exclusion | None) -> None:
     """Refuse before the work what would fail after it."""
     if not len(photos):
         raise DataError([Fault(photos.origin, "there are no faces to prepare")])
-    if photos.template is None and photos.landmarks.isnan().all():
+    if photos.crop is None and photos.landmarks.isnan().all():
         raise DataError([Fault(photos.origin, "there are no landmarks to align the photos by")])
     if exclude is None:
         return
     if not all(photos.people):
         what = "the overlap can only be found where the identity of every face is known"
         raise DataError([Fault(photos.origin, what)])
-    if exclude.faces.template is None and exclude.faces.landmarks is None:
+    if exclude.faces.crop is None and exclude.faces.landmarks is None:
         raise DataError([Fault(exclude.name, "there are no landmarks to align its photos by")])
 
 

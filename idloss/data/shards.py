@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from idloss.data.faults import DataError
+from idloss.data.files import DataError
 from idloss.data.packing import damaged
 from idloss.weights.files import written_whole
 

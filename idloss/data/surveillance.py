@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from idloss.data.faults import DataError, Fault, settle
-from idloss.data.files import Files, open_files
+from idloss.data.faces import FileFaces, number_identities
+from idloss.data.files import DataError, Fault, Files, open_files, skip_or_raise
 from idloss.data.pairs import EvaluationSet, PairList, index_of
-from idloss.data.source import FileFaces, number_identities
 from idloss.data.tables import read_own_table, read_points
 
 IMAGE = (".jpg", ".jpeg", ".png", ".bmp")
@@ -130,7 +129,7 @@ def survface_verification(
         names = [images + name for name in _texts(listed)]
         for row, (first, second) in enumerate(zip(names[::2], names[1::2], strict=True), start=1):
             pairs.add(f"{where}:row {row}", first, second, same=kind == "positive")
-    skipped = settle(pairs.faults, skip_missing=skip_missing)
+    skipped = skip_or_raise(pairs.faults, skip_missing=skip_missing)
     faces = replace(faces, skipped=faces.skipped + skipped)
     return EvaluationSet("survface-verification", faces, pairs.finish(refold=True))
 
@@ -254,7 +253,7 @@ class _Parts:
             lost = {name for name in names if name not in points.by_name}
             self.faults += [Fault(table.where, f"no points of {name}") for name in sorted(lost)]
             taken = [item for item, name in zip(taken, names, strict=True) if name not in lost]
-        skipped = settle(self.faults, skip_missing=skip_missing)
+        skipped = skip_or_raise(self.faults, skip_missing=skip_missing)
         labels, identities = number_identities(identity for _, identity in taken)
         names = [member.removeprefix(self.base) for member, _ in taken]
         return FileFaces(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,10 +14,10 @@ from huggingface_hub.utils.tqdm import tqdm
 from numpy.typing import NDArray
 from torch import Tensor
 
-from idloss.data.aligned import AlignedFaces
-from idloss.data.faults import Fault
+from idloss.data.faces import AlignedFaces, convert_crops
+from idloss.data.files import Fault
 from idloss.data.portrait import IDENTITY, MARKS, PHOTO, Factors, draw, place
-from idloss.geometry import fit_similarity, get_template
+from idloss.geometry import Template, fit_similarity, get_template
 from idloss.resample import to_uint8
 
 BATCH = 32
@@ -23,7 +25,7 @@ BATCH = 32
 
 
 class SyntheticFaces:
-    """Procedural faces: persons that differ, photos of one person that vary; a `FaceSource`.
+    """Procedural faces: persons that differ, photos of one person that vary; a `Faces`.
 
     Photo number j of person number i depends on (seed, i, j) alone, so sets of any size share their
     beginnings, and any face can be drawn again by itself. Sets with other seeds, or with other
@@ -34,11 +36,11 @@ class SyntheticFaces:
         per_identity: photos of each.
         seed: not negative.
         size: rows and columns of the pictures, the whole crop whatever its size.
-        template: the crops' geometry.
+        crop: the crops' geometry.
         first_identity: number of the first person.
 
     Raises:
-        ValueError: a number is out of range, or the template is unknown.
+        ValueError: a number is out of range, or the crop is unknown.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class SyntheticFaces:
         per_identity: int,
         seed: int = 0,
         size: tuple[int, int] = (112, 96),
-        template: str = "sphereface",
+        crop: str = "sphereface",
         first_identity: int = 0,
     ) -> None:
         for name, value, least in (
@@ -63,7 +65,7 @@ class SyntheticFaces:
         self.per_identity = per_identity
         self.seed = seed
         self.size = size
-        self.template = get_template(template).name
+        self.crop = get_template(crop).name
         persons = range(first_identity, first_identity + identities)
         self.identities = tuple(str(person) for person in persons)
         self.names = tuple(
@@ -71,7 +73,7 @@ class SyntheticFaces:
         )
         self.labels = torch.arange(identities).repeat_interleave(per_identity)
         self.skipped: tuple[Fault, ...] = ()
-        self._grid, self._back = _geometry(self.size, self.template)
+        self._grid, self._back = _geometry(self.size, self.crop)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -90,6 +92,31 @@ class SyntheticFaces:
     def read(self, index: int) -> Tensor:
         """One picture, uint8 RGB `[3, H, W]`."""
         return self.draw([index])[0]
+
+    @cached_property
+    def content(self) -> str:
+        """Hash of what the faces are drawn from."""
+        numbers = (self.per_identity, self.seed, self.size, self.crop, self.identities)
+        return hashlib.sha256(repr(numbers).encode()).hexdigest()
+
+    def digest(self, index: int) -> bytes:
+        """SHA-256 of a face: of what it is drawn from."""
+        return hashlib.sha256(f"{self.content}/{index}".encode()).digest()
+
+    def crops_at(
+        self,
+        indices: Sequence[int] | Tensor,
+        crop: str | Template | None = None,
+        *,
+        faults: dict[int, Fault] | None = None,
+    ) -> Tensor:
+        """Draw some of the faces, `[B, 3, H, W]`; without `crop` in the size they have."""
+        crops = self.draw(torch.as_tensor(indices).tolist())
+        return crops if crop is None else convert_crops(crops, self.crop, crop)
+
+    def select(self, keep: Tensor) -> AlignedFaces:
+        """Draw some of the faces into memory."""
+        return self.render(progress=False).select(keep)
 
     def draw(self, indices: Sequence[int]) -> Tensor:
         """Draw some of the faces.
@@ -130,7 +157,7 @@ class SyntheticFaces:
         with bar, ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
             for done in pool.map(work, self._batches()):
                 bar.update(done)
-        return AlignedFaces(crops, self.names, self.labels, self.identities, self.template)
+        return AlignedFaces(crops, self.names, self.labels, self.identities, self.crop)
 
     def _batches(self) -> list[range]:
         return [range(i, min(i + BATCH, len(self))) for i in range(0, len(self), BATCH)]
@@ -166,11 +193,13 @@ def _scaled(ranges: Mapping[str, tuple[float, float]], uniform: NDArray[np.float
     }
 
 
-def _geometry(size: tuple[int, int], template: str) -> tuple[Tensor, Tensor]:
+def _geometry(size: tuple[int, int], crop: str) -> tuple[Tensor, Tensor]:
     """Pixel centres in 112x96 coordinates `[2, H, W]`, and the map `[2, 3]` back to pixels."""
-    crop = get_template(template)
-    per_pixel = torch.tensor([crop.size[1] / size[1], crop.size[0] / size[0]], dtype=torch.float64)
-    points = torch.as_tensor(crop.points, dtype=torch.float64)
+    template = get_template(crop)
+    per_pixel = torch.tensor(
+        [template.size[1] / size[1], template.size[0] / size[0]], dtype=torch.float64
+    )
+    points = torch.as_tensor(template.points, dtype=torch.float64)
     to_face = fit_similarity(points[None], "sphereface")[0]
     y, x = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
     pixels = torch.stack([x, y], -1).double()

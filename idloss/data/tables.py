@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from idloss.data.faults import DataError, Fault
-from idloss.data.files import Files, FolderFiles
+from idloss.data.files import DataError, Fault, Files, FolderFiles
 
 POINT_COLUMNS = tuple(
     f"{point}_{axis}"

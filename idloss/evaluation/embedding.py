@@ -21,8 +21,8 @@ import torch
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 
-from idloss.data import DataError, FaceSource, Fault
-from idloss.data.faults import settle
+from idloss.data import DataError, Faces, Fault
+from idloss.data.files import skip_or_raise
 from idloss.encoder import FaceEncoder, fold_batch_norm
 from idloss.evaluation.cache import (
     ONCE,
@@ -33,7 +33,6 @@ from idloss.evaluation.cache import (
     digest_software,
 )
 from idloss.evaluation.protocols import Protocol
-from idloss.evaluation.reading import crops_at, digest_face
 from idloss.evaluation.results import HR, Cell
 from idloss.geometry import Template, convert_crop, get_template
 from idloss.registry import create_fnet
@@ -255,7 +254,7 @@ class Embedded:
 
 def embed_grid(
     networks: Networks,
-    faces: FaceSource,
+    faces: Faces,
     wanted: Mapping[Cell, Tensor],
     cache: EmbeddingCache,
     *,
@@ -271,7 +270,7 @@ def embed_grid(
     keys = cell_keys(networks, wanted)
     everything = torch.cat([*wanted.values()]).unique()
     digests, faults = _digest_faces(faces, everything, progress=progress)
-    settle(faults.values(), skip_missing=skip_missing)
+    skip_or_raise(faults.values(), skip_missing=skip_missing)
     missing: dict[Cell, Tensor] = {}
     for key in dict.fromkeys(keys.values()):
         cells = [cell for cell in wanted if keys[cell] == key]
@@ -289,7 +288,7 @@ def embed_grid(
         unreadable = work.run(batch_size, stop_at_fault=not skip_missing, progress=progress)
         bad = {digests[place]: fault for place, fault in unreadable.items()}
         found = {place: bad[own] for place, own in digests.items() if own in bad}
-        settle(found.values(), skip_missing=skip_missing)
+        skip_or_raise(found.values(), skip_missing=skip_missing)
         faults |= found
     good = {place: own for place, own in digests.items() if place not in faults}
     return Embedded(cache, keys, wanted, good, len(faces), faults)
@@ -334,14 +333,14 @@ def cell_keys(networks: Networks, cells: Iterable[Cell]) -> dict[Cell, str]:
 
 
 def _digest_faces(
-    faces: FaceSource, places: Tensor, *, progress: bool
+    faces: Faces, places: Tensor, *, progress: bool
 ) -> tuple[dict[int, bytes], dict[int, Fault]]:
     """Digests of some faces by position, and what is wrong with those that cannot be read."""
     digests: dict[int, bytes] = {}
     faults: dict[int, Fault] = {}
     for place in tqdm(places.tolist(), desc="hashing", unit="face", delay=2, disable=not progress):
         try:
-            digests[place] = digest_face(faces, place)
+            digests[place] = faces.digest(place)
         except DataError as error:  # noqa: PERF203 -- each file may be missing
             faults[place] = error.faults[0]
     return digests, faults
@@ -356,7 +355,7 @@ class _Pass:
     """
 
     networks: Networks
-    faces: FaceSource
+    faces: Faces
     digests: Mapping[int, bytes]
     missing: Mapping[Cell, Tensor]  # whether each face is to be embedded, bool [N]
     keys: Mapping[Cell, str]
@@ -379,7 +378,7 @@ class _Pass:
 
         def work(part: Tensor) -> tuple[int, dict[int, Fault]]:
             faults: dict[int, Fault] = {}
-            crops = crops_at(self.faces, part, self.crop, faults=faults)
+            crops = self.faces.crops_at(part, self.crop, faults=faults)
             # once stopped, faces are only read, to name all faults at once
             self.stopped |= stop_at_fault and bool(faults)
             good = torch.tensor([place not in faults for place in part.tolist()])
@@ -414,7 +413,7 @@ class _Pass:
     @property
     def crop(self) -> str:
         """What faces are brought to."""
-        return self.faces.template or CANVAS
+        return self.faces.crop or CANVAS
 
     def _embed(self, networks: Networks, places: Tensor, crops: Tensor) -> None:
         canvas = crops.to(networks.device)

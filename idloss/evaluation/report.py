@@ -27,7 +27,6 @@ from idloss.evaluation.figures import (
     similarity_figure,
 )
 from idloss.evaluation.protocols import Protocol, get_protocol
-from idloss.evaluation.reading import crops_at
 from idloss.evaluation.results import (
     HR,
     LR,
@@ -269,10 +268,10 @@ def write_sheets(
     Raises:
         ModuleNotFoundError: matplotlib is missing.
     """
-    crop = data.faces.template or CANVAS
+    crop = data.faces.crop or CANVAS
     faults: dict[int, Fault] = {}
     places = _some_probes(data, count)
-    crops = crops_at(data.faces, places, crop, faults=faults)
+    crops = data.faces.crops_at(places, crop, faults=faults)
     good = [row for row, place in enumerate(places.tolist()) if place not in faults]
     if not good:
         return []

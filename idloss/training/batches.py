@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from idloss import __version__
-from idloss.data import DataError, Fault
+from idloss.data import DataError, Faces, Fault
 from idloss.encoder import FaceEncoder
 from idloss.evaluation.cache import digest_network
 from idloss.geometry import convert_crop, get_template
 from idloss.losses import IdentityPreservedLoss
 from idloss.resample import to_float
-from idloss.training.seams import Faces, as_faces
 from idloss.weights.files import written_whole
 
 Batch = Mapping[str, Tensor]
@@ -141,7 +140,6 @@ class Crops:
         workers: int = 0,
         skip_missing: bool = False,
     ) -> None:
-        faces = as_faces(faces)
         if faces.crop not in (None, crop):
             raise ValueError(
                 f"the faces are aligned to {faces.crop!r} and the recipe says crop={crop}: set "

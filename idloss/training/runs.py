@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor, nn
 
 from idloss import __version__
-from idloss.data import EvaluationSet, open_evaluation, open_training
+from idloss.data import EvaluationSet, Faces, open_evaluation, open_training
 from idloss.degradation import Degradation, get_degradation
 from idloss.encoder import FaceEncoder
 from idloss.evaluation import HR, evaluate, write_sheets
@@ -32,7 +32,6 @@ from idloss.training.saving import (
     try_to_save,
     unwrapped,
 )
-from idloss.training.seams import Faces, as_faces
 from idloss.training.tasks import (
     Distillation,
     DistillationTask,
@@ -229,7 +228,7 @@ class _Run:
         self.changes = _changes(recipe, folder, resume=resume)
         self.accelerator = create_accelerator(recipe, folder)
         self.device = self.accelerator.device
-        self.faces = as_faces(_open_faces(recipe) if faces is None else faces)
+        self.faces = _open_faces(recipe) if faces is None else faces
         torch.manual_seed(recipe.seed)
 
     def crops(self) -> Crops:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from idloss.data import Faces
 from idloss.degradation import Degradation, draw_batch, mirror
 from idloss.encoder import FaceEncoder
 from idloss.losses import HallucinationLoss, cosine_distance
 from idloss.resample import Size, resize, to_float
 from idloss.training.batches import Batch, Crops, Draw, generator_for
-from idloss.training.seams import Faces
 
 if TYPE_CHECKING:
     from idloss.training.margins import Margin  # slow to import

@@ -234,7 +234,7 @@ def test_pickle_with_code_is_refused(command, tmp_path):
 
 def test_pairs_csv_and_bin(networks, command, tmp_path):
     files = []
-    crops = SyntheticFaces(4, 10, template="arcface", size=(112, 112)).render(progress=False).crops
+    crops = SyntheticFaces(4, 10, crop="arcface", size=(112, 112)).render(progress=False).crops
     for index, crop in enumerate(crops):
         stream = io.BytesIO()
         Image.fromarray(crop.permute(1, 2, 0).numpy()).save(stream, "PNG")

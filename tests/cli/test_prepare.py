@@ -55,7 +55,7 @@ def test_lfw_from_end_to_end(home, command, tmp_path, capsys):
     assert "dropped 19: not in the clean list" in shown
     faces = open_packed(out)
     assert len(faces.shards.counts) == 3
-    assert faces.template == "arcface"
+    assert faces.crop == "arcface"
     # once more: it is all there
     assert not command("lfw", home, out, *words)
     assert capsys.readouterr().out.splitlines() == shown

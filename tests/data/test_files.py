@@ -12,9 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from idloss.data.faults import DataError, Fault, describe, settle
-from idloss.data.files import FolderFiles, MemoryFiles, TarFiles, open_files
-from idloss.data.images import decode_image
+from idloss.data.faces import decode_image
+from idloss.data.files import (
+    DataError,
+    Fault,
+    FolderFiles,
+    MemoryFiles,
+    TarFiles,
+    describe,
+    open_files,
+    skip_or_raise,
+)
 
 CONTENTS = {f"top/sub{i % 3}/{i:03d}.bin": bytes([i]) * (i * 37 % 1500) for i in range(40)}
 
@@ -203,12 +211,12 @@ def test_faults_are_counted_and_spelt_out():
     assert text.startswith("25 faults:\n  list.txt:0: wrong\n")
     assert text.endswith("and 15 more")
     with pytest.raises(DataError, match=r"25 faults.*(?s:.*)skip_missing=True") as caught:
-        settle(faults, skip_missing=False)
+        skip_or_raise(faults, skip_missing=False)
     assert caught.value.faults == tuple(faults)
     assert pickle.loads(pickle.dumps(caught.value)).faults == tuple(faults)
     with pytest.warns(UserWarning, match="left out: 25 faults"):
-        assert settle(faults, skip_missing=True) == tuple(faults)
-    assert settle([], skip_missing=False) == ()
+        assert skip_or_raise(faults, skip_missing=True) == tuple(faults)
+    assert skip_or_raise([], skip_missing=False) == ()
 
 
 def test_folder_reads_only_below_its_prefix(folder):

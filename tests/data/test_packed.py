@@ -47,7 +47,7 @@ def test_everything_comes_back(prepared, drawn):
     assert faces.names == drawn.names
     assert faces.identities == drawn.identities
     assert torch.equal(faces.labels, drawn.labels)
-    assert faces.template == "sphereface"
+    assert faces.crop == "sphereface"
     assert faces.landmarks.shape == (24, 5, 2)
     assert faces.landmarks[3].tolist() == [list(p) for p in get_template("sphereface").points]
     assert torch.equal(faces.photo_landmarks, drawn.landmarks)

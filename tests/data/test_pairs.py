@@ -38,7 +38,7 @@ def bin_file(tmp_path, content, protocol=4):
 def test_bins_of_all_makes(tmp_path, content, protocol):
     found = open_evaluation(bin_file(tmp_path, content, protocol))
     assert found.name == "tiny"
-    assert found.faces.template == "arcface"
+    assert found.faces.crop == "arcface"
     assert found.pairs.same.tolist() == SAME
     assert found.pairs.first.tolist() == [0, 2, 4, 6]
     assert found.pairs.second.tolist() == [1, 3, 5, 7]
@@ -162,9 +162,9 @@ def listed(tmp_path, text, **files):
 @pytest.mark.parametrize("header", ["", "first,second,same\n"])
 def test_pairs_csv(tmp_path, header):
     path = listed(tmp_path, f"{header}a.jpg,b/b.jpg,1\nb/b.jpg, c.jpg,0\n\na.jpg,c.jpg,1\n")
-    found = open_evaluation(path, template="sphereface")
+    found = open_evaluation(path, crop="sphereface")
     assert found.faces.names == ("a.jpg", "b/b.jpg", "c.jpg")
-    assert found.faces.template == "sphereface"
+    assert found.faces.crop == "sphereface"
     assert found.pairs.first.tolist() == [0, 1, 0]
     assert found.pairs.second.tolist() == [1, 2, 2]
     assert found.pairs.same.tolist() == [True, False, True]

@@ -90,7 +90,7 @@ def test_crops_are_those_of_align_all(photos, tmp_path):
     assert faces.identities == photos.identities
     assert torch.equal(faces.labels, photos.labels)
     assert torch.equal(faces.photo_landmarks, photos.landmarks)
-    wide = quiet(photos, tmp_path / "wide", template="arcface").faces
+    wide = quiet(photos, tmp_path / "wide", crop="arcface").faces
     assert torch.equal(
         wide.load(progress=False).crops, align_all(photos, "arcface", progress=False).crops
     )
@@ -423,7 +423,7 @@ def test_a_finished_folder_is_found_finished(photos, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"template": "arcface"}, "template was sphereface, now it is arcface; size was"),
+        ({"crop": "arcface"}, "template was sphereface, now it is arcface; size was"),
         ({"shard_faces": 11}, "shard_faces was 10, now it is 11"),
         ({"faces": slice(0, 20)}, "faces was 24, now it is 20; names was"),
         ({"landmarks": 1.0}, r": landmarks was \w+, now it is \w+\n"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from idloss.data import FaceSource, SyntheticFaces, align_all
+from idloss.data import Faces, SyntheticFaces, align_all
 from idloss.data.portrait import IDENTITY, PHOTO, draw, place
 from idloss.geometry import get_template
 from idloss.resample import resize
@@ -72,7 +72,7 @@ def test_eyes_are_drawn_at_their_points(faces):
 
 @pytest.mark.parametrize(("template", "size"), [("arcface", (112, 112)), ("sphereface", (56, 48))])
 def test_other_crops_show_the_same_picture(faces, rendered, template, size):
-    other = SyntheticFaces(20, 8, seed=3, size=size, template=template)
+    other = SyntheticFaces(20, 8, seed=3, size=size, crop=template)
     crops = other.render(progress=False).crops
     if template == "arcface":
         ours, theirs = rendered.crops, crops[..., 8:104]
@@ -117,7 +117,7 @@ def test_every_factor_changes_the_picture(faces):
 
 
 def test_it_is_a_face_source(faces):
-    source: FaceSource = faces
+    source: Faces = faces
     aligned = align_all(source, "arcface", progress=False)
     assert aligned.crops.shape == (160, 3, 112, 112)
     assert source.skipped == ()
@@ -130,7 +130,7 @@ def test_it_is_a_face_source(faces):
         ({"per_identity": 0}, "per_identity must be at least 1"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"size": (0, 96)}, "height must be at least 1"),
-        ({"template": "spherface"}, "sphereface"),
+        ({"crop": "spherface"}, "sphereface"),
     ],
 )
 def test_wrong_numbers_are_refused(options, what):

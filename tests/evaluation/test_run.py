@@ -11,7 +11,7 @@ from nets import TinyFNet, TinySRNet
 from tinybench import SIZES, run, scores
 from torch import nn
 
-from idloss.data import DataError, EvaluationSet
+from idloss.data import DataError, EvaluationSet, Fault
 from idloss.evaluation import (
     HR,
     Cell,
@@ -19,7 +19,6 @@ from idloss.evaluation import (
     cache,
     compare,
     comparison_table,
-    embedding,
     evaluate,
     get_protocol,
 )
@@ -139,13 +138,13 @@ def test_tasks_share_embeddings(data, fnet, srnets, calls):
 
 def test_faces_are_read_once_for_all_tasks(data, fnet, srnets, monkeypatch):
     read = []
-    real = embedding.crops_at
+    real = type(data.faces).crops_at
 
     def watched(faces, places, *crop, **options):
         read.extend(places.tolist())
         return real(faces, places, *crop, **options)
 
-    monkeypatch.setattr(embedding, "crops_at", watched)
+    monkeypatch.setattr(type(data.faces), "crops_at", watched)
     tasks = ("verification", "identification", "open_set")  # the first has other sizes
     found = evaluate(data, {"f": fnet}, srnets, tasks=tasks, cache=False, progress=False)
     assert sorted(read) == list(range(len(data.faces)))
@@ -207,12 +206,10 @@ def test_changed_face_is_embedded_anew(data, fnet, calls):
 
 def test_unreadable_faces_are_counted_named_and_skipped_only_when_asked(data, fnet, srnets):
     class Damaged(type(data.faces)):
-        def read(self, index):
-            if index in (1, 6):
-                from idloss.data import Fault
-
-                raise DataError([Fault(f"{self.names[index]}.jpg", "unreadable image")])
-            return super().read(index)
+        def crops_at(self, indices, crop=None, *, faults=None):
+            for index in {1, 6} & set(indices.tolist()):
+                faults[index] = Fault(f"{self.names[index]}.jpg", "unreadable image")
+            return super().crops_at(indices, crop)
 
     faces = Damaged(**vars(data.faces))
     broken = replace(data, faces=faces)

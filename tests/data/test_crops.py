@@ -1,6 +1,9 @@
 """From photos to crops, against the golden crops, OpenCV and single alignment."""
 
 import io
+import pickle
+from dataclasses import replace
+from functools import partial
 
 import cv2
 import numpy as np
@@ -9,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from idloss.data import AlignedDataset, DataError, FileFaces, align_all, open_faces
+from idloss.data import DataError, FileFaces, align_all, open_faces
 from idloss.data.files import MemoryFiles, TarFiles
 from idloss.geometry import fit_similarity, get_template
 
@@ -64,12 +67,10 @@ def test_photos_of_all_sizes_meet_opencv():
 def test_results_do_not_depend_on_the_company():
     source = photos([(150, 200), (90, 80), (640, 480), (60, 70), (151, 152), (75, 300)])
     together = align_all(source, "arcface", threads=3, progress=False)
-    alone = AlignedDataset(source, "arcface")
     for index in range(len(source)):
-        crop, label, name = alone[index]
+        (crop,) = source.crops_at([index], "arcface")
         assert (crop.int() - together.crops[index].int()).abs().max() <= 1
-        assert (label, name) == (-1, f"{index}.png")
-    assert together.template == "arcface"
+    assert together.crop == "arcface"
     assert together.labels is None
     assert together[2][1] == -1
 
@@ -131,8 +132,59 @@ def test_real_faces_through_loader_workers(shared):
     assert len(source.identities) == 298
     some = source.select(torch.arange(0, 5524, 90))
     whole = align_all(some, progress=False)
-    loader = DataLoader(AlignedDataset(some), batch_size=16, num_workers=2)
-    crops, labels, names = zip(*loader, strict=True)
-    assert (torch.cat(crops).int() - whole.crops.int()).abs().max() <= 1
-    assert torch.equal(torch.cat(labels), whole.labels)
-    assert tuple(name for batch in names for name in batch) == whole.names
+    batches = torch.arange(len(some)).split(16)
+    loader = DataLoader(batches, batch_size=None, num_workers=2, collate_fn=partial(_cut, some))
+    assert (torch.cat([*loader]).int() - whole.crops.int()).abs().max() <= 1
+    assert torch.equal(some.labels, whole.labels)
+    assert some.names == whole.names
+
+
+def _cut(faces, indices):
+    return faces.crops_at(indices, "sphereface")
+
+
+class _Worker(torch.utils.data.Dataset):
+    def __init__(self, faces):
+        self.faces = faces
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return self.faces.crops_at(range(len(self.faces)), "sphereface")
+
+
+def test_errors_from_loader_workers_keep_their_shape():
+    source = photos([(100, 120)] * 3)
+    contents = dict.fromkeys(source.members, b"damaged")
+    broken = replace(source, files=MemoryFiles("memory", contents))
+    with pytest.raises(DataError) as here:
+        broken.crops_at([0, 1, 2], "sphereface")
+    with pytest.raises(DataError) as there:
+        next(iter(DataLoader(_Worker(broken), batch_size=None, num_workers=1)))
+    assert str(there.value) == str(here.value)
+    assert str(there.value).startswith("3 faults:\n  memory:0.png: unreadable image")
+    assert str(pickle.loads(pickle.dumps(there.value))) == str(there.value)
+
+
+def test_faults_go_where_they_are_asked_for():
+    source = photos([(100, 120)] * 3)
+    contents = {name: source.files.read(name) for name in source.members} | {"1.png": b""}
+    broken = replace(source, files=MemoryFiles("memory", contents))
+    faults = {}
+    crops = broken.crops_at([0, 1, 2], "arcface", faults=faults)
+    assert [*faults] == [1]
+    assert crops[1].max() == 0
+    assert torch.equal(crops[:1], source.crops_at([0], "arcface"))
+
+
+@pytest.mark.parametrize("size", [112, 128, 160])
+def test_crops_of_other_sizes_meet_the_template(size):
+    picture = io.BytesIO()
+    Image.new("RGB", (size, size), (10, 20, 30)).save(picture, "PNG")
+    files = MemoryFiles("lfw.bin", {"0": picture.getvalue()})
+    faces = FileFaces(files, ("0",), ("0",), crop="arcface")
+    assert faces.crops_at([0]).shape == (1, 3, 112, 112)
+    assert faces.crops_at([0], "sphereface").shape == (1, 3, 112, 96)
+    with pytest.raises(DataError, match="a sphereface crop is 112x96"):
+        replace(faces, crop="sphereface").crops_at([0])

@@ -1,0 +1,526 @@
+"""Faces by index: the protocol of all that holds them, faces in files, and crops in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from huggingface_hub.utils.tqdm import tqdm
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from idloss.data.files import DataError, Fault, Files, skip_or_raise
+from idloss.geometry import Template, convert_crop, fit_similarity, get_template, warp
+from idloss.resample import resize, to_float, to_uint8
+
+BICUBIC_REACH = 2
+"""Pixels beyond a sampling point that a bicubic kernel reads."""
+BATCH_PIXELS = 1 << 20
+"""Source pixels warped at once: 12 MB of float RGB, so that a batch stays near the caches."""
+BATCH_IMAGES = 64
+"""Faces warped at once: enough to hide the overhead of a call, few enough to share out."""
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
+"""What pictures may be; Pillow knows more, some of which start other programs (EPS)."""
+MOST_PIXELS = 89_478_485
+"""Of one picture: where Pillow begins to warn of a decompression bomb. 0.9 GB while decoded."""
+MANY_PIXELS = 8_000_000
+"""Pictures with more are decoded one at a time."""
+ORIENTATION = 0x0112
+TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF orientation."""
+_one_large_picture = threading.Lock()
+
+
+class Faces(Protocol):
+    """Faces by index, in memory or on disk.
+
+    Attributes:
+        names: One name a face, unique.
+        labels: Identities as int64 `[N]` in 0 ... K-1, -1 for a face of nobody known (a
+            distractor); None where no identity is known.
+        identities: The K names of the identities.
+        landmarks: Five points a face, float64 `[N, 5, 2]`, (x, y) in pixels: left eye (image
+            left), right eye, nose, left and right mouth corner; None where they are not known.
+        crop: Name of the template of faces that are aligned already, None for photos.
+        skipped: What was left out, and why.
+        content: Hash of what they hold, hex digits.
+    """
+
+    @property
+    def names(self) -> Sequence[str]: ...  # noqa: D102
+    @property
+    def labels(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def identities(self) -> Sequence[str]: ...  # noqa: D102
+    @property
+    def landmarks(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def crop(self) -> str | None: ...  # noqa: D102
+    @property
+    def skipped(self) -> tuple[Fault, ...]: ...  # noqa: D102
+    @property
+    def content(self) -> str: ...  # noqa: D102
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Tensor:
+        """One picture as it is kept, uint8 RGB `[3, H, W]`."""
+
+    def digest(self, index: int) -> bytes:
+        """SHA-256 of a face as it is kept: its file or pixels, its landmarks, its crop."""
+
+    def crops_at(
+        self,
+        indices: Sequence[int] | Tensor,
+        crop: str | Template | None = None,
+        *,
+        faults: dict[int, Fault] | None = None,
+    ) -> Tensor:
+        """Some faces as aligned crops.
+
+        Args:
+            indices: Which, `B` of them.
+            crop: Template wanted; None for the faces' own.
+            faults: Where to put, by index, faces that cannot be read or aligned; their crops are
+                zero then. None raises for them.
+
+        Returns:
+            uint8 RGB `[B, 3, H, W]`.
+
+        Raises:
+            DataError: Faces cannot be read or aligned, and there is no `faults`; names them.
+        """
+
+    def select(self, keep: Tensor) -> Faces:
+        """The faces at int64 positions or under a bool mask; empty identities go."""
+
+
+@dataclass(frozen=True, eq=False)
+class FileFaces:
+    """Faces in files; a `Faces`, whose attributes are told there.
+
+    Attributes:
+        files: Where the pictures are.
+        members: The file of each face in `files`.
+        names: The name of each face.
+        labels: Identities or None.
+        identities: Names of the identities.
+        landmarks: Five points a face or None.
+        crop: The template the faces are aligned to, if they are.
+        skipped: What was left out.
+    """
+
+    files: Files
+    members: tuple[str, ...]
+    names: tuple[str, ...]
+    labels: Tensor | None = None
+    identities: tuple[str, ...] = ()
+    landmarks: Tensor | None = None
+    crop: str | None = None
+    skipped: tuple[Fault, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @cached_property
+    def content(self) -> str:
+        """Hash of all files with their names and landmarks; reads every file once."""
+        total = hashlib.sha256(repr((self.crop, self.names)).encode())
+        for index in tqdm(range(len(self)), desc="hashing", unit="face", delay=2):
+            try:
+                total.update(self.digest(index))
+            except DataError:  # noqa: PERF203 -- each file may be missing
+                total.update(b"unreadable")
+        return total.hexdigest()
+
+    def read(self, index: int) -> Tensor:
+        """One picture, uint8 RGB `[3, H, W]`."""
+        member = self.members[index]
+        return decode_image(self.files.read(member), self.files.where(member))
+
+    def digest(self, index: int) -> bytes:
+        """SHA-256 of a face's file, landmarks and crop."""
+        return _digest(self, index, self.files.read(self.members[index]))
+
+    def crops_at(
+        self,
+        indices: Sequence[int] | Tensor,
+        crop: str | Template | None = None,
+        *,
+        faults: dict[int, Fault] | None = None,
+    ) -> Tensor:
+        """Some faces as crops `[B, 3, H, W]`; see `Faces.crops_at`."""
+        return cut_crops(self, indices, crop, faults=faults)
+
+    def select(self, keep: Tensor) -> FileFaces:
+        """A smaller set over the same files."""
+        kept = positions(keep)
+        labels, identities = select_labels(self.labels, self.identities, kept)
+        return replace(
+            self,
+            members=tuple(self.members[i] for i in kept.tolist()),
+            names=tuple(self.names[i] for i in kept.tolist()),
+            labels=labels,
+            identities=identities,
+            landmarks=None if self.landmarks is None else self.landmarks[kept],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedFaces:
+    """Aligned crops in memory, a `Faces`; also a map-style data set of (crop, label) pairs.
+
+    Attributes:
+        crops: uint8 RGB `[N, 3, H, W]`.
+        names: One name a crop.
+        labels: Identities as int64 `[N]` in 0 ... K-1, or None.
+        identities: The K names of the identities.
+        crop: The template the crops are aligned to.
+        skipped: What was left out, and why.
+    """
+
+    crops: Tensor
+    names: tuple[str, ...]
+    labels: Tensor | None
+    identities: tuple[str, ...]
+    crop: str
+    skipped: tuple[Fault, ...] = ()
+
+    @property
+    def landmarks(self) -> Tensor:
+        """The template's points for each crop, float64 `[N, 5, 2]`."""
+        return template_landmarks(self.crop, len(self))
+
+    @cached_property
+    def content(self) -> str:
+        """Hash of the crops, their names and their template."""
+        total = hashlib.sha256(repr((self.crop, self.names)).encode())
+        total.update(self.crops.contiguous().numpy().data)
+        return total.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.crops[index], -1 if self.labels is None else int(self.labels[index])
+
+    def read(self, index: int) -> Tensor:
+        """One crop, uint8 RGB `[3, H, W]`."""
+        return self.crops[index]
+
+    def digest(self, index: int) -> bytes:
+        """SHA-256 of a face's pixels, landmarks and crop."""
+        return _digest(self, index, self.crops[index].numpy().tobytes())
+
+    def crops_at(
+        self,
+        indices: Sequence[int] | Tensor,
+        crop: str | Template | None = None,
+        *,
+        faults: dict[int, Fault] | None = None,
+    ) -> Tensor:
+        """Copies of some crops `[B, 3, H, W]`; without `crop` in the size they have."""
+        # whole crops at a time: ten times as fast as self.crops[index] on bytes
+        crops = self.crops.index_select(0, torch.as_tensor(indices))
+        return crops if crop is None else convert_crops(crops, self.crop, crop)
+
+    def select(self, keep: Tensor) -> AlignedFaces:
+        """A copy of some of the crops."""
+        kept = positions(keep)
+        labels, identities = select_labels(self.labels, self.identities, kept)
+        return replace(
+            self,
+            crops=self.crops[kept],
+            names=tuple(self.names[i] for i in kept.tolist()),
+            labels=labels,
+            identities=identities,
+        )
+
+
+def align_all(
+    faces: Faces,
+    crop: str | Template = "sphereface",
+    *,
+    skip_missing: bool = False,
+    threads: int | None = None,
+    progress: bool | Callable[[int], object] = True,
+) -> AlignedFaces:
+    """Align all faces in memory, 32 kB a face at 112x96.
+
+    Args:
+        faces: Photos with landmarks, or crops of another template.
+        crop: Template wanted.
+        skip_missing: Leave out photos that cannot be read or aligned.
+        threads: Decoding threads; None for one a core, eight at most.
+        progress: Show a progress bar when it takes more than two seconds; or what to tell of every
+            few faces that are done, such as the `update` of a bar that stands for more.
+
+    Returns:
+        The crops, in the order of the faces.
+
+    Raises:
+        DataError: Photos cannot be read or aligned; names each.
+    """
+    target = get_template(crop)
+    crops = torch.empty(len(faces), 3, *target.size, dtype=torch.uint8)
+    faults: dict[int, Fault] = {}
+
+    def work(indices: list[int]) -> int:
+        crops[indices] = faces.crops_at(indices, target, faults=faults)
+        return len(indices)
+
+    workers = threads or min(8, os.cpu_count() or 1)
+    own = progress is True
+    bar = tqdm(total=len(faces), desc="aligning", unit="face", delay=2, disable=not own)
+    tell = progress if callable(progress) else bar.update
+    with bar, ThreadPoolExecutor(workers) as pool:
+        for done in pool.map(work, _batches(faces)):
+            tell(done)
+    skipped = skip_or_raise((faults[i] for i in sorted(faults)), skip_missing=skip_missing)
+    aligned = AlignedFaces(
+        crops=crops,
+        names=tuple(faces.names),
+        labels=faces.labels,
+        identities=tuple(faces.identities),
+        crop=target.name,
+        skipped=(*faces.skipped, *skipped),
+    )
+    if not skipped:
+        return aligned
+    good = torch.ones(len(faces), dtype=torch.bool)
+    good[list(faults)] = False
+    return aligned.select(good)
+
+
+def cut_crops(
+    faces: Faces,
+    indices: Sequence[int] | Tensor,
+    crop: str | Template | None,
+    *,
+    faults: dict[int, Fault] | None,
+) -> Tensor:
+    """`Faces.crops_at` by reading pictures one by one, uint8 `[B, 3, H, W]`."""
+    wanted = indices.tolist() if isinstance(indices, Tensor) else list(indices)
+    if crop is None and faces.crop is None:
+        raise ValueError("photos have no crop of their own: name the template, crop='sphereface'")
+    target = get_template(crop or faces.crop or "")
+    found: dict[int, Fault] = {}
+    crops = _read_crops(faces, wanted, target, found)
+    if faults is not None:
+        faults.update(found)
+    elif found:
+        raise DataError(found.values())
+    return crops
+
+
+def convert_crops(crops: Tensor, own: str | Template, wanted: str | Template) -> Tensor:
+    """Crops of any size `[B, 3, H, W]`, uint8, in the size of another template, or of their own."""
+    old, new = get_template(own), get_template(wanted)
+    size = (crops.shape[-2], crops.shape[-1])
+    # rounding may change an aspect by a pixel; more is a picture of something else
+    if abs(size[0] * old.size[1] / old.size[0] - size[1]) > 1.5:
+        raise ValueError(
+            f"a {old.name} crop is {old.size[0]}x{old.size[1]} or of the same aspect, "
+            f"got {size[0]}x{size[1]}"
+        )
+    shrinks = size[0] > old.size[0] or size[1] > old.size[1]
+    crops = resize(crops, old.size, convention="antialias" if shrinks else "cv2")
+    if old == new:
+        return crops
+    crops = to_uint8(convert_crop(to_float(crops), old, new))
+    return resize(crops, new.size)
+
+
+def _read_crops(
+    faces: Faces, indices: list[int], template: Template, faults: dict[int, Fault]
+) -> Tensor:
+    """Crops, with those that fail by themselves as zeros."""
+    try:
+        if faces.crop is None:
+            return _align(faces, indices, template)
+        return torch.cat(
+            [convert_crops(faces.read(i)[None], faces.crop, template) for i in indices]
+        )
+    except ValueError as error:
+        if len(indices) > 1:
+            return torch.cat([_read_crops(faces, [i], template, faults) for i in indices])
+        name = faces.names[indices[0]]
+        found = error.faults[0] if isinstance(error, DataError) else Fault(name, str(error))
+        faults[indices[0]] = found
+        return torch.zeros(1, 3, *template.size, dtype=torch.uint8)
+
+
+def _align(faces: Faces, indices: Sequence[int], template: Template) -> Tensor:
+    """Align a few photos in one warp.
+
+    Only the part of a photo that the crop sees is kept; what lies outside the photo is black, as
+    in the released code.
+    """
+    if faces.landmarks is None:
+        raise DataError([Fault(faces.names[indices[0]], "there are no landmarks to align it by")])
+    names = [faces.names[i] for i in indices]
+    matrices = fit_similarity(faces.landmarks[list(indices)], template, names=names).double()
+    windows = []
+    for index, box, name in zip(indices, _boxes(matrices, template), names, strict=True):
+        image = faces.read(index)
+        height, width = image.shape[1:]
+        left, top, right, bottom = box
+        if min(right, width) <= max(left, 0) or min(bottom, height) <= max(top, 0):
+            raise DataError([Fault(name, f"the landmarks lie outside the {width}x{height} photo")])
+        left, top = max(left, 0), max(top, 0)
+        # a copy, so that no more than one whole photo is held
+        windows.append((image[:, top:bottom, left:right].clone(), left, top))
+    tallest = max(window.shape[1] for window, _, _ in windows)
+    widest = max(window.shape[2] for window, _, _ in windows)
+    batch = torch.zeros(len(windows), 3, tallest, widest)
+    for slot, (window, _, _) in zip(batch, windows, strict=True):
+        slot[:, : window.shape[1], : window.shape[2]] = to_float(window)
+    # moving a photo's origin to (left, top) adds A @ (left, top) to the shift
+    origin = torch.tensor([[left, top] for _, left, top in windows], dtype=torch.float64)
+    shift = matrices[:, :, 2:] + matrices[:, :, :2] @ origin[:, :, None]
+    moved = torch.cat([matrices[:, :, :2], shift], dim=2)
+    return to_uint8(warp(batch, moved, template.size))
+
+
+def _boxes(matrices: Tensor, template: Template) -> list[list[int]]:
+    """What a crop sees of its photo, in whole pixels: left, top, right, bottom (exclusive)."""
+    height, width = template.size
+    corners = torch.tensor(
+        [[0.0, 0.0], [width - 1, 0.0], [0.0, height - 1], [width - 1, height - 1]],
+        dtype=matrices.dtype,
+    )
+    linear, shift = matrices[:, :, :2], matrices[:, :, 2]
+    seen = torch.linalg.solve(linear[:, None], (corners[None] - shift[:, None])[..., None])[..., 0]
+    low = seen.amin(1).floor() - BICUBIC_REACH
+    high = seen.amax(1).ceil() + BICUBIC_REACH + 1
+    # far outside any photo is all the same, and fits an int
+    boxes: list[list[int]] = torch.cat([low, high], 1).clamp(-1e9, 1e9).long().tolist()
+    return boxes
+
+
+def _batches(faces: Faces) -> Iterator[list[int]]:
+    """Faces of a like size together, so that little of a padded batch is padding."""
+    everything = torch.arange(len(faces))
+    landmarks = faces.landmarks
+    if faces.crop is not None or landmarks is None:
+        yield from (part.tolist() for part in everything.split(BATCH_IMAGES))
+        return
+    spread = landmarks.amax(1) - landmarks.amin(1)
+    # a crop is about 3.2 times as wide and high as the spread of its five points
+    sides = (3.2 * spread.amax(1)).nan_to_num(0.0).clamp(1, 1e4)
+    batch: list[int] = []
+    for index in sides.argsort().tolist():
+        pixels = (len(batch) + 1) * float(sides[index]) ** 2
+        if batch and (len(batch) == BATCH_IMAGES or pixels > BATCH_PIXELS):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def decode_image(data: bytes, name: str) -> Tensor:
+    """Decode a picture to RGB, uint8 `[3, H, W]`, upright after its EXIF as `cv2.imread` does.
+
+    Pillow, OpenCV and torchvision carry the same libjpeg-turbo and agree to the last bit; Pillow
+    is the one that refuses a file cut short (OpenCV paints the rest grey) and that torchvision,
+    whose own decoder is to be removed, goes on depending on.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            mode, pixels = opened.mode, opened.width * opened.height
+            _refuse_huge(opened, name)
+            with _one_large_picture if pixels > MANY_PIXELS else nullcontext():
+                transpose = TRANSPOSES.get(_orientation(opened))
+                image = opened if transpose is None else opened.transpose(transpose)
+                array = np.array(image.convert("RGB"))
+    except DataError:
+        raise
+    except UnidentifiedImageError as error:  # whose message holds an address
+        what = f"unreadable image (none of {', '.join(FORMATS)})"
+        raise DataError([Fault(name, what)]) from error
+    # what a damaged file makes Pillow's plug-ins raise is not told: struct.error, KeyError, ...
+    except Exception as error:
+        what = f"unreadable image ({type(error).__name__}: {error})"
+        raise DataError([Fault(name, what)]) from error
+    # I, I;16 and F hold more than 8 bits, which Pillow clips rather than scales
+    if mode[0] in "IF":
+        raise DataError([Fault(name, f"expected 8 bits a channel, got Pillow mode {mode!r}")])
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+def _refuse_huge(image: Image.Image, name: str) -> None:
+    if image.width * image.height > MOST_PIXELS:
+        what = f"{image.width}x{image.height} pixels, more than {MOST_PIXELS:,}: make it smaller"
+        raise DataError([Fault(name, what)])
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 where it or the EXIF cannot be read."""
+    try:
+        found = image.getexif().get(ORIENTATION, 1)
+        return int(found)
+    except Exception:
+        return 1
+
+
+def template_landmarks(crop: str | Template, count: int) -> Tensor:
+    """The points of `count` faces that are aligned to a template, float64 `[N, 5, 2]`."""
+    points = torch.as_tensor(get_template(crop).points, dtype=torch.float64)
+    return points.expand(count, 5, 2)
+
+
+def positions(keep: Tensor) -> Tensor:
+    """A bool mask or positions, as int64 positions."""
+    return keep.nonzero().flatten() if keep.dtype == torch.bool else keep.long()
+
+
+def number_identities(per_face: Iterable[str | None]) -> tuple[Tensor, tuple[str, ...]]:
+    """Number identities by sorted name, numerically where all are numbers; None is -1."""
+    identities = list(per_face)
+    known = {name for name in identities if name is not None}
+    numeric = all(name.isdecimal() for name in known)
+    names = sorted(known, key=lambda name: (int(name) if numeric else 0, name))
+    number: dict[str | None, int] = {name: label for label, name in enumerate(names)}
+    labels = torch.tensor([number.get(name, -1) for name in identities], dtype=torch.int64)
+    return labels, tuple(names)
+
+
+def select_labels(
+    labels: Tensor | None, identities: Sequence[str], kept: Tensor
+) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Labels `[len(kept)]` of some faces, numbered anew without gaps, and the names left."""
+    if labels is None:
+        return None, ()
+    labels = labels[kept]
+    present, renumbered = labels[labels >= 0].unique(return_inverse=True)
+    selected = torch.full_like(labels, -1)
+    selected[labels >= 0] = renumbered
+    return selected, tuple(identities[i] for i in present.tolist())
+
+
+def _digest(faces: Faces, index: int, data: bytes) -> bytes:
+    total = hashlib.sha256(repr(faces.crop).encode())
+    points = faces.landmarks
+    if points is not None:
+        total.update(points[index].contiguous().numpy().tobytes())
+    total.update(data)
+    return total.digest()
