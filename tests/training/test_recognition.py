@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 from minilfw import mini_lfw
-from nets import TinyFNet, tiny_fnet
+from nets import tiny_fnet
 from tinytraining import FIELDS, losses, tiny_faces, weights
 
 from idloss import FaceEncoder, IdentityPreservedLoss, adapters, create_fnet
@@ -330,13 +330,6 @@ def test_what_was_saved_opens_by_name_and_serves_as_an_identity_loss(tmp_path):
     sr = torch.rand(2, 3, 28, 24, requires_grad=True)
     loss(sr, torch.rand(2, 3, 112, 96)).backward()
     assert sr.grad.abs().sum() > 0
-
-
-def test_a_module_of_ones_own_leaves_its_weights(tmp_path):
-    fnet = tiny_fnet()
-    del fnet.pretrained_cfg["architecture"]
-    run(tmp_path, fnet=fnet, iterations=1)
-    TinyFNet().load_state_dict(weights(tmp_path))
 
 
 def test_validation_at_full_resolution_and_below(tmp_path):

@@ -69,8 +69,12 @@ def assert_same(folder, unbroken, atol):
     ids=["at a step", "writing", "two writing"],
 )
 def test_killed_and_resumed(unbroken, tmp_path, death, processes):
-    """Two processes give the losses of one, too; and the log of a killed run is cut."""
-    code, shown = finished(launch(tmp_path, *death, processes=processes))
+    """Two processes give the losses of one, too, and join without being told that there is no GPU.
+
+    The log of a killed run is cut.
+    """
+    device = "cpu" if processes == 1 or torch.accelerator.is_available() else "auto"
+    code, shown = finished(launch(tmp_path, *death, f"device={device}", processes=processes))
     assert code != 0, shown
     assert max(losses(tmp_path)) in (5, 6)  # the checkpoint is of step 3
     there = {path.name for path in (tmp_path / "checkpoints").iterdir()}
@@ -82,8 +86,11 @@ def test_killed_and_resumed(unbroken, tmp_path, death, processes):
     if processes == 1:
         alone(tmp_path, resume=True)
     else:
-        code, shown = finished(launch(tmp_path, "--resume", processes=processes))
+        again = ("--resume", f"device={device}")
+        code, shown = finished(launch(tmp_path, *again, processes=processes))
         assert code == 0, shown
+    states = (tmp_path / "checkpoints" / "step-000008").glob("random_states_*")
+    assert len(list(states)) == processes  # they were one run
     assert_same(tmp_path, unbroken, atol=0 if processes == 1 else 1e-5)
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
     assert not list(tmp_path.rglob("*.tmp"))

@@ -1,13 +1,9 @@
 """What a run saves opens again, whoever built the network, and tells of the run."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from nets import TinyFNet, TinySRNet, tiny_fnet
 from timm.models import build_model_with_cfg
 from tinytraining import FIELDS, tiny_faces, tiny_run, weights
@@ -232,28 +228,6 @@ def test_a_lent_network_comes_back_as_it_was():
 
 
 # devices
-
-
-def test_two_processes_on_a_cpu_are_one_run_without_being_told(tmp_path):
-    """`torchrun` on a machine without a GPU began two lone trainings in one folder."""
-    if torch.accelerator.is_available():
-        pytest.skip("this machine has an accelerator")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1"]
-    command += ["--nproc-per-node=2", str(ROOT / "tests" / "tinytraining.py"), str(tmp_path)]
-    done = subprocess.run(
-        [*command, "device=auto", "iterations=2"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    checkpoint = tmp_path / "checkpoints" / "step-000002"
-    assert {path.name for path in checkpoint.glob("random_states_*")} == {
-        "random_states_0.pkl",
-        "random_states_1.pkl",
-    }
 
 
 def test_processes_that_do_not_join_are_refused(tmp_path, monkeypatch):
