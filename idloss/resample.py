@@ -122,8 +122,11 @@ class ImageWatch:
     changes its range later is still found.
     """
 
-    def __init__(self, value_range: tuple[float, float] = (0.0, 1.0)) -> None:
+    def __init__(
+        self, value_range: tuple[float, float] = (0.0, 1.0), *, margin: float = 0.25
+    ) -> None:
         self.value_range = value_range
+        self.margin = margin * (value_range[1] - value_range[0])  # SR and bicubic images overshoot
         self._calls: dict[str, int] = {}
 
     def complaint(self, images: Tensor, name: str, *, drawn_yet: bool = True) -> str | None:
@@ -152,8 +155,7 @@ class ImageWatch:
         if not settled:
             return None
         seen = f"{name} spans [{least:.3g}, {most:.3g}] and value_range is ({low:g}, {high:g})"
-        margin = 0.25 * (high - low)  # SR and bicubic images overshoot
-        if least < low - margin or most > high + margin:
+        if least < low - self.margin or most > high + self.margin:
             return f"{seen}: pass the value_range that the images are in"
         if high - low > 1.5 and least >= 0 and most <= 1:
             return f"{seen}: these look like [0, 1] images"

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from idloss import adapters
 from idloss.registry import register_srnet
+from idloss.resample import ImageWatch, check_images
 from idloss.weights import (
     GitHubBlob,
     HubFile,
@@ -58,9 +59,6 @@ class EDSR(nn.Module):
         ValueError: If `scale` is not 2, 4 or 8.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self,
         depth: int = 16,
@@ -89,9 +87,9 @@ class EDSR(nn.Module):
         )
         self.tail = nn.Conv2d(width, in_chans, 3, padding=1)
         self.grad_checkpointing = False
-        # Arguments, not weights: kept out of the state dict.
-        self.register_buffer("mean", _per_channel(mean, in_chans), persistent=False)
-        self.register_buffer("std", _per_channel(std, in_chans), persistent=False)
+        # Arguments, not buffers: to_empty() loses those, mixed precision leaves them in float32
+        self.mean, self.std = _per_channel(mean, in_chans), _per_channel(std, in_chans)
+        self._watch = ImageWatch(margin=1.0)  # bicubic LR and noise may leave [0, 1]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in the backward pass, as for any model of timm's.
@@ -109,8 +107,17 @@ class EDSR(nn.Module):
 
         Returns:
             RGB `[B, 3, scale * H, scale * W]`, in [0, 1] if `tanh`.
+
+        Raises:
+            TypeError: If `x` is not floating point.
+            ValueError: If `x` is of another shape, or found to be in another range, as 0 to 255.
         """
-        x = self.head((x - self.mean) / self.std)
+        check_images(x, "lr", self.in_chans)
+        complaint = self._watch.complaint(x, "lr")
+        if complaint is not None and "spans" in complaint:  # NaN is for who trains
+            raise ValueError(f"{complaint}; EDSR takes [0, 1]")
+        mean, std = _to_meet(x, self.mean), _to_meet(x, self.std)
+        x = self.head((x - mean) / std)
         if self.grad_checkpointing:
             x = x + self.body_end(checkpoint_seq(self.body, x))
         else:
@@ -120,7 +127,7 @@ class EDSR(nn.Module):
         x = self.tail(x)
         if self.tanh:
             x = torch.tanh(x)
-        return x * self.std + self.mean
+        return x * std + mean
 
 
 class _ResidualBlock(nn.Module):
@@ -137,11 +144,16 @@ class _ResidualBlock(nn.Module):
         return x + residual * self.res_scale
 
 
-def _per_channel(value: float | Sequence[float], channels: int) -> Tensor:
-    values = [value] if isinstance(value, (int, float)) else list(value)
+def _per_channel(value: float | Sequence[float], channels: int) -> tuple[float, ...]:
+    values = (value,) if isinstance(value, (int, float)) else tuple(value)
     if len(values) not in (1, channels):
         raise ValueError(f"mean and std are one number or {channels}, got {value}")
-    return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
+    return tuple(float(one) for one in values)
+
+
+def _to_meet(x: Tensor, values: tuple[float, ...]) -> Tensor | float:
+    """One number, or one per channel of `[B, C, H, W]`, in the precision of `x`."""
+    return values[0] if len(values) == 1 else x.new_tensor(values).view(1, -1, 1, 1)
 
 
 _PAPER = "Low-Resolution Face Recognition Based on Identity-Preserved Face Hallucination"

@@ -12,6 +12,7 @@ from timm.models import get_arch_pretrained_cfgs, model_entrypoint, save_for_hf
 
 from idloss import create_srnet, list_srnets
 from idloss.srnets import EDSR, Interpolation
+from idloss.srnets.edsr import OFFICIAL
 from idloss.weights import ManualFile, UnknownWeightsError, get_weights
 
 SRNETS = list_srnets()
@@ -173,7 +174,7 @@ def test_mean_of_another_length():
 
 def test_mean_and_std_are_no_weights():
     model = EDSR(depth=1, width=4, mean=(0.4, 0.5, 0.6))
-    assert {"mean", "std"} == {name for name, _ in model.named_buffers()}
+    assert not list(model.named_buffers())
     assert not {"mean", "std"} & model.state_dict().keys()
 
 
@@ -223,3 +224,30 @@ def test_nothing_to_load(name):
     assert isinstance(model, Interpolation)
     assert not model.state_dict()
     assert name in repr(model)
+
+
+@pytest.mark.parametrize("options", [{}, OFFICIAL], ids=["paper", "official"])
+def test_edsr_survives_the_meta_device_and_mixed_precision(options):
+    torch.manual_seed(0)
+    model, x = EDSR(depth=1, width=4, **options), torch.rand(2, 3, 8, 6)
+    expected = model(x)
+    with torch.device("meta"):
+        twin = EDSR(depth=1, width=4, **options)
+    twin.to_empty(device="cpu").load_state_dict(model.state_dict())
+    assert torch.equal(twin(x), expected)
+    for parameter in twin.parameters():  # as FSDP2 does: buffers stay as they are
+        parameter.data = parameter.data.bfloat16()
+    torch.testing.assert_close(twin(x.bfloat16()).float(), expected, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "says"),
+    [
+        (torch.zeros(1, 3, 8, 6, dtype=torch.uint8), TypeError, "to_float"),
+        (torch.rand(1, 3, 8, 6) * 255, ValueError, r"EDSR takes \[0, 1\]"),
+        (torch.rand(1, 4, 8, 6), ValueError, "3, H, W"),
+    ],
+)
+def test_edsr_refuses_images_of_another_kind(x, error, says):
+    with pytest.raises(error, match=says):
+        EDSR(depth=1, width=4)(x)
