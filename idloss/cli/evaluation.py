@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 if TYPE_CHECKING:
-    from idloss.data import EvaluationSet
+    from idloss.data import EvaluationSet, FileFaces
     from idloss.evaluation import Results
     from idloss.evaluation.run import Probe
 
@@ -154,7 +154,7 @@ def _open(
     path: Path, kind: str | None, crop: str | None, *, skip_missing: bool, **given: Any
 ) -> EvaluationSet:
     """Open the data set with those options that were given, and only if it knows them."""
-    from idloss.data import EVALUATIONS, FileFaces, open_evaluation
+    from idloss.data import EVALUATIONS, open_evaluation
     from idloss.data.opening import SUFFIXES
     from idloss.geometry import get_template
 
@@ -169,8 +169,9 @@ def _open(
     if crop is not None and kind == "pairs":
         options["crop"] = get_template(crop).name
     found = open_evaluation(path, kind, skip_missing=skip_missing, **options)
-    if crop is not None and isinstance(found.faces, FileFaces):
-        own = replace(found.faces, crop=get_template(crop).name, landmarks=None)
+    if crop is not None:
+        files = cast("FileFaces", found.faces)  # as all evaluation sets are
+        own = replace(files, crop=get_template(crop).name, landmarks=None)
         return replace(found, faces=own)
     if found.faces.crop is None and found.faces.landmarks is None:
         way = "put landmarks.csv beside it" if kind == "pairs" else "name a table with --landmarks"
