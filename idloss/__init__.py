@@ -2,7 +2,13 @@
 
 from idloss import fnets, srnets  # registers their models with timm
 from idloss.encoder import FaceEncoder
-from idloss.losses import HallucinationLoss, IdentityPreservedLoss
+from idloss.geometry import Template, register_template
+from idloss.losses import (
+    HallucinationLoss,
+    IdentityPreservedLoss,
+    register_distance,
+    register_image_loss,
+)
 from idloss.registry import (
     create_fnet,
     create_srnet,
@@ -18,12 +24,16 @@ __all__ = [
     "FaceEncoder",
     "HallucinationLoss",
     "IdentityPreservedLoss",
+    "Template",
     "create_fnet",
     "create_srnet",
     "fnets",
     "list_fnets",
     "list_srnets",
+    "register_distance",
     "register_fnet",
+    "register_image_loss",
     "register_srnet",
+    "register_template",
     "srnets",
 ]

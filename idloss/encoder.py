@@ -215,11 +215,7 @@ class FaceEncoder(nn.Module):
         return features
 
     def check_gradient(self) -> None:
-        """Raise if no gradient passes through the FNet, judged on one random image.
-
-        Raises:
-            RuntimeError: The FNet cuts the gradient: SR would learn nothing from it.
-        """
+        """Raise if no gradient passes through the FNet, judged on one random image."""
         image = torch.rand(1, 3, *self.input_size, device=self.scale.device, dtype=self._dtype)
         check_gradient(self.fnet, image, f"FNet {type(self.fnet).__name__}")
 
@@ -330,17 +326,7 @@ def _reference(net: nn.Module) -> Tensor:
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
-    """Find the device that an option names.
-
-    Args:
-        name: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, or `"auto"`: a GPU if there is one.
-
-    Returns:
-        The device, which has been tried.
-
-    Raises:
-        ValueError: There is no such device here.
-    """
+    """The device that an option names, tried; `"auto"` is a GPU if there is one."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
         return accelerator or torch.device("cpu")

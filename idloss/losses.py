@@ -26,28 +26,12 @@ ImageLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    """One minus the cosine of two embeddings (paper, equation 3).
-
-    Args:
-        a: Embeddings `[B, D]`.
-        b: Embeddings `[B, D]`.
-
-    Returns:
-        Distances `[B]` in [0, 2], 1 where an embedding is zero; the gradient is finite there too.
-    """
+    """One minus the cosine, in [0, 2] (paper, equation 3); 1 where an embedding is zero."""
     return 1 - F.cosine_similarity(a, b, dim=1, eps=1e-8)
 
 
 def euclidean_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Squared Euclidean distance of the normalised embeddings: twice the cosine distance.
-
-    Args:
-        a: Embeddings `[B, D]`.
-        b: Embeddings `[B, D]`.
-
-    Returns:
-        Distances `[B]` in [0, 4].
-    """
+    """Squared distance of the normalised embeddings, in [0, 4]: twice the cosine distance."""
     return (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(dim=1)
 
 
@@ -56,28 +40,13 @@ def angular_distance(a: Tensor, b: Tensor) -> Tensor:
 
     Written with `atan2`, whose gradient stays finite at 0 and 180 degrees, where that of the arc
     cosine does not.
-
-    Args:
-        a: Embeddings `[B, D]`.
-        b: Embeddings `[B, D]`.
-
-    Returns:
-        Distances `[B]` in [0, 1].
     """
     a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
     return torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1)) * (2 / math.pi)
 
 
 def l1_distance(a: Tensor, b: Tensor) -> Tensor:
-    """L1 norm of the difference of the raw embeddings: a sum over features, not a mean.
-
-    Args:
-        a: Embeddings `[B, D]`.
-        b: Embeddings `[B, D]`.
-
-    Returns:
-        Distances `[B]`, not bounded.
-    """
+    """L1 norm of the difference of the raw embeddings: a sum over features, not a mean."""
     return (a - b).abs().sum(dim=1)
 
 
@@ -123,33 +92,13 @@ def register_image_loss(name: str, image_loss: ImageLoss) -> None:
 
 
 def get_distance(distance: str | Distance) -> Distance:
-    """Look a distance up.
-
-    Args:
-        distance: A name in `DISTANCES`, or a callable, which is given back.
-
-    Returns:
-        The distance.
-
-    Raises:
-        ValueError: There is no such name.
-    """
+    """A distance by its name, or a callable, which is given back."""
     found: Distance = _found("distance", _distances, distance)
     return found
 
 
 def get_image_loss(image_loss: str | ImageLoss) -> ImageLoss:
-    """Look an image loss up.
-
-    Args:
-        image_loss: A name in `IMAGE_LOSSES`, or a callable, which is given back.
-
-    Returns:
-        The image loss.
-
-    Raises:
-        ValueError: There is no such name.
-    """
+    """An image loss by its name, or a callable, which is given back."""
     found: ImageLoss = _found("image loss", _image_losses, image_loss)
     return found
 

@@ -93,15 +93,6 @@ def check_images(images: Tensor, name: str = "images", channels: int | None = 3)
     """Refuse what is not a float batch `[B, C, H, W]`, by shape and dtype alone.
 
     It reads no pixel, so it costs nothing and compiles.
-
-    Args:
-        images: What to look at.
-        name: What the error is to call it.
-        channels: C wanted; `None` for any.
-
-    Raises:
-        TypeError: If `images` is not a floating-point tensor.
-        ValueError: If the shape is another.
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(images).__name__}")
@@ -163,17 +154,7 @@ class ImageWatch:
 
 
 def parse_size(text: str) -> Size:
-    """Turn `7x6` into rows and columns.
-
-    Args:
-        text: A size, rows first.
-
-    Returns:
-        `(rows, columns)`, both above zero.
-
-    Raises:
-        ValueError: It is not of that form.
-    """
+    """Turn `7x6` into rows and columns; a ValueError for what is not of that form."""
     match = _SIZE.fullmatch(text.strip().lower())
     if match is None:
         raise ValueError(f"{text!r} is not rows x columns; write it as 7x6")
@@ -203,18 +184,7 @@ def to_uint8(images: Tensor, *, rounding: Rounding = "nearest") -> Tensor:
 
 
 def to_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Turn 8-bit images into [0, 1].
-
-    Args:
-        images: uint8 of any shape.
-        dtype: Floating point type wanted.
-
-    Returns:
-        Images of the same shape, in [0, 1].
-
-    Raises:
-        TypeError: The images are not uint8.
-    """
+    """Turn uint8 images of any shape into [0, 1]; a TypeError for others."""
     if images.dtype != torch.uint8:
         raise TypeError(f"to_float takes uint8 images, got {images.dtype}")
     return images.to(dtype) / _LEVELS
