@@ -20,7 +20,7 @@ from pydantic import (
 from idloss.degradation import list_degradations, sizes_of
 from idloss.errors import did_you_mean
 from idloss.geometry import get_template
-from idloss.losses import DISTANCES
+from idloss.losses import get_distance
 from idloss.resample import Size, parse_size
 from idloss.weights.files import written_whole
 from idloss.weights.zoo import zoo_folder
@@ -243,8 +243,7 @@ class Recipe(FaceOptions):
 
     @model_validator(mode="after")
     def _check_names_and_sizes(self) -> Recipe:
-        if self.distance not in DISTANCES:
-            raise ValueError(did_you_mean("distance", self.distance, DISTANCES))
+        get_distance(self.distance)
         self.lr_sizes()
         return self
 
