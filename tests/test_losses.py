@@ -386,6 +386,10 @@ def test_range_is_judged_by_what_is_settled(net):
         loss(wide, hr)
     with pytest.warns(UserWarning, match="hr spans"):
         HallucinationLoss(None)(sr, hr * 255)
+    stored = HallucinationLoss(net)
+    features = stored.identity.embed(hr)
+    with pytest.warns(UserWarning, match="hr spans"):
+        stored(sr, hr * 255, target_features=features)
 
 
 # --- transforms ----------------------------------------------------------------------------------
