@@ -45,3 +45,14 @@ def write_pairs(path, people, photos, folds=2):
         part = slice(fold * half, (fold + 1) * half)
         lines += same[part] + different[part]
     path.write_text("\n".join(lines) + "\n")
+
+
+def photo_folder(root, people=4, photos=3):
+    """The same photos as a folder with a `landmarks.csv`, as `open_faces` takes it."""
+    mini_lfw(root, people, photos)
+    rows = (root / "lfw_landmarks.csv").read_text().splitlines()
+    points = ("lefteye", "righteye", "nose", "leftmouth", "rightmouth")
+    header = ["image_id", *(f"{point}_{axis}" for point in points for axis in "xy"), "identity"]
+    rows = [f"{row},{row.split('/')[0]}" for row in rows]
+    (root / "lfw" / "landmarks.csv").write_text("\n".join([",".join(header), *rows]) + "\n")
+    return root / "lfw"

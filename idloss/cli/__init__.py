@@ -10,7 +10,7 @@ try:
 except ModuleNotFoundError as missing:  # pragma: no cover - needs an install without extras
     sys.exit(f"the idloss command needs {missing.name}: pip install 'idloss[eval]'")
 
-from idloss.cli import benchmarks, evaluation, models, prepare, training
+from idloss.cli import evaluation, models, prepare, training
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command("list")(models.list_models)
@@ -21,7 +21,6 @@ app.command()(training.train)
 app.command("train-fnet")(training.train_fnet)
 app.command()(evaluation.evaluate)
 app.command()(evaluation.compare)
-app.add_typer(benchmarks.app, name="benchmark")
 
 
 def main() -> None:

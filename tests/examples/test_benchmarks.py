@@ -1,0 +1,108 @@
+"""The benchmark scripts: what they count and compare; times are looked at by people."""
+
+import importlib
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+from conftest import ROOT
+from minilfw import mini_lfw, photo_folder
+
+from idloss import create_srnet
+from idloss.evaluation.results import HR
+
+FOLDER = ROOT / "examples" / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """`script("loss_overhead")` is the module, run in this process: answers matter, not memory."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def load(name):
+        module = importlib.import_module(name)
+        if hasattr(module, "in_own_process"):
+            monkeypatch.setattr(module, "in_own_process", lambda f, *rest: f(*rest))
+        return module
+
+    yield load
+    for path in FOLDER.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def test_loss_table_covers_every_way_and_counts_the_work(script, capsys):
+    module = script("loss_overhead")
+    case = module.Case("mobilefacenet", 2, sr_size=(28, 28), hr_size=(112, 112), crop=None)
+    timings = {one.name: one for one in module.measure(case, rounds=1)}
+    assert len(timings) == 4
+    bare, ours = timings["bare arithmetic"], timings["IdentityPreservedLoss"]
+    assert ours.flops == bare.flops  # no network pass beyond the unavoidable ones
+    assert timings["loss, target_features"].flops < ours.flops  # no HR forward
+    assert all(t.seconds > 0 and 0 < t.share < 1.5 and t.mebibytes >= 0 for t in timings.values())
+    module.main("mobilefacenet", batch=1, rounds=1)
+    shown = capsys.readouterr().out
+    assert shown.count("\n") == 6
+    assert "peak MiB" in shown
+
+
+def test_both_ways_of_evaluating_agree(script, tmp_path):
+    module = script("evaluation_speed")
+    data = str(mini_lfw(tmp_path, people=3, photos=3))
+    sizes = ((7, 6), (14, 12))
+    released, ours, single = module.compare(data, "mobilefacenet", sizes, 8, pretrained=False)
+    cells = {(HR, (112, 96))} | {(m, s) for m in ("bilinear", "bicubic") for s in sizes}
+    assert set(released.scores) == set(ours.scores) == cells
+    assert released.images == 2 * 8 * 5
+    assert single.images == 2 * 8 * 3
+    assert all(one.seconds > 0 and one.mebibytes > 50 for one in (released, ours, single))
+    shown = module.show([released, ours, single])
+    assert shown.count("|\n") == 5
+    apart = float(re.search(r"differ by (\S+) at most", shown)[1])
+    assert apart <= 2e-3  # OpenCV's warp places pixels to 1/32
+
+
+def test_evaluation_needs_pairs(script, tmp_path):
+    data = mini_lfw(tmp_path, people=3, photos=3)
+    (data / "pairs.txt").unlink()
+    with pytest.raises(ValueError, match=r"no pairs; put pairs\.txt"):
+        script("evaluation_speed").compare(str(data))
+
+
+def test_both_ways_of_training_do_the_same_work(script, tmp_path, monkeypatch):
+    module = script("training_step")
+    monkeypatch.setattr(module, "create_srnet", lambda name: create_srnet(name, depth=1, width=8))
+    case = module.Case(str(photo_folder(tmp_path)), batch=4, steps=8, precision="fp32", warmup=1)
+    released, ours = module.compare(case)
+    assert set(ours.by_size) == set(released.by_size) == {(28, 24), (14, 12), (7, 6)}
+    assert all(seconds > 0 for one in (released, ours) for seconds in one.by_size.values())
+    assert ours.flops < released.flops  # no HR forward
+    shown = module.show(case, [released, ours])
+    for word in ("faces/s", "ms at 28x24", "share of matmul rate", "peak MiB"):
+        assert word in shown
+    with pytest.raises(ValueError, match="1 steps are too few to see every size: raise --steps"):
+        module.compare(case._replace(steps=1, warmup=5))
+
+
+def test_search_is_timed_with_what_is_installed(script):
+    searched = script("gallery_search").measure(gallery=300, probes=20, width=8, k=3, rounds=1)
+    assert "610 people, 10 draws" in searched[0].name
+    ways = ["idloss", "FAISS"] if find_spec("faiss") else ["idloss"]
+    assert [one.name for one in searched[1:]] == [f"3 best of 300, {way}" for way in ways]
+    assert all(one.seconds > 0 for one in searched)
+    assert searched[1].cosines == 6000
+
+
+def test_a_script_runs_by_itself_in_processes_of_its_own():
+    words = ["--fnet", "mobilefacenet", "--batch", "1", "--rounds", "1"]
+    done = subprocess.run(
+        [sys.executable, FOLDER / "loss_overhead.py", *words],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    head, _, *rows = done.stdout.splitlines()
+    assert head.startswith("|  | ms | against bare |")
+    assert len(rows) == 4
+    assert all(float(row.split("|")[-2]) > 50 for row in rows)
