@@ -268,14 +268,15 @@ def tiny_plugin_srnet(pretrained=False, **kwargs):
 
 @pytest.fixture
 def site(tmp_path):
-    """A folder with an installed distribution that has two plug-ins, one of them broken."""
+    """An installed distribution with three plug-ins: a good, a broken, and one that quits."""
     (tmp_path / "good_plugin.py").write_text(PLUGIN)
     (tmp_path / "broken_plugin.py").write_text("raise OSError('no disk today')")
+    (tmp_path / "quitting_plugin.py").write_text("import sys; sys.exit(3)")
     info = tmp_path / "face_zoo-1.2.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: face-zoo\nVersion: 1.2\n")
     (info / "entry_points.txt").write_text(
-        "[idloss.plugins]\nbad = broken_plugin\ngood = good_plugin\n"
+        "[idloss.plugins]\nbad = broken_plugin\nquits = quitting_plugin\ngood = good_plugin\n"
     )
     return tmp_path
 
@@ -300,8 +301,11 @@ def test_plugins(site):
         "['tiny_plugin_fnet'] ['tiny_plugin_srnet']",
         "arcface 12 12",
     ]
-    # one warning, at the caller's line
-    (warning,) = [line for line in done.stderr.splitlines() if "Warning" in line]
-    assert warning.startswith("<string>:4: UserWarning")
-    assert "'bad' (broken_plugin) of face-zoo 1.2 could not be loaded" in warning
-    assert "OSError: no disk today" in warning
+    # one warning for each, at the caller's line
+    warnings = [line for line in done.stderr.splitlines() if "Warning" in line]
+    assert len(warnings) == 2
+    assert all(warning.startswith("<string>:4: UserWarning") for warning in warnings)
+    assert "'bad' (broken_plugin) of face-zoo 1.2 could not be loaded" in warnings[0]
+    assert "OSError: no disk today" in warnings[0]
+    assert "'quits' (quitting_plugin) of face-zoo 1.2 could not be loaded" in warnings[1]
+    assert "SystemExit: 3" in warnings[1]

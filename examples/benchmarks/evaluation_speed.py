@@ -27,8 +27,7 @@ from torch import Tensor, nn
 
 from idloss import FaceEncoder, create_fnet, create_srnet
 from idloss.data import EvaluationSet, FileFaces, Pairs, open_evaluation
-from idloss.evaluation.results import HR
-from idloss.evaluation.run import PAPER_SIZES, evaluate
+from idloss.evaluation import HR, PAPER_SIZES, evaluate
 from idloss.geometry import get_template
 from idloss.resample import Size, parse_size
 
@@ -107,7 +106,7 @@ def released_way(data: EvaluationSet, fnet: nn.Module, sizes: tuple[Size, ...]) 
 def embed(faces: FileFaces, index: int, encoder: FaceEncoder, method: str, size: Size) -> Tensor:
     """Decode, align, degrade, enlarge, mirror and embed one face: `[2 D]`."""
     cv2 = opencv()
-    own = get_template(encoder.fnet_crop or "sphereface")
+    own = encoder.fnet_crop or get_template("sphereface")
     if method == HR:
         face = read_aligned(faces, index, own)
         views = [face, face[:, ::-1]]

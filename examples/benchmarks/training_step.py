@@ -49,6 +49,7 @@ class Case(NamedTuple):
     device: str = "cpu"
     warmup: int = 3  # steps before the timed ones, in which kernels are planned and compiled
     faces: int = 1024  # of the data, read again and again
+    workers: int = 4  # that read photos, the released way
 
     @property
     def last(self) -> int:
@@ -141,7 +142,7 @@ def released_way(case: Case) -> Measured:
     loader = DataLoader(
         _ReleasedPhotos(faces),
         batch_sampler=places,
-        num_workers=4,
+        num_workers=case.workers,
         multiprocessing_context="spawn",
     )
     optimizer = torch.optim.Adam(srnet.parameters(), lr=1e-4, betas=(0.9, 0.999))

@@ -7,24 +7,14 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from idloss.resample import parse_size
+from idloss.resample import Size, parse_size
 
 _LABEL = re.compile(r"([\w.-]+)=(.+)")
 
 
-def parse_sizes(texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """Turn `7x6` and the like into rows and columns.
-
-    Args:
-        texts: Sizes, rows first.
-
-    Returns:
-        `(rows, columns)` of each.
-
-    Raises:
-        ValueError: One is not of that form, or is given twice.
-    """
-    sizes: list[tuple[int, int]] = []
+def parse_sizes(texts: Sequence[str]) -> tuple[Size, ...]:
+    """Turn each `7x6` of `--size` into rows and columns."""
+    sizes: list[Size] = []
     for text in texts:
         try:
             size = parse_size(text)
@@ -39,19 +29,7 @@ def parse_sizes(texts: Sequence[str]) -> tuple[tuple[int, int], ...]:
 def parse_networks(
     option: str, texts: Sequence[str], create: Callable[..., nn.Module]
 ) -> dict[str, nn.Module]:
-    """Turn `sface` or `ours=local-dir:runs/best` into networks with weights.
-
-    Args:
-        option: The option's name, for messages.
-        texts: A name that `create` knows, or LABEL=NAME.
-        create: `create_fnet` or `create_srnet`.
-
-    Returns:
-        Networks by label; the name is the label where none is given.
-
-    Raises:
-        ValueError: A label is given twice, or a network is unknown.
-    """
+    """Turn `sface` or `ours=local-dir:runs/best` into networks with weights, by label."""
     networks: dict[str, nn.Module] = {}
     for text in texts:
         labelled = _LABEL.fullmatch(text)

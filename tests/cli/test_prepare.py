@@ -75,7 +75,7 @@ def test_what_is_dropped_is_told(command, tmp_path, capsys):
     photos = folder(tmp_path / "photos", rows)
     (photos / "b.jpg").write_bytes((photos / "b.jpg").read_bytes()[:200])
     error = command("folder", photos, tmp_path / "out")
-    assert re.search(r"b\.jpg: unreadable image.*--skip-missing", error)
+    assert re.search(r"b\.jpg: unreadable image.*\n.*--skip-missing", error)
     assert "\n" not in error
     with warnings.catch_warnings():
         warnings.simplefilter("default")
@@ -114,8 +114,8 @@ def test_people_of_an_evaluation_set_are_removed(home, fnet, command, tmp_path, 
         (["lfw", "HOME", "HOME"], r"holds other files, and no plan\.json"),
     ],
 )
-def test_wrong_words_are_one_line(words, said, home, command, tmp_path):
+def test_wrong_words_are_told_briefly(words, said, home, command, tmp_path):
     places = {"HOME": home, "OUT": tmp_path / "out"}
     error = command(*(places.get(word, word) for word in words))
     assert re.search(said, error), error
-    assert "\n" not in error
+    assert error.count("\n") <= 1
