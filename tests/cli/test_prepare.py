@@ -76,7 +76,6 @@ def test_what_is_dropped_is_told(command, tmp_path, capsys):
     (photos / "b.jpg").write_bytes((photos / "b.jpg").read_bytes()[:200])
     error = command("folder", photos, tmp_path / "out")
     assert re.search(r"b\.jpg: unreadable image.*\n.*--skip-missing", error)
-    assert "\n" not in error
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         assert not command("folder", photos, tmp_path / "out", "--skip-missing")
