@@ -74,19 +74,10 @@ def test_arcface_crop_contains_the_sphereface_crop(golden, photos):
 def test_fits_equal_scikit_image(photos, template):
     transform = pytest.importorskip("skimage.transform")
     wanted = np.array(TEMPLATES[template].points)
-
-    def estimated(source, target):
-        kind = transform.SimilarityTransform
-        if hasattr(kind, "from_estimate"):
-            return kind.from_estimate(source, target).params
-        fit = kind()  # scikit-image before 0.26, the last for Python 3.10
-        assert fit.estimate(source, target)
-        return fit.params
-
     forward, released = [], []
     for points in photos[1].numpy():
-        forward.append(estimated(points, wanted)[:2])
-        back = estimated(wanted, points)
+        forward.append(transform.SimilarityTransform.from_estimate(points, wanted).params[:2])
+        back = transform.SimilarityTransform.from_estimate(wanted, points).params
         released.append(np.linalg.inv(back)[:2])
     for fit, params in ((fit_similarity_forward, forward), (fit_similarity, released)):
         torch.testing.assert_close(

@@ -36,14 +36,13 @@ def prepare(
     split: Annotated[
         str | None, typer.Option(help="Of CelebA: train, valid or test. [default: all]")
     ] = None,
-    shard_faces: Annotated[int, typer.Option(min=1, help="Crops in a file.")] = 8192,
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Drop what cannot be read; recorded.")
     ] = False,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Decoding threads. [default: one a core, 8 at most]")
     ] = None,
-    device: Annotated[str, typer.Option(help="Of the FNet: 'cpu', 'cuda', ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="Of the FNet: auto, cpu, cuda, cuda:1, mps")] = "auto",
 ) -> None:
     """Align faces once, for training to read them as they are."""
     from idloss.data import prepare as run
@@ -60,12 +59,12 @@ def prepare(
         crop=crop,
         clean_list=clean_list,
         exclude=exclude,
-        shard_faces=shard_faces,
         skip_missing=skip_missing,
         threads=threads,
     )
     for line in _lines(report):
-        typer.echo(line)
+        # names come from other people's tables and archives
+        typer.echo("".join(letter if letter.isprintable() else "?" for letter in line))
 
 
 def _source(kind: str, path: Path, split: str | None, *, skip_missing: bool) -> Faces:
@@ -95,6 +94,7 @@ def _exclusion(
     from idloss import FaceEncoder
     from idloss.data import Exclusion, open_evaluation
     from idloss.data.overlap import THRESHOLD
+    from idloss.encoder import resolve_device
 
     if threshold is None and fnet != _FNET:
         raise ValueError(
@@ -102,7 +102,7 @@ def _exclusion(
             f"give the one of {fnet} with --threshold"
         )
     found = open_evaluation(path, skip_missing=skip_missing)
-    encoder = FaceEncoder(fnet, crop=crop).to(device).eval()
+    encoder = FaceEncoder(fnet, crop=crop).to(resolve_device(device)).eval()
     return Exclusion(
         found.name, found.faces, encoder, fnet, THRESHOLD if threshold is None else threshold
     )
@@ -111,7 +111,7 @@ def _exclusion(
 def _lines(report: Report) -> list[str]:
     """What came of it, in a few lines."""
     faces = report.faces
-    height, width = faces.shards.size
+    _, _, height, width = faces.pixels.shape
     people = f" of {len(faces.identities):,} people" if faces.labels is not None else ""
     lines = [f"{len(faces):,} faces{people}, {faces.crop} {height}x{width}, in {faces.folder}"]
     lines += [f"dropped {count:,}: {reason}" for reason, count in report.dropped.items()]
@@ -120,6 +120,8 @@ def _lines(report: Report) -> list[str]:
     for match in report.matches:
         who = f"{match.photo} of {match.identity}" if match.photo else f"all of {match.identity}"
         lines.append(f"removed: {who} is {match.other} (cosine {match.similarity:.2f})")
+    for fault in report.unchecked:
+        lines.append(f"not looked for, and perhaps among the faces still: who is in {fault}")
     if report.duplicates:
         lines.append(f"{report.duplicates:,} crops have the pixels of another; they are kept")
     return lines

@@ -1,7 +1,6 @@
 """Faces: from disk, aligned, or drawn by the package itself."""
 
 from idloss.data.celeba import celeba_faces
-from idloss.data.exclusion import Exclusion
 from idloss.data.faces import AlignedFaces, Faces, FileFaces, align_all
 from idloss.data.files import DataError, Fault
 from idloss.data.folder import folder_faces
@@ -9,10 +8,9 @@ from idloss.data.insightface import insightface_bin
 from idloss.data.lfw import lfw
 from idloss.data.listed import pairs_csv
 from idloss.data.opening import EVALUATIONS, open_evaluation, open_faces, open_training
-from idloss.data.overlap import Match, embed_faces, find_overlap, without_overlap
-from idloss.data.packed import PackedFaces, open_packed
+from idloss.data.overlap import Exclusion, Match, embed_faces, find_overlap
 from idloss.data.pairs import EvaluationSet, Pairs
-from idloss.data.prepare import Report, prepare, read_report
+from idloss.data.prepared import PreparedFaces, Report, open_prepared, prepare, read_report
 from idloss.data.surveillance import (
     scface,
     survface_identification,
@@ -31,8 +29,8 @@ __all__ = [
     "Fault",
     "FileFaces",
     "Match",
-    "PackedFaces",
     "Pairs",
+    "PreparedFaces",
     "Report",
     "SyntheticFaces",
     "align_all",
@@ -44,7 +42,7 @@ __all__ = [
     "lfw",
     "open_evaluation",
     "open_faces",
-    "open_packed",
+    "open_prepared",
     "open_training",
     "pairs_csv",
     "prepare",
@@ -53,5 +51,4 @@ __all__ = [
     "survface_identification",
     "survface_verification",
     "tinyface",
-    "without_overlap",
 ]

@@ -292,7 +292,7 @@ def align_all(
     bar = tqdm(total=len(faces), desc="aligning", unit="face", delay=2, disable=not own)
     tell = progress if callable(progress) else bar.update
     with bar, ThreadPoolExecutor(workers) as pool:
-        for done in pool.map(work, _batches(faces)):
+        for done in pool.map(work, like_sized_batches(faces, 0, len(faces))):
             tell(done)
     skipped = skip_or_raise((faults[i] for i in sorted(faults)), skip_missing=skip_missing)
     aligned = AlignedFaces(
@@ -416,23 +416,23 @@ def _boxes(matrices: Tensor, template: Template) -> list[list[int]]:
     return boxes
 
 
-def _batches(faces: Faces) -> Iterator[list[int]]:
-    """Faces of a like size together, so that little of a padded batch is padding."""
-    everything = torch.arange(len(faces))
+def like_sized_batches(faces: Faces, start: int, stop: int) -> Iterator[list[int]]:
+    """Faces `start` to `stop` in batches of a like size, so that little of one is padding."""
     landmarks = faces.landmarks
     if faces.crop is not None or landmarks is None:
-        yield from (part.tolist() for part in everything.split(BATCH_IMAGES))
+        yield from (part.tolist() for part in torch.arange(start, stop).split(BATCH_IMAGES))
         return
-    spread = landmarks.amax(1) - landmarks.amin(1)
+    points = landmarks[start:stop]
+    spread = points.amax(1) - points.amin(1)
     # a crop is about 3.2 times as wide and high as the spread of its five points
     sides = (3.2 * spread.amax(1)).nan_to_num(0.0).clamp(1, 1e4)
     batch: list[int] = []
-    for index in sides.argsort().tolist():
-        pixels = (len(batch) + 1) * float(sides[index]) ** 2
+    for place in sides.argsort().tolist():
+        pixels = (len(batch) + 1) * float(sides[place]) ** 2
         if batch and (len(batch) == BATCH_IMAGES or pixels > BATCH_PIXELS):
             yield batch
             batch = []
-        batch.append(index)
+        batch.append(start + place)
     if batch:
         yield batch
 

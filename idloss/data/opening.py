@@ -14,8 +14,8 @@ from idloss.data.folder import find_landmarks, folder_faces
 from idloss.data.insightface import insightface_bin
 from idloss.data.lfw import lfw
 from idloss.data.listed import pairs_csv
-from idloss.data.packed import PackedFaces, is_prepared, open_packed
 from idloss.data.pairs import EvaluationSet
+from idloss.data.prepared import PreparedFaces, is_prepared, open_prepared
 from idloss.data.surveillance import (
     scface,
     survface_identification,
@@ -66,7 +66,7 @@ def open_faces(path: str | os.PathLike[str], *, skip_missing: bool = False) -> F
 
 def open_training(
     path: str | os.PathLike[str], *, skip_missing: bool = False
-) -> PackedFaces | FileFaces:
+) -> PreparedFaces | FileFaces:
     """Open faces for training: a folder that `idloss prepare` made, or whatever `open_faces` takes.
 
     Args:
@@ -81,7 +81,7 @@ def open_training(
         FileNotFoundError: there is nothing, or no layout that is known; lists what was looked for.
         DataError: the faces have faults, or their preparation is not finished; says what.
     """
-    return open_packed(path) if is_prepared(path) else open_faces(path, skip_missing=skip_missing)
+    return open_prepared(path) if is_prepared(path) else open_faces(path, skip_missing=skip_missing)
 
 
 def open_evaluation(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -13,12 +13,17 @@ import torch
 from torch import Tensor
 
 from idloss.data.files import DataError, Fault, Files, FolderFiles
+from idloss.weights.files import written_whole
 
 POINT_COLUMNS = tuple(
     f"{point}_{axis}"
     for point in ("lefteye", "righteye", "nose", "leftmouth", "rightmouth")
     for axis in "xy"
 )
+HEADERS = frozenset({"path", "name", "image", "image_id", "file", "filename"})
+"""First fields of a clean list that no image is called; `path` is that of the paper's list."""
+LISTED_COLUMNS = 11
+"""Fields of a clean list's row with five points: a name and ten numbers."""
 
 
 @dataclass(frozen=True)
@@ -173,3 +178,66 @@ def first_file(files: Files, folders: Iterable[str], names: Iterable[str]) -> st
     """
     choice: Callable[[str], bool] = files.__contains__
     return next(filter(choice, (folder + name for folder in folders for name in names)), None)
+
+
+def read_clean_list(path: Path, names: Sequence[str]) -> tuple[list[str], Points]:
+    """The images of a clean list, and their points if it has some.
+
+    Rows are an image and what follows it after commas or blanks; a header is allowed. Faults are
+    those of the points, whose images are not given then, and of images that are not among `names`.
+    """
+    table = read_own_table(path)
+    if all(len(cells) == 1 for _, cells in table.rows):
+        table = read_own_table(path, None)
+    known = frozenset(names)
+    if table.rows and _is_header(table.rows[0][1], known):
+        table = table.after(1)
+    listed = {cells[0]: line for line, cells in table.rows}
+    pointed = any(len(cells) >= LISTED_COLUMNS for _, cells in table.rows)
+    points = read_points(table) if pointed else Points()
+    for name, line in listed.items():
+        if name not in known:
+            points.faults.append(table.fault(line, f"{name} is not in the source"))
+    return [name for name in listed if not pointed or name in points.by_name], points
+
+
+def _is_header(cells: list[str], known: frozenset[str]) -> bool:
+    numbers = cells[1:LISTED_COLUMNS]
+    return cells[0] not in known and (
+        cells[0].lower() in HEADERS
+        or (len(cells) >= LISTED_COLUMNS and not any(map(_is_number, numbers)))
+    )
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """Write a CSV file, whole or not at all, floats to their last digit."""
+    with (
+        written_whole(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
+    """The rows that `write_rows` wrote; a ValueError or OSError says where they are damaged."""
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        try:
+            header, *rows = list(csv.reader(file)) or [[]]
+        except csv.Error as error:
+            raise ValueError(str(error)) from error
+    if header != list(columns):
+        raise ValueError(f"expected the header {','.join(columns)}, got {','.join(header)!r}")
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(columns):
+            raise ValueError(f"row {number} has {len(row)} fields, expected {len(columns)}")
+    return rows

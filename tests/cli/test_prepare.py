@@ -13,7 +13,7 @@ from timm.models import save_for_hf
 
 from idloss import create_fnet
 from idloss.cli import main
-from idloss.data import open_packed, open_training
+from idloss.data import open_prepared, open_training
 
 
 @pytest.fixture
@@ -48,13 +48,12 @@ def test_lfw_from_end_to_end(home, command, tmp_path, capsys):
     out = tmp_path / "out"
     clean = tmp_path / "clean.txt"
     clean.write_text("".join(f"Person_{p}/Person_{p}_0002.jpg\n" for p in range(5)))
-    words = ["--clean-list", clean, "--shard-faces", 2, "--crop", "arcface", "--threads", 1]
+    words = ["--clean-list", clean, "--crop", "arcface", "--threads", 1]
     assert not command("lfw", home, out, *words)
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == f"5 faces of 5 people, arcface 112x112, in {out}"
     assert "dropped 19: not in the clean list" in shown
-    faces = open_packed(out)
-    assert len(faces.shards.counts) == 3
+    faces = open_prepared(out)
     assert faces.crop == "arcface"
     # once more: it is all there
     assert not command("lfw", home, out, *words)
@@ -76,6 +75,7 @@ def test_what_is_dropped_is_told(command, tmp_path, capsys):
     (photos / "b.jpg").write_bytes((photos / "b.jpg").read_bytes()[:200])
     error = command("folder", photos, tmp_path / "out")
     assert re.search(r"b\.jpg: unreadable image.*\n.*--skip-missing", error)
+    assert error.count("\n") == 1
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         assert not command("folder", photos, tmp_path / "out", "--skip-missing")
@@ -93,7 +93,7 @@ def test_people_of_an_evaluation_set_are_removed(home, fnet, command, tmp_path, 
     # of itself nothing is left but what an impossible cosine leaves
     assert not command("lfw", home, out, "--clean-list", clean, *words, 1.1)
     assert "also in" not in capsys.readouterr().out
-    assert json.loads((out / "plan.json").read_text())["overlap_fnet"] == fnet
+    assert json.loads((out / "dataset.json").read_text())["overlap_fnet"] == fnet
     assert not command("lfw", home, tmp_path / "none", "--clean-list", clean, *words, 0.5)
     shown = capsys.readouterr().out
     assert "dropped 4: also in lfw" in shown
@@ -110,7 +110,7 @@ def test_people_of_an_evaluation_set_are_removed(home, fnet, command, tmp_path, 
         (["lfw", "HOME", "OUT", "--crop", "arcfase"], "unknown template 'arcfase'.*arcface"),
         (["lfw", "HOME", "OUT", "--exclude-overlap", "HOME", "--fnet", "sface"], "--threshold"),
         (["lfw", "OUT", "OUT"], "no folder and no archive"),
-        (["lfw", "HOME", "HOME"], r"holds other files, and no plan\.json"),
+        (["lfw", "HOME", "HOME"], r"holds other files, and no dataset\.json"),
     ],
 )
 def test_wrong_words_are_told_briefly(words, said, home, command, tmp_path):

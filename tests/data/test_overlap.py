@@ -1,12 +1,24 @@
 """People in both training and evaluation data: against brute force, and on planted twins."""
 
+import io
+import pickle
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from idloss.data import AlignedFaces, Match, embed_faces, find_overlap, without_overlap
+from idloss.data import (
+    AlignedFaces,
+    Exclusion,
+    SyntheticFaces,
+    embed_faces,
+    find_overlap,
+    insightface_bin,
+)
 from idloss.data import overlap as overlap_module
-from idloss.data.overlap import identity_means
+from idloss.data.overlap import identity_means, matched_faces
 
 
 def faces(labels, prefix, identities=None):
@@ -42,12 +54,9 @@ def test_planted_people_and_photos_are_found(planted, block, monkeypatch):
         ("t-person-7", "t29.jpg", "e5.jpg"),
     }
     assert matches == sorted(matches, key=lambda match: -match.similarity)
-    left = without_overlap(training, matches)
-    assert len(left) == 48 - 4 - 1
-    assert "t-person-2" not in left.identities
-    assert "t29.jpg" not in left.names
-    assert len(left.identities) == 11
-    assert left.labels.max() == 10
+    gone = matched_faces(training, matches)
+    assert list(gone) == [8, 9, 10, 11, 29]
+    assert re.fullmatch(r"t-person-7 is e5\.jpg there, cosine 0\.9\d", gone[29])
 
 
 def test_similarities_are_those_of_brute_force(planted):
@@ -73,7 +82,7 @@ def test_evaluation_faces_without_labels_are_people_of_their_own(planted):
 
 def test_nothing_in_common(planted):
     assert find_overlap(*planted, threshold=0.999) == []
-    assert len(without_overlap(planted[0], [])) == 48
+    assert matched_faces(planted[0], []) == {}
 
 
 def test_means_leave_nobody_out_of_account(seeded):
@@ -89,11 +98,13 @@ def test_wrong_input_is_refused(planted):
         find_overlap(training, ours[:-1], evaluation, theirs)
     with pytest.raises(ValueError, match="no identities"):
         find_overlap(faces(None, "t"), theirs, evaluation, theirs)
-    with pytest.raises(ValueError, match="no identities"):
-        without_overlap(faces(None, "t"), [Match("a", None, "b", 1.0)])
+    broken = ours.clone()
+    broken[3] = torch.nan
+    with pytest.raises(ValueError, match="of training faces are not finite"):
+        find_overlap(training, broken, evaluation, theirs)
 
 
-def test_embedding_batches_do_not_matter(seeded):
+def test_embedding_batches_do_not_matter(seeded, monkeypatch):
     some = faces([0] * 10, "t")
     some.crops.random_(0, 256, generator=seeded)
     weight = torch.randn(16, 3, generator=seeded)
@@ -102,8 +113,61 @@ def test_embedding_batches_do_not_matter(seeded):
         assert 0 <= images.min() <= images.max() <= 1
         return images.mean((2, 3)) @ weight.T
 
-    one = embed_faces(some, encoder, batch_size=3, progress=False)
-    two = embed_faces(some, encoder, progress=False)
+    one = embed_faces(some, encoder, progress=False)
+    monkeypatch.setattr(overlap_module, "BATCH", 3)
+    two = embed_faces(some, encoder, threads=3, progress=False)
     torch.testing.assert_close(one, two)
     torch.testing.assert_close(one.norm(dim=1), torch.ones(10))
     assert not one.requires_grad
+
+
+def test_crops_go_to_the_encoder():
+    class Elsewhere(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("shift", torch.zeros(1, device="meta"))
+
+        def forward(self, images):
+            assert images.device.type == "meta"
+            return torch.ones(len(images), 4)
+
+    assert embed_faces(faces([0] * 24, "t"), Elsewhere(), progress=False).shape == (24, 4)
+
+
+def test_photos_of_nobody_known_are_compared_one_by_one(planted):
+    """A label of -1 is no index: it stood for the last person, found or not."""
+    training, ours, _, theirs = planted
+    training.labels[[8, 9, 30]] = -1
+    ours[30] = theirs[4]
+    ours[44:] = theirs[0]  # the last person, all of whose photos go
+    found = {(m.identity, m.photo, m.other) for m in find_overlap(*planted)}
+    assert {m for m in found if m[0] == ""} == {
+        ("", "t8.jpg", "e-person-1"),
+        ("", "t9.jpg", "e-person-1"),
+        ("", "t30.jpg", "e-person-2"),
+    }
+    assert ("t-person-11", None, "e-person-0") in found
+
+
+@pytest.mark.parametrize("side", [112, 128, 160])
+def test_crops_of_a_bin_may_have_any_size(side, tmp_path):
+    """Verification sets come as 112x112 crops, and as 128x128 or 160x160 ones."""
+    crops = SyntheticFaces(4, 1, size=(side, side), crop="arcface").render(progress=False).crops
+    files = []
+    for crop in crops:
+        stream = io.BytesIO()
+        Image.fromarray(crop.permute(1, 2, 0).numpy()).save(stream, "PNG")
+        files.append(stream.getvalue())
+    (tmp_path / "set.bin").write_bytes(pickle.dumps((files, [False, False])))
+    evaluation = insightface_bin(tmp_path / "set.bin")
+
+    def encoder(images):
+        small = F.avg_pool2d(images, 8).flatten(1)
+        return small - small.mean(1, keepdim=True)
+
+    training = SyntheticFaces(3, 1, first_identity=2).render(progress=False)
+    exclude = Exclusion("set", evaluation.faces, encoder, "thumbnail", 0.97)
+    options = {"skip_missing": False, "threads": 1, "progress": False}
+    matches, unread = exclude.find(training, tmp_path, **options)
+    assert sorted((m.identity, m.other) for m in matches) == [("2", "00002"), ("3", "00003")]
+    assert unread == ()

@@ -28,7 +28,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(photos, tmp_path_factory):
-    return prepare(photos, tmp_path_factory.mktemp("prepared"), shard_faces=5, progress=False).faces
+    return prepare(photos, tmp_path_factory.mktemp("prepared"), progress=False).faces
 
 
 def draws(count, steps=3, size=4):
@@ -42,7 +42,7 @@ def draws(count, steps=3, size=4):
 @pytest.mark.parametrize("held", ["photos", "prepared", "in memory", "on the device"])
 def test_crops_are_those_of_the_aligner(photos, prepared, held, workers):
     expected = align_all(photos, progress=False).crops
-    faces = {"photos": photos, "prepared": prepared, "in memory": prepared.load()}
+    faces = {"photos": photos, "prepared": prepared, "in memory": align_all(prepared)}
     crops = Crops(
         faces.get(held, prepared),
         device=CPU,

@@ -1,0 +1,866 @@
+"""Prepared faces: what is kept and dropped, every way a run can be cut short, and damage."""
+
+import copy
+import csv
+import itertools
+import json
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections import namedtuple
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data.test_faces import NUMBERS, folder
+from data.test_files import jpeg
+from minilfw import mini_lfw
+from torch.utils.data import DataLoader
+
+from idloss import FaceEncoder, adapters, create_fnet
+from idloss.data import (
+    AlignedFaces,
+    DataError,
+    Exclusion,
+    FileFaces,
+    SyntheticFaces,
+    align_all,
+    lfw,
+    open_faces,
+    open_prepared,
+    open_training,
+    prepare,
+    read_report,
+)
+from idloss.data import prepared as prepared_module
+from idloss.data.files import MemoryFiles
+from idloss.geometry import get_template
+
+EVERYTHING = torch.arange(24)
+
+
+@pytest.fixture(autouse=True)
+def _many_small_steps(monkeypatch):
+    """Several batches of several chunks; and processes die here, machines do not."""
+    monkeypatch.setattr("os.fsync", lambda _: None)
+    monkeypatch.setattr("idloss.data.prepared.CHUNK", 10)
+    monkeypatch.setattr("idloss.data.faces.BATCH_IMAGES", 4)
+    monkeypatch.setattr("idloss.data.overlap.BATCH", 5)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """24 photos of 6 people with landmarks."""
+    return lfw(mini_lfw(tmp_path_factory.mktemp("data"))).faces
+
+
+@pytest.fixture
+def own_photos(photos, tmp_path):
+    """The same in a place of one's own, to mend and replace."""
+    return lfw(shutil.copytree(photos.files.location, tmp_path / "photos")).faces
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return SyntheticFaces(6, 4).render(progress=False)
+
+
+@pytest.fixture(scope="module")
+def made(drawn, tmp_path_factory):
+    """The drawn faces, prepared."""
+    return quiet(drawn, tmp_path_factory.mktemp("prepared") / "faces").faces.folder
+
+
+@pytest.fixture
+def own(made, tmp_path):
+    """A prepared folder to damage."""
+    return shutil.copytree(made, tmp_path / "own")
+
+
+def quiet(*arguments, **options):
+    return prepare(*arguments, progress=False, **options)
+
+
+def pixels(faces):
+    return faces.crops_at(torch.arange(len(faces)))
+
+
+def content(folder):
+    """The bytes of every file of a prepared folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def table(path):
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
+
+
+def described(folder):
+    return json.loads((folder / "dataset.json").read_text())
+
+
+def thumbnail(images):
+    """A tiny encoder: copies are at a cosine of 1, other photos below 0.995."""
+    small = torch.nn.functional.avg_pool2d(images, 8).flatten(1)
+    return small - small.mean(1, keepdim=True)
+
+
+def shared_people(drawn, encoder=thumbnail):
+    """An evaluation set that has all photos of person 2 and one of person 5."""
+    chosen = drawn.select(torch.tensor([8, 9, 10, 11, 21]))
+    return Exclusion("bench", replace(chosen, identities=("x", "y")), encoder, "thumbnail", 0.995)
+
+
+# --- What is kept, what is dropped ---------------------------------------------------------------
+
+
+def test_crops_are_those_of_align_all(photos, tmp_path, monkeypatch):
+    chunks = quiet(photos, tmp_path / "chunks").faces
+    parts = [photos.select(part) for part in EVERYTHING.split(10)]
+    crops = torch.cat([align_all(part, progress=False).crops for part in parts])
+    assert torch.equal(pixels(chunks), crops)
+    monkeypatch.undo()
+    faces = quiet(photos, tmp_path / "out").faces
+    assert torch.equal(pixels(faces), align_all(photos, progress=False).crops)
+    assert faces.names == photos.names
+    assert faces.identities == photos.identities
+    assert torch.equal(faces.labels, photos.labels)
+    assert torch.equal(faces.photo_landmarks, photos.landmarks)
+    wide = quiet(photos, tmp_path / "wide", crop="arcface").faces
+    assert torch.equal(pixels(wide), align_all(photos, "arcface", progress=False).crops)
+
+
+def test_any_faces_will_do(drawn, tmp_path):
+    source = SyntheticFaces(2, 3)
+    faces = quiet(source, tmp_path / "out").faces
+    assert torch.equal(pixels(faces), source.render(progress=False).crops)
+    assert torch.equal(faces.photo_landmarks, source.landmarks)
+    again = quiet(faces, tmp_path / "again").faces
+    assert torch.equal(pixels(again), pixels(faces))
+    nobody = AlignedFaces(drawn.crops, drawn.names, None, (), "sphereface")
+    faces = quiet(nobody, tmp_path / "nobody").faces
+    assert (faces.labels, faces.identities, faces[3][1]) == (None, (), -1)
+    labels = torch.tensor([1, -1, 0])
+    some = AlignedFaces(drawn.crops[:3], drawn.names[:3], labels, ("b", "a"), "sphereface")
+    faces = quiet(some, tmp_path / "some").faces
+    assert faces.identities == ("a", "b")
+    assert faces.labels.tolist() == [0, -1, 1]
+
+
+def test_a_tar_is_read_in_place(photos, tmp_path):
+    root = mini_lfw(tmp_path / "data")
+    with tarfile.open(tmp_path / "lfw.tar", "w") as archive:
+        archive.add(root / "lfw", "lfw")
+    shutil.copy(root / "lfw_landmarks.csv", tmp_path)
+    report = quiet(lfw(tmp_path / "lfw.tar").faces, tmp_path / "out")
+    assert report.faces.content == quiet(photos, tmp_path / "other").faces.content
+    assert described(tmp_path / "out")["source"] == "lfw.tar"
+
+
+def test_the_record_of_a_preparation(photos, tmp_path):
+    out = tmp_path / "out"
+    report = quiet(photos, out)
+    dataset = described(out)
+    assert (dataset["crop"], dataset["size"]) == ("sphereface", [112, 96])
+    assert (dataset["faces"], dataset["identities"], dataset["labelled"]) == (24, 6, True)
+    assert dataset["software"]["torch"] == metadata.version("torch")
+    assert report.dropped == dataset["dropped"] == {}
+    files = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    assert files == ["crops.npy", "dataset.json", "dropped.csv", "index.csv"]
+    assert np.load(out / "crops.npy").shape == (24, 3, 112, 96)
+    rows = table(out / "index.csv")
+    assert rows[0][:3] == ["image_id", "identity", "lefteye_x"]
+    assert rows[0][-3:] == ["row", "photo", "hash"]
+    assert rows[1][:2] == ["Person_0/Person_0_0001.jpg", "Person_0"]
+    assert [float(cell) for cell in rows[24][2:12]] == photos.landmarks[23].flatten().tolist()
+    for file in content(out).values():
+        assert str(tmp_path).encode() not in file
+
+
+def test_what_cannot_be_aligned_is_named_and_dropped_on_demand(photos, tmp_path):
+    landmarks = photos.landmarks.clone()
+    landmarks[2] += 4000
+    landmarks[13] = torch.nan
+    bad = replace(photos, landmarks=landmarks)
+    with pytest.raises(DataError, match=r"Person_0_0003\.jpg: the landmarks lie outside"):
+        quiet(bad, tmp_path / "out")
+    with pytest.raises(DataError, match="not finished"):
+        open_prepared(tmp_path / "out")
+    with pytest.warns(UserWarning, match="left out"):
+        report = quiet(bad, tmp_path / "out", skip_missing=True)
+    assert report.dropped == {"could not be read or aligned": 2}
+    assert len(report.faces) == 22
+    assert photos.names[13] not in report.faces.names
+    names = [row[0] for row in table(tmp_path / "out/dropped.csv")]
+    assert names == ["name", photos.names[2], photos.names[13]]
+    assert [fault.where for fault in report.faces.skipped] == names[1:]
+    places = torch.tensor([photos.names.index(name) for name in report.faces.names])
+    whole = align_all(photos, progress=False).crops[places]
+    assert (pixels(report.faces).int() - whole.int()).abs().max() <= 1
+    # and it does not pass for what a strict run would have made
+    with pytest.raises(DataError, match=r"(?s)2 faults.*0003\.jpg.*by skip_missing=True"):
+        quiet(bad, tmp_path / "out")
+    assert quiet(bad, tmp_path / "out", skip_missing=True).dropped == report.dropped
+
+
+def test_what_the_reader_left_out_is_told_too(tmp_path):
+    root = mini_lfw(tmp_path / "data", people=2)
+    rows = (root / "lfw_landmarks.csv").read_text().splitlines()
+    (root / "lfw_landmarks.csv").write_text("\n".join(rows[1:]))
+    (root / "pairs.txt").unlink()
+    with pytest.warns(UserWarning, match="left out"):
+        source = lfw(root, skip_missing=True).faces
+    report = quiet(source, tmp_path / "out")
+    assert report.dropped == {"left out when the source was read": 1}
+    assert "no points of Person_0/Person_0_0001.jpg" in report.faces.skipped[0].what
+
+
+def test_equal_crops_are_counted_and_kept(drawn, tmp_path):
+    rows = torch.tensor([0, 1, 2, 3, 3, 3, 7])
+    twins = AlignedFaces(drawn.crops[rows], tuple("abcdefg"), None, (), "sphereface")
+    report = quiet(twins, tmp_path / "out")
+    assert (report.duplicates, len(report.faces), report.dropped) == (2, 7, {})
+
+
+def test_names_may_hold_anything(drawn, tmp_path):
+    names = (" a", 'b,\n"c"', "d\udcff", "日本", "\x1b[2J", "../../e", "")
+    odd = AlignedFaces(drawn.crops[:7], names, None, (), "sphereface")
+    assert quiet(odd, tmp_path / "out").faces.names == names
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def listing(folder, rows):
+    path = folder / "clean.csv"
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("header", [[], ["path"], ["image_id"]])
+def test_clean_list_of_names(photos, tmp_path, header):
+    clean = listing(tmp_path, [*header, *reversed(photos.names[3:20])])
+    report = quiet(photos, tmp_path / "out", clean_list=clean)
+    assert report.faces.names == photos.names[3:20]
+    assert torch.equal(report.faces.photo_landmarks, photos.landmarks[3:20])
+    assert report.dropped == {"not in the clean list": 7}
+    assert table(tmp_path / "out/dropped.csv")[1][:2] == [photos.names[0], "not in the clean list"]
+
+
+@pytest.mark.parametrize("separator", [",", " ", "\t"])
+@pytest.mark.parametrize("header", [True, False])
+def test_landmarks_of_the_clean_list_replace_the_others(photos, tmp_path, separator, header):
+    points = photos.landmarks + torch.tensor([1.5, -2.0])
+    columns = ["photo", *(f"{axis}{i}" for i in range(1, 6) for axis in "xy")]
+    rows = [columns] if header else []
+    for name, five in zip(photos.names[4:9], points[4:9], strict=True):
+        rows.append([name, *map(str, five.flatten().tolist())])
+    clean = listing(tmp_path, map(separator.join, rows))
+    blind = replace(photos, landmarks=None)
+    report = quiet(blind, tmp_path / "out", clean_list=clean)
+    assert torch.equal(report.faces.photo_landmarks, points[4:9])
+    moved = replace(photos, landmarks=points).select(torch.arange(4, 9))
+    assert torch.equal(pixels(report.faces), align_all(moved, progress=False).crops)
+
+
+def test_points_of_photos_are_none_of_crops(drawn, tmp_path):
+    clean = listing(tmp_path, [f"0/{i},{NUMBERS}" for i in range(4)])
+    with pytest.raises(DataError, match="points of photos, and the faces are sphereface crops"):
+        quiet(drawn, tmp_path / "out", clean_list=clean)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("none.jpg", r"clean\.csv:2: none\.jpg is not in the source"),
+        ("none.jpg," + ",".join("1234567890"), r"clean\.csv:2: none\.jpg is not in the source"),
+        ("NAME," + ",".join("123456789") + ",ten", r"clean\.csv:2: .*'ten'"),
+        ("NAME," + ",".join("123456789") + ",nan", r"clean\.csv:2: .*ten finite coordinates"),
+    ],
+)
+def test_faults_of_the_clean_list_are_named(photos, tmp_path, row, said):
+    first, second, third = photos.names[:3]
+    numbers = ",".join(map(str, photos.landmarks[0].flatten().tolist()))
+    end = f",{numbers}" if "," in row else ""
+    clean = listing(tmp_path, [first + end, row.replace("NAME", second), third + end])
+    with pytest.raises(DataError, match=said):
+        quiet(photos, tmp_path / "out", clean_list=clean)
+    assert not (tmp_path / "out").exists()
+    with pytest.warns(UserWarning, match="left out"):
+        report = quiet(photos, tmp_path / "out", clean_list=clean, skip_missing=True)
+    assert report.faces.names == (first, third)
+    absent = report.dropped.get("in the clean list, but not in the source", 0)
+    assert absent == ("none" in row)
+
+
+# --- The overlap ---------------------------------------------------------------------------------
+
+
+def test_people_of_the_evaluation_set_are_removed_and_listed(drawn, made, tmp_path):
+    out = tmp_path / "out"
+    report = quiet(drawn, out, exclude=shared_people(drawn))
+    gone = [*drawn.names[8:12], drawn.names[21]]
+    assert report.dropped == {"also in bench": 5}
+    left = [name for name in drawn.names if name not in gone]
+    assert list(report.faces.names) == left
+    assert report.faces.identities == ("0", "1", "3", "4", "5")
+    places = torch.tensor([drawn.names.index(name) for name in left])
+    assert torch.equal(pixels(report.faces), drawn.crops[places])
+    assert report.faces.content == open_prepared(made).select(places).content
+    report.faces.verify(progress=False)
+    # no pixel of them is left
+    assert not np.load(out / "crops.npy")[[8, 9, 10, 11, 21]].any()
+    found = [(match.identity, match.photo, match.other) for match in report.matches]
+    assert found == [("2", None, "x"), ("5", "5/1", "y")]
+    dropped = table(out / "dropped.csv")[1:]
+    assert [row[0] for row in dropped] == gone
+    assert dropped[0][2] == "2 is x there, cosine 1.00"
+    others = SyntheticFaces(3, 2, seed=9, first_identity=50).render(progress=False)
+    none = Exclusion("bench", others, thumbnail, "thumbnail", 0.999)
+    report = quiet(drawn, tmp_path / "none", exclude=none)
+    assert (report.matches, len(report.faces)) == ((), 24)
+    assert described(tmp_path / "none")["matches"] == []
+
+
+def test_who_could_not_be_looked_for_is_told(drawn, photos, tmp_path):
+    """Else a person who is to be excluded stays in the training data without a word."""
+    landmarks = photos.landmarks.clone()
+    landmarks[2] = torch.nan
+    exclude = Exclusion("lfw", replace(photos, landmarks=landmarks), thumbnail, "thumbnail", 0.999)
+    with pytest.raises(DataError, match=r"Person_0_0003"):
+        quiet(drawn, tmp_path / "out", exclude=exclude)
+    with pytest.warns(UserWarning, match="Person_0_0003"):
+        report = quiet(drawn, tmp_path / "out", exclude=exclude, skip_missing=True)
+    assert "Person_0_0003" in report.unchecked[0].where
+    assert read_report(tmp_path / "out").unchecked == report.unchecked
+    with pytest.raises(DataError, match=r"(?s)Person_0_0003.*by skip_missing=True"):
+        quiet(drawn, tmp_path / "out", exclude=exclude)
+
+
+def test_the_overlap_needs_identities_landmarks_and_the_right_crop(drawn, photos, tmp_path):
+    nobody = AlignedFaces(drawn.crops, drawn.names, None, (), "sphereface")
+    with pytest.raises(DataError, match="identity of every face"):
+        quiet(nobody, tmp_path / "out", exclude=shared_people(drawn))
+    blind = replace(photos, landmarks=None)
+    with pytest.raises(DataError, match=r"lfw: there are no landmarks"):
+        quiet(drawn, tmp_path / "out", exclude=Exclusion("lfw", blind, thumbnail, "thumbnail"))
+    with pytest.raises(DataError, match=r"there are no landmarks to align the photos by"):
+        quiet(blind, tmp_path / "out")
+    encoder = FaceEncoder(create_fnet("mobilefacenet"), crop="sphereface")
+    with pytest.raises(ValueError, match="takes 'sphereface' crops and these are to be 'arcface'"):
+        quiet(drawn, tmp_path / "out", crop="arcface", exclude=shared_people(drawn, encoder))
+    assert not (tmp_path / "out").exists()
+
+
+def test_real_people_are_found(shared, tmp_path):
+    everyone = lfw(shared("data/lfw.tar")).faces
+    weights = shared("weights/arcface_mobilefacenet.pth")
+    released = torch.load(weights, map_location="cpu", weights_only=True)
+    fnet = create_fnet("mobilefacenet")
+    fnet.load_state_dict(adapters.mobilefacenet_bubbliiiing(released))
+    counts = everyone.labels.bincount()
+    people = (counts == 6).nonzero().flatten()[:6].tolist()
+    places = [(everyone.labels == person).nonzero().flatten() for person in people]
+    training = everyone.select(torch.cat([own[:4] for own in places]))
+    evaluation = everyone.select(torch.cat([own[4:] for own in places[:2]]))
+    exclude = Exclusion("lfw", evaluation, FaceEncoder(fnet, crop="sphereface"), "mobilefacenet")
+    report = quiet(training, tmp_path / "out", exclude=exclude)
+    shared_names = [everyone.identities[person] for person in people[:2]]
+    assert sorted(m.identity for m in report.matches if m.photo is None) == sorted(shared_names)
+    assert not set(report.faces.identities) & set(shared_names)
+    assert len(report.faces) == 16
+    assert len(report.faces.identities) == 4
+
+
+def test_real_photos(shared, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    source = open_faces(shared("data/celeba_wild.tar")).select(torch.arange(0, 5524, 120))
+    faces = quiet(source, tmp_path / "out").faces
+    assert torch.equal(pixels(faces), align_all(source, progress=False).crops)
+
+
+# --- Runs that are cut short ---------------------------------------------------------------------
+
+
+class KilledError(BaseException):
+    """What no code under test catches."""
+
+
+@contextmanager
+def killed_at(step, monkeypatch, *, before):
+    """Stop at the step-th file or batch, just before or just after it is where it belongs."""
+    steps = itertools.count()
+
+    def mortal(own):
+        def call(*arguments):
+            now = next(steps) == step
+            if now and before:
+                raise KilledError
+            result = own(*arguments)
+            if now:
+                raise KilledError
+            return result
+
+        return call
+
+    align = prepared_module._Filling._align_batch
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", mortal(Path.replace))
+        patch.setattr(prepared_module._Filling, "_align_batch", mortal(align))
+        yield mortal(thumbnail)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_run_stopped_at_any_step_goes_on(drawn, tmp_path, monkeypatch, before):
+    exclude = shared_people(drawn)
+    unbroken = content(quiet(drawn, tmp_path / "unbroken", exclude=exclude).faces.folder)
+    for step in itertools.count():
+        out = tmp_path / str(step)
+        stopped = False
+        with killed_at(step, monkeypatch, before=before) as encoder:
+            try:
+                quiet(drawn, out, exclude=replace(exclude, encoder=encoder), threads=1)
+            except KilledError:
+                stopped = True
+        if not stopped:
+            break
+        quiet(drawn, out, exclude=exclude)
+        assert content(out) == unbroken, step
+    # a probe, the plan, batches of 4 in chunks of 10, those of 5 to embed, three files at the end
+    assert step == 1 + 1 + (3 + 3 + 1) + (1 + 5) + 3
+
+
+def test_a_run_killed_again_and_again_arrives(drawn, tmp_path, monkeypatch):
+    exclude = shared_people(drawn)
+    unbroken = content(quiet(drawn, tmp_path / "unbroken", exclude=exclude).faces.folder)
+    for _ in range(30):
+        with killed_at(4, monkeypatch, before=True) as encoder:
+            try:
+                quiet(drawn, tmp_path / "out", exclude=replace(exclude, encoder=encoder), threads=1)
+            except KilledError:
+                continue
+        break
+    assert content(tmp_path / "out") == unbroken
+
+
+SLOW = """
+import sys, time
+import idloss.data.faces, idloss.data.prepared
+from idloss.data import FileFaces, lfw, prepare
+idloss.data.prepared.CHUNK, idloss.data.faces.BATCH_IMAGES = 10, 4
+read = FileFaces.read
+FileFaces.read = lambda self, index: (time.sleep(0.1), read(self, index))[1]
+prepare(lfw(sys.argv[1]).faces, sys.argv[2], threads=1, progress=False)
+"""
+
+
+def test_a_killed_process_leaves_what_it_finished(photos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", SLOW, photos.files.location, str(out)])
+
+    def done():
+        return int(np.load(out / "done.npy").any(1).sum()) if (out / "done.npy").exists() else 0
+
+    try:
+        while done() < 10:
+            assert process.poll() is None
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    with pytest.raises(DataError, match="not finished"):
+        open_prepared(out)
+    (out / ".dataset.json.1234.tmp").write_bytes(b"half a table")
+    seen = []
+    read = FileFaces.read
+    monkeypatch.setattr(FileFaces, "read", lambda self, i: (seen.append(i), read(self, i))[1])
+    finished = done()
+    quiet(photos, out)
+    assert 24 - finished <= len(seen) <= 14
+    quiet(photos, tmp_path / "unbroken")
+    assert content(out) == content(tmp_path / "unbroken")
+
+
+def test_the_search_goes_on_where_it_was_stopped(drawn, tmp_path, monkeypatch):
+    """Embedding is the longest part; and what another network embedded is no help."""
+    seen = []
+
+    def encoder(images, gain=1.0):
+        seen.append(len(images))
+        if sum(seen) == 1 + 5 + 15:
+            raise KilledError
+        return thumbnail(images) * torch.linspace(gain, 1, 504)
+
+    exclude = shared_people(drawn, encoder)
+    with pytest.raises(KilledError):
+        quiet(drawn, tmp_path / "out", exclude=exclude)
+    seen.clear()
+    quiet(drawn, tmp_path / "out", exclude=exclude)
+    assert sum(seen) == 1 + 24 - 10
+    stopped = replace(exclude, encoder=lambda images: encoder(images, gain=5.0))
+    (tmp_path / "out/dataset.json").write_text((tmp_path / "out/dataset.json").read_text())
+    with pytest.raises(DataError, match="prepared otherwise: overlap_probe was"):
+        quiet(drawn, tmp_path / "out", exclude=stopped)
+
+
+@pytest.mark.parametrize("lost", ["crops.npy", "done.npy", "half", "zeros"])
+def test_what_a_run_lost_is_made_anew(photos, tmp_path, monkeypatch, lost):
+    """After a power cut a file may lack what was written last, whatever the order."""
+    out = tmp_path / "out"
+    unbroken = content(quiet(photos, tmp_path / "unbroken").faces.folder)
+    with killed_at(8, monkeypatch, before=True), pytest.raises(KilledError):
+        quiet(photos, out)
+    if lost.endswith("npy"):
+        (out / lost).unlink()
+    else:
+        whole = (out / "crops.npy").read_bytes()
+        end = b"" if lost == "half" else bytes(len(whole) // 2)
+        (out / "crops.npy").write_bytes(whole[: len(whole) - len(whole) // 2] + end)
+    quiet(photos, out)
+    assert content(out) == unbroken
+
+
+# --- Other photos, other plans, other people's files ---------------------------------------------
+
+
+def test_a_finished_folder_is_found_finished(photos, tmp_path, monkeypatch):
+    first = quiet(photos, tmp_path / "out")
+    monkeypatch.setattr(FileFaces, "read", None)
+    monkeypatch.setattr("idloss.data.prepared.WeakFileLock", None)  # a disk to be read only
+    again = quiet(photos, tmp_path / "out")
+    assert again.faces.content == first.faces.content == read_report(tmp_path / "out").faces.content
+
+
+def test_replaced_photos_are_told_from_those_prepared(own_photos, tmp_path):
+    quiet(own_photos, tmp_path / "out")
+    place = Path(own_photos.files.where(own_photos.members[7]))
+    place.write_bytes(jpeg())
+    with pytest.raises(DataError, match=r"Person_1_0004\.jpg: is not the photo that was prepared"):
+        quiet(own_photos, tmp_path / "out")
+
+
+def test_mended_photos_are_taken(own_photos, tmp_path):
+    out, place = tmp_path / "out", Path(own_photos.files.where(own_photos.members[7]))
+    whole = place.read_bytes()
+    unbroken = content(quiet(own_photos, tmp_path / "unbroken").faces.folder)
+    place.write_bytes(whole[:500])
+    with pytest.raises(DataError, match=r"Person_1_0004\.jpg: unreadable"):
+        quiet(own_photos, out)
+    with pytest.warns(UserWarning, match="left out"):
+        quiet(own_photos, tmp_path / "lenient", skip_missing=True)
+    place.write_bytes(whole)
+    quiet(own_photos, out)
+    assert content(out) == unbroken
+    with pytest.raises(DataError, match=r"Person_1_0004\.jpg: is not the photo that was prepared"):
+        quiet(own_photos, tmp_path / "lenient", skip_missing=True)
+
+
+def test_photos_replaced_before_a_run_goes_on_are_aligned_anew(own_photos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with killed_at(8, monkeypatch, before=True), pytest.raises(KilledError):
+        quiet(own_photos, out)
+    first, last = (Path(own_photos.files.where(own_photos.members[i])) for i in (0, 23))
+    first.write_bytes(last.read_bytes())
+    quiet(own_photos, out)
+    assert content(out) == content(quiet(own_photos, tmp_path / "unbroken").faces.folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"crop": "arcface"}, "crop was sphereface, now it is arcface; size was"),
+        ({"faces": slice(0, 20)}, "photos was 24, now it is 20; names was"),
+        ({"landmarks": 1.0}, r": landmarks was \w+, now it is \w+\n"),
+        ({"exclude": True}, "overlap was None, now it is bench"),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_plan_is_refused(photos, drawn, tmp_path, change, said, finished):
+    out = tmp_path / "out"
+    quiet(photos, out)
+    if not finished:
+        unfinish(out)
+    source, options = photos, dict(change)
+    if chosen := options.pop("faces", None):
+        source = source.select(EVERYTHING[chosen])
+    if shift := options.pop("landmarks", None):
+        source = replace(source, landmarks=source.landmarks + shift)
+    if options.get("exclude"):
+        options["exclude"] = shared_people(drawn)
+    with pytest.raises(DataError, match=f"was prepared otherwise.*{said}"):
+        quiet(source, out, **options)
+
+
+def test_other_software_may_not_finish_a_folder(photos, tmp_path):
+    out = tmp_path / "out"
+    quiet(photos, out)
+    edit(out, software={**described(out)["software"], "torch": "1.0"})
+    quiet(photos, out)
+    unfinish(out)
+    with pytest.raises(DataError, match=r"software was \{.*'torch': '1\.0'"):
+        quiet(photos, out)
+
+
+def test_other_peoples_files_are_left_alone(photos, tmp_path):
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere.npy"
+    out.mkdir()
+    (out / "a.jpg").write_bytes(b"photo")
+    with pytest.raises(DataError, match=r"holds other files, and no dataset\.json"):
+        quiet(photos, out)
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "a.jpg"]
+    (out / "a.jpg").unlink()
+    elsewhere.write_bytes(b"somebody's")
+    (out / "crops.npy").symlink_to(elsewhere)
+    with pytest.raises(DataError, match=r"crops\.npy: is a link"):
+        quiet(photos, out)
+    assert elsewhere.read_bytes() == b"somebody's"
+
+
+def test_nothing_to_prepare(tmp_path):
+    with pytest.raises(DataError, match="no faces to prepare"):
+        quiet(FileFaces(MemoryFiles("memory", {}), (), ()), tmp_path / "out")
+
+
+def test_a_small_disk_is_told_before_the_work(photos, tmp_path, monkeypatch):
+    Usage = namedtuple("Usage", ["total", "used", "free"])
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**6, 0, 30_000_000))
+    quiet(photos, tmp_path / "out")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**6, 0, 500_000))
+    with pytest.raises(DataError, match=r"0\.0 GB are needed for 24 faces, 0\.0 GB are free"):
+        quiet(photos, tmp_path / "other")
+
+
+@contextmanager
+def no_file_beyond(count):
+    """The system refuses a file beyond a size as it does on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_fills_up_kills_nobody_and_loses_nothing(photos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with no_file_beyond(100_000), pytest.raises(DataError, match="File too large"):
+        quiet(photos, out)  # before the work
+    read, write = FileFaces.read, prepared_module.write_rows
+
+    def full(*arguments):
+        with no_file_beyond(100):
+            write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared_module, "write_rows", full)
+        with pytest.raises(DataError) as caught:
+            quiet(photos, out)  # after all of it
+    assert "cannot be written to: File too large" in str(caught.value)
+    assert "What is aligned stays. Make room" in str(caught.value)
+    assert "name another folder to fill" in str(caught.value)
+    assert not list(out.glob(".*.tmp"))
+    monkeypatch.setattr(FileFaces, "read", None)
+    quiet(photos, out)
+    monkeypatch.setattr(FileFaces, "read", read)
+    quiet(photos, tmp_path / "unbroken")
+    assert content(out) == content(tmp_path / "unbroken")
+
+
+def test_a_folder_that_cannot_be_made_is_told_with_the_way_out(photos, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DataError, match=r"(?s)Not a directory.*name another folder to fill"):
+        quiet(photos, tmp_path / "file/out")
+
+
+# --- Reading back --------------------------------------------------------------------------------
+
+
+def test_everything_comes_back(made, drawn):
+    faces = open_prepared(made)
+    assert faces.names == drawn.names
+    assert faces.crop == "sphereface"
+    assert faces.landmarks.shape == (24, 5, 2)
+    assert faces.landmarks[3].tolist() == [list(p) for p in get_template("sphereface").points]
+    assert torch.equal(faces.read(9), drawn.crops[9])
+    crop, label = faces[23]
+    assert torch.equal(crop, drawn.crops[23])
+    assert label == 5
+    wide = faces.crops_at([3, 4], "arcface")
+    assert torch.equal(wide, drawn.crops_at([3, 4], "arcface"))
+
+
+def test_gathering_equals_plain_indexing(made, drawn, seeded):
+    faces = open_prepared(made)
+    for index in (
+        torch.randint(24, (64,), generator=seeded),
+        EVERYTHING.flip(0),
+        torch.tensor([6, 7, 6, 13, 14, 0, 23]),
+        torch.tensor([], dtype=torch.int64),
+    ):
+        assert torch.equal(faces.crops_at(index), drawn.crops[index])
+        assert torch.equal(drawn.crops_at(index), drawn.crops[index])
+    for places in (faces, drawn):
+        with pytest.raises((IndexError, RuntimeError), match="out of range"):
+            places.crops_at(torch.tensor([24]))
+    faces.crops_at(torch.tensor([0])).zero_()
+    assert torch.equal(faces.read(0), drawn.crops[0])
+
+
+def test_a_view_is_what_selecting_crops_gives(made, drawn):
+    faces = open_prepared(made)
+    keep = torch.tensor([21, 8, 9, 1])
+    view, chosen = faces.select(keep), drawn.select(keep)
+    mask = torch.tensor([True, False, True, True])
+    for one, two in (
+        (view, chosen),
+        (view.select(mask), chosen.select(torch.tensor([0, 2, 3]))),
+    ):
+        assert torch.equal(pixels(one), two.crops)
+        assert one.names == two.names
+        assert one.identities == two.identities
+        assert torch.equal(one.labels, two.labels)
+    assert torch.equal(view.photo_landmarks, faces.photo_landmarks[keep])
+    assert view.hashes == tuple(faces.hashes[i] for i in keep.tolist())
+    loaded = align_all(view, progress=False)
+    assert torch.equal(loaded.crops, chosen.crops)
+    assert loaded.names == chosen.names
+
+
+def test_content_is_that_of_the_crops(made, drawn, tmp_path):
+    faces = open_prepared(made)
+    assert faces.content == described(made)["content"]
+    assert faces.select(EVERYTHING).content == faces.content
+    everything = [faces.content, faces.select(torch.arange(23)).content]
+    everything.append(faces.select(EVERYTHING.flip(0)).content)
+    changed = copy.deepcopy(drawn)
+    changed.crops[5, 0, 0, 0] ^= 1
+    everything.append(quiet(changed, tmp_path / "changed").faces.content)
+    assert len(set(everything)) == 4
+
+
+def test_copies_hold_no_pixels(made, drawn):
+    faces = open_prepared(made)
+    packed = pickle.dumps(faces)
+    assert len(packed) < 8000
+    for twin in (pickle.loads(packed), copy.deepcopy(faces)):
+        assert torch.equal(pixels(twin), drawn.crops)
+    loader = DataLoader(faces, batch_size=10, num_workers=1)
+    crops, labels = zip(*loader, strict=True)
+    assert torch.equal(torch.cat(crops), drawn.crops)
+    assert torch.equal(torch.cat(labels), drawn.labels)
+
+
+def test_training_opens_prepared_faces_and_photos(made, tmp_path):
+    assert open_training(made).content == open_prepared(made).content
+    path = folder(tmp_path / "photos", [f"{name}.jpg,{NUMBERS},{name}" for name in "abc"])
+    assert open_training(path).names == ("a.jpg", "b.jpg", "c.jpg")
+    with pytest.raises(FileNotFoundError, match=r"no prepared faces at .*idloss prepare"):
+        open_prepared(path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no faces known"):
+        open_training(tmp_path / "empty")
+
+
+def edit(folder, **changes):
+    """Change the record of a preparation."""
+    (folder / "dataset.json").write_text(json.dumps({**described(folder), **changes}))
+
+
+def unfinish(folder):
+    plan = {key: value for key, value in described(folder).items() if key != "content"}
+    (folder / "dataset.json").write_text(json.dumps(plan))
+
+
+def in_file(name, change):
+    """A damage: the file's text, changed."""
+
+    def damage(folder):
+        (folder / name).write_text(change((folder / name).read_text()))
+
+    return damage
+
+
+def crops(array):
+    return lambda folder: np.save(folder / "crops.npy", array)
+
+
+def cut(count):
+    return lambda folder: os.truncate(folder / "crops.npy", count)
+
+
+def cell(column, value):
+    """A damage: another value in the first row of the index."""
+
+    def change(text):
+        header, row, *rows = text.splitlines()
+        cells = row.split(",")
+        cells[column] = value
+        return "\n".join([header, ",".join(cells), *rows])
+
+    return in_file("index.csv", change)
+
+
+HUGE = (
+    b"\x93NUMPY\x01\x00v\x00"
+    + repr({"descr": "|u1", "fortran_order": False, "shape": (1 << 60, 3, 112, 96)})
+    .ljust(117)
+    .encode()
+    + b"\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (cut(-1000 + 24 * 32256), r"crops\.npy: 773,144 bytes, where 24 crops belong"),
+        (cut(0), r"crops\.npy: 0 bytes"),
+        (lambda folder: (folder / "crops.npy").unlink(), r"crops\.npy: no bytes"),
+        (lambda folder: (folder / "crops.npy").write_bytes(HUGE), r"crops\.npy: 128 bytes"),
+        (crops(np.zeros((24, 3, 112, 96), np.float32)), r"holds float32 \[24, 3, 112, 96\]"),
+        (crops(np.zeros((24, 3, 112, 112), np.uint8)), r"holds uint8 \[24, 3, 112, 112\]"),
+        (crops(np.zeros((24, 3, 112, 96), np.uint8, order="F")), "expected uint8"),
+        (crops(np.array([print], dtype=object)), r"crops\.npy: .*objects"),
+        (in_file("index.csv", lambda text: text[: text.rindex("5/3")]), "not the index that"),
+        (in_file("index.csv", lambda text: text.replace("3/1,", "3/9,")), "not the index that"),
+        (in_file("index.csv", lambda text: text[:-20]), r"not the index that|row 24"),
+        (in_file("index.csv", lambda text: '"' + "a" * 200_000), r"index\.csv: field larger"),
+        (in_file("index.csv", lambda _: ""), r"index\.csv: expected the header image_id"),
+        (cell(4, "ten"), r"index\.csv: unreadable numbers .*'ten'"),
+        (cell(12, "24"), r"index\.csv: rows beyond the 24 crops"),
+        (cell(12, "-1"), r"index\.csv: rows beyond the 24 crops"),
+        (cell(12, "9" * 40), r"index\.csv: unreadable numbers"),
+        (in_file("dropped.csv", lambda text: text + "a,b\n"), r"dropped\.csv: row 1 has 2 fields"),
+        (lambda folder: (folder / "dropped.csv").unlink(), r"dropped\.csv: .*No such file"),
+        (unfinish, r"not finished.*\n.*idloss prepare"),
+        (in_file("dataset.json", lambda _: "[" * 100_000), r"dataset\.json: .*recursion"),
+        (in_file("dataset.json", lambda _: "[]"), r"dataset\.json: .*format None"),
+        (in_file("dataset.json", lambda text: text[:-9]), r"dataset\.json: "),
+        (lambda folder: edit(folder, format=7), "prepared faces of format 7, .* reads 2"),
+        (lambda folder: edit(folder, crop="arcfase"), "unknown template 'arcfase'"),
+        (lambda folder: edit(folder, photos=None), r"dataset\.json: not as it was written"),
+        (lambda folder: edit(folder, matches=[1]), r"dataset\.json: not as it was written"),
+        (lambda folder: edit(folder, unchecked=[[1, 2, 3]]), "not as it was written"),
+        (lambda folder: edit(folder, photos=10**30), r"crops\.npy: "),
+    ],
+)
+def test_damage_is_named(own, damage, said):
+    damage(own)
+    with pytest.raises(DataError, match=said):
+        open_prepared(own)
+
+
+def test_damaged_pixels_are_found_on_demand(own):
+    open_prepared(own).verify(progress=False)
+    stored = np.lib.format.open_memmap(own / "crops.npy", mode="r+")
+    stored[7, 0, 0, 0] ^= 1
+    stored[13, 2, 111, 95] ^= 128
+    stored.flush()
+    with pytest.raises(DataError, match=r"2 faults:\n  1/3: damaged: .*\n  3/1: damaged: "):
+        open_prepared(own).verify(progress=False)
