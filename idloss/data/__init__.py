@@ -8,9 +8,10 @@ from idloss.data.insightface import insightface_bin
 from idloss.data.lfw import lfw
 from idloss.data.listed import pairs_csv
 from idloss.data.opening import EVALUATIONS, open_evaluation, open_faces, open_training
-from idloss.data.overlap import Exclusion, Match, embed_faces, find_overlap
+from idloss.data.overlap import Exclusion, Match
 from idloss.data.pairs import EvaluationSet, Pairs
-from idloss.data.prepared import PreparedFaces, Report, open_prepared, prepare, read_report
+from idloss.data.preparation import prepare
+from idloss.data.prepared import PreparedFaces, Report, open_prepared
 from idloss.data.surveillance import (
     scface,
     survface_identification,
@@ -35,8 +36,6 @@ __all__ = [
     "SyntheticFaces",
     "align_all",
     "celeba_faces",
-    "embed_faces",
-    "find_overlap",
     "folder_faces",
     "insightface_bin",
     "lfw",
@@ -46,7 +45,6 @@ __all__ = [
     "open_training",
     "pairs_csv",
     "prepare",
-    "read_report",
     "scface",
     "survface_identification",
     "survface_verification",

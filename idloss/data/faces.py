@@ -6,12 +6,13 @@ import hashlib
 import io
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -47,6 +48,8 @@ TRANSPOSES = {
 }
 """By EXIF orientation."""
 _one_large_picture = threading.Lock()
+Item = TypeVar("Item")
+Value = TypeVar("Value")
 
 
 class Faces(Protocol):
@@ -308,6 +311,25 @@ def align_all(
     good = torch.ones(len(faces), dtype=torch.bool)
     good[list(faults)] = False
     return aligned.select(good)
+
+
+def map_ahead(
+    work: Callable[[Item], Value], items: Iterable[Item], threads: int | None
+) -> Iterator[Value]:
+    """What `work` gives for each item, in order, computed by threads a few items ahead."""
+    workers = threads or min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        begun = deque[Any]()
+        try:
+            for item in items:
+                begun.append(pool.submit(work, item))
+                if len(begun) > 2 * workers:
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
+        finally:
+            for future in begun:
+                future.cancel()
 
 
 def cut_crops(

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +15,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from idloss.data.faces import Faces
+from idloss.data.faces import Faces, map_ahead
 from idloss.data.files import Fault, skip_or_raise
 from idloss.data.synthetic import SyntheticFaces
 from idloss.geometry import Template, get_template
@@ -38,9 +34,6 @@ BLOCK = 4096
 """Rows and columns of the similarities held at once: 64 MB."""
 BATCH = 64
 """Faces embedded at once."""
-
-Item = TypeVar("Item")
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -156,22 +149,11 @@ def embed_faces(
     threads: int | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """Embed faces as aligned crops, on the device that the encoder is on.
+    """Embeddings of length one, `[N, D]` on the CPU, by the device that the encoder is on.
 
-    Args:
-        faces: Crops, or photos with landmarks.
-        encoder: RGB [0, 1] `[B, 3, H, W]` to embeddings `[B, D]`, such as a `FaceEncoder`.
-        crop: Template to align to; None for the faces' own.
-        keep_in: Folder where to keep what is embedded, for a run that was stopped to go on.
-        faults: Where to put faces that cannot be read or aligned; their embeddings are nan.
-        threads: Decoding threads; None for one a core, eight at most.
-        progress: Show a progress bar when it takes more than two seconds.
-
-    Returns:
-        Embeddings of length one, `[N, D]`, on the CPU.
-
-    Raises:
-        DataError: Faces cannot be read or aligned, and there is no `faults`.
+    Photos, or crops of another template, are brought to `crop`. What is embedded is kept in a
+    folder, for a run that was stopped to go on. Where `faults` are given, faces that cannot be read
+    or aligned are put there, and have embeddings of nan.
     """
     device = _device(encoder)
     path = None if keep_in is None else keep_in / f"embeddings-{faces.content[:16]}.npy"
@@ -213,21 +195,8 @@ def find_overlap(
 
     A person's mean embedding is compared with every evaluation photo and with every evaluation
     person's mean; then every photo of the people who do not match, and of nobody known (label -1),
-    with every evaluation photo.
-
-    Args:
-        training: The training faces, labelled.
-        training_embeddings: Theirs, `[N, D]`.
-        evaluation: The evaluation faces; without labels every photo is a person.
-        evaluation_embeddings: Theirs, `[M, D]`.
-        threshold: The cosine above which it is one person; depends on the FNet.
-        progress: Show a progress bar when it takes more than two seconds.
-
-    Returns:
-        The best match of each training person and photo, most similar first.
-
-    Raises:
-        ValueError: Training faces without labels, or embeddings that are not theirs or not finite.
+    with every evaluation photo. Evaluation faces without labels are each a person. The best match
+    of each training person and photo is given, most similar first.
     """
     if training.labels is None:
         raise ValueError("the training faces have no identities to compare")
@@ -274,25 +243,6 @@ def identity_names(faces: Faces) -> list[str]:
     if faces.labels is None:
         return [""] * len(faces)
     return ["" if label < 0 else faces.identities[label] for label in faces.labels.tolist()]
-
-
-def map_ahead(
-    work: Callable[[Item], Value], items: Iterable[Item], threads: int | None
-) -> Iterator[Value]:
-    """What `work` gives for each item, in order, computed by threads a few items ahead."""
-    workers = threads or min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
-        begun = deque[Any]()
-        try:
-            for item in items:
-                begun.append(pool.submit(work, item))
-                if len(begun) > 2 * workers:
-                    yield begun.popleft().result()
-            while begun:
-                yield begun.popleft().result()
-        finally:
-            for future in begun:
-                future.cancel()
 
 
 def _kept_embeddings(path: Path, count: int) -> NDArray[np.float32] | None:

@@ -20,95 +20,49 @@ from idloss.geometry import fit_similarity
 Factors = Mapping[str, Tensor]
 """Values `[B, 1, 1]` by name."""
 
-IDENTITY: Mapping[str, tuple[float, float]] = {
-    # head and hair
-    "head_width": (41.0, 50.0),
-    "head_height": (60.0, 72.0),
-    "jaw": (0.05, 0.38),
-    "skin": (0.0, 1.0),
-    "skin_red": (-1.0, 1.0),
-    "hair": (0.0, 1.0),
-    "hair_red": (0.0, 1.0),
-    "hair_grey": (-2.5, 1.0),
-    "hairline": (-42.0, -24.0),
-    "hairline_peak": (-7.0, 9.0),
-    "hair_part": (-24.0, 24.0),
-    "hair_volume": (1.02, 1.24),
-    "hair_length": (-25.0, 75.0),
-    "hair_wave": (0.1, 0.6),
-    "beard": (-2.4, 1.0),
-    "moustache": (-2.4, 1.0),
-    # eyes and brows
-    "eye_gap": (15.4, 19.8),
-    "eye_width": (6.0, 8.8),
-    "eye_height": (2.2, 4.2),
-    "eye_tilt": (-0.2, 0.2),
-    "eye_socket": (0.0, 1.0),
-    "iris": (2.8, 3.8),
-    "iris_hue": (0.0, 1.0),
-    "brow_height": (7.5, 12.5),
-    "brow_thickness": (0.9, 2.8),
-    "brow_arch": (-0.5, 3.5),
-    "brow_slope": (-0.2, 0.22),
-    "brow_length": (7.5, 11.5),
-    "brow_dark": (0.35, 1.0),
-    "glasses": (-3.0, 1.0),
-    "glasses_width": (10.0, 13.5),
-    "glasses_height": (7.0, 10.5),
-    "glasses_round": (2.0, 5.0),
-    "glasses_dark": (0.0, 1.0),
-    # nose, mouth, skin marks
-    "nose_length": (16.5, 23.0),
-    "nose_width": (4.6, 8.8),
-    "nose_bridge": (1.8, 4.2),
-    "nose_tip": (0.2, 1.0),
-    "mouth_down": (37.5, 43.5),
-    "mouth_width": (11.0, 17.0),
-    "lip_upper": (1.4, 4.0),
-    "lip_lower": (2.2, 5.4),
-    "lip_bow": (0.0, 1.2),
-    "lip_red": (0.0, 1.0),
-    "fold": (0.0, 1.0),
-    "freckles": (-1.5, 1.0),
-    "mole_x": (-30.0, 30.0),
-    "mole_y": (-20.0, 52.0),
-    "mole": (-1.0, 1.0),
-}
+
+def _ranges(table: str) -> dict[str, tuple[float, float]]:
+    """Lowest and highest value by name."""
+    words = iter(table.split())
+    return {
+        name: (float(low), float(high)) for name, low, high in zip(words, words, words, strict=True)
+    }
+
+
+IDENTITY = _ranges("""
+    head_width 41 50        head_height 60 72       jaw 0.05 0.38           skin 0 1
+    skin_red -1 1           hair 0 1                hair_red 0 1            hair_grey -2.5 1
+    hairline -42 -24        hairline_peak -7 9      hair_part -24 24        hair_volume 1.02 1.24
+    hair_length -25 75      hair_wave 0.1 0.6       beard -2.4 1            moustache -2.4 1
+    eye_gap 15.4 19.8       eye_width 6 8.8         eye_height 2.2 4.2      eye_tilt -0.2 0.2
+    eye_socket 0 1          iris 2.8 3.8            iris_hue 0 1            brow_height 7.5 12.5
+    brow_thickness 0.9 2.8  brow_arch -0.5 3.5      brow_slope -0.2 0.22    brow_length 7.5 11.5
+    brow_dark 0.35 1        glasses -3 1            glasses_width 10 13.5   glasses_height 7 10.5
+    glasses_round 2 5       glasses_dark 0 1        nose_length 16.5 23     nose_width 4.6 8.8
+    nose_bridge 1.8 4.2     nose_tip 0.2 1          mouth_down 37.5 43.5    mouth_width 11 17
+    lip_upper 1.4 4         lip_lower 2.2 5.4       lip_bow 0 1.2           lip_red 0 1
+    fold 0 1                freckles -1.5 1         mole_x -30 30           mole_y -20 52
+    mole -1 1
+""")
 """What a person keeps, with its range; marks are absent where their value is below zero."""
 
-PHOTO: Mapping[str, tuple[float, float]] = {
-    "yaw": (-0.42, 0.42),
-    "pitch": (-0.2, 0.2),
-    "light_x": (-0.9, 0.9),
-    "light_y": (-0.9, 0.25),
-    "ambient": (0.48, 0.8),
-    "exposure": (0.78, 1.2),
-    "gamma": (0.8, 1.25),
-    "warmth": (-1.0, 1.0),
-    "tint": (-1.0, 1.0),
-    "smile": (-0.35, 1.0),
-    "open": (-1.0, 1.0),
-    "eye_open": (0.55, 1.2),
-    "gaze_x": (-1.0, 1.0),
-    "gaze_y": (-0.6, 0.6),
-    "brow_raise": (-1.0, 2.0),
-    "hair_up": (-3.0, 3.0),
-    "hair_part_shift": (-4.0, 4.0),
-    "back_red": (0.05, 0.95),
-    "back_green": (0.05, 0.95),
-    "back_blue": (0.05, 0.95),
-    "back_slope": (-0.4, 0.4),
-    "back_x": (-48.0, 48.0),
-    "back_y": (-56.0, 56.0),
-    "back_blob": (-0.5, 0.5),
-    "noise": (0.004, 0.022),
-}
+PHOTO = _ranges("""
+    yaw -0.42 0.42          pitch -0.2 0.2          light_x -0.9 0.9        light_y -0.9 0.25
+    ambient 0.48 0.8        exposure 0.78 1.2       gamma 0.8 1.25          warmth -1 1
+    tint -1 1               smile -0.35 1           open -1 1               eye_open 0.55 1.2
+    gaze_x -1 1             gaze_y -0.6 0.6         brow_raise -1 2         hair_up -3 3
+    hair_part_shift -4 4    back_red 0.05 0.95      back_green 0.05 0.95    back_blue 0.05 0.95
+    back_slope -0.4 0.4     back_x -48 48           back_y -56 56           back_blob -0.5 0.5
+    noise 0.004 0.022
+""")
 """What changes from photo to photo, with its range."""
 
 POINT_NOISE = 0.6
 """Standard deviation in pixels of a detector's five points, which the alignment inherits."""
 MARKS = 14
 """Freckles on a face that has them."""
+NOSE_HEIGHT = 0.22
+"""How far the tip of the nose stands out of the head, in head radii."""
 
 _SKIN = ((0.97, 0.80, 0.69), (0.80, 0.58, 0.43), (0.36, 0.22, 0.15))
 _HAIR = ((0.86, 0.70, 0.42), (0.40, 0.25, 0.14), (0.07, 0.055, 0.05))
@@ -119,16 +73,11 @@ _IRIS = ((0.36, 0.52, 0.68), (0.38, 0.46, 0.28), (0.26, 0.14, 0.07))
 class _Canvas:
     """The picture so far, and where on the frontal face each of its pixels lies.
 
-    Attributes:
-        image: RGB `[B, 3, h, w]`, painted in place.
-        x: frontal x of each pixel, `[B, h, w]`.
-        y: frontal y.
-        light_x: the light's direction times what relief it shows, `[B, 1, 1]`.
-        light_y: likewise, downwards.
+    `light_x` and `light_y` are the light's direction times what relief it shows, `[B, 1, 1]`.
     """
 
-    image: Tensor
-    x: Tensor
+    image: Tensor  # RGB [B, 3, h, w], painted in place
+    x: Tensor  # [B, h, w]
     y: Tensor
     light_x: Tensor
     light_y: Tensor
@@ -148,35 +97,24 @@ class _Canvas:
         self.image.mul_(gain[:, None])
 
 
-def place(person: Factors, photo: Factors, jitter: Tensor) -> tuple[Tensor, Tensor]:
+def place_points(person: Factors, photo: Factors, jitter: Tensor) -> tuple[Tensor, Tensor]:
     """Find and align the five points, as a detector and the released fit do.
 
-    Args:
-        person: values for `IDENTITY`, each `[B, 1, 1]`.
-        photo: values for `PHOTO`, each `[B, 1, 1]`.
-        jitter: standard normal errors of the points, float64 `[B, 5, 2]`.
-
-    Returns:
-        The similarity from the picture plane to the 112x96 crop, `[B, 2, 3]`, and the points in
-        the crop, `[B, 5, 2]`, both float64.
+    From standard normal errors `[B, 5, 2]`, the similarity from the picture plane to the 112x96
+    crop, `[B, 2, 3]`, and the points in the crop, `[B, 5, 2]`, all float64.
     """
     detected = _project(person, photo, _frontal_points(person, photo)) + POINT_NOISE * jitter
     matrix = fit_similarity(detected, "sphereface")
     return matrix, detected @ matrix[:, :, :2].transpose(1, 2) + matrix[:, :, 2][:, None]
 
 
-def draw(person: Factors, photo: Factors, marks: Tensor, matrix: Tensor, grid: Tensor) -> Tensor:
-    """Draw a batch of faces, noise excepted.
+def draw_portraits(
+    person: Factors, photo: Factors, marks: Tensor, matrix: Tensor, grid: Tensor
+) -> Tensor:
+    """Draw a batch of faces, noise excepted: RGB in [0, 1], `[B, 3, h, w]`.
 
-    Args:
-        person: values for `IDENTITY`, each `[B, 1, 1]`.
-        photo: values for `PHOTO`, each `[B, 1, 1]`.
-        marks: places of the freckles, uniform in [0, 1], `[B, MARKS, 2]`.
-        matrix: the similarity of `place`.
-        grid: the picture's pixel centres in 112x96 coordinates, `[2, h, w]`, rows level.
-
-    Returns:
-        RGB in [0, 1], `[B, 3, h, w]`.
+    `marks` are places of freckles in [0, 1], `[B, MARKS, 2]`, `matrix` is that of `place_points`,
+    and `grid` the picture's pixel centres in 112x96 coordinates, `[2, h, w]`, rows level.
     """
     back = torch.linalg.inv(matrix[:, :, :2]).float()
     u, v = torch.einsum(
@@ -237,9 +175,13 @@ def _colour(*channels: Tensor) -> Tensor:
     return torch.stack(channels, 1)
 
 
+def _rgb(*channels: float) -> Tensor:
+    return torch.tensor(channels).view(1, 3, 1, 1)
+
+
 def _between(stops: tuple[tuple[float, float, float], ...], place: Tensor) -> Tensor:
     """Colour `[B, 3, 1, 1]` at a place in [0, 1] along three stops."""
-    first, middle, last = (torch.tensor(stop).view(1, 3, 1, 1) for stop in stops)
+    first, middle, last = (_rgb(*stop) for stop in stops)
     at = place[:, None] * 2
     return torch.where(at < 1, first.lerp(middle, at.clamp(max=1)), middle.lerp(last, at - 1))
 
@@ -286,10 +228,6 @@ def _frontal_points(person: Factors, photo: Factors) -> Tensor:
         (width, down, zero),
     )
     return torch.stack([torch.cat(place, 2)[:, 0] for place in places], 1).double()
-
-
-NOSE_HEIGHT = 0.22
-"""How far the tip of the nose stands out of the head, in head radii."""
 
 
 def _turns(photo: Factors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -455,9 +393,9 @@ def _mouth(canvas: _Canvas, person: Factors, photo: Factors) -> None:
     whole = torch.maximum(torch.maximum(top, bottom), ends)
     canvas.paint(lip * lit[:, None], _cover(whole, 0.9))
     gap = torch.maximum(torch.maximum(-upper, lower), ends)
-    canvas.paint(torch.full((1, 3, 1, 1), 0.12), _cover(gap - 0.35, 0.7) * 0.85)
+    canvas.paint(_rgb(0.12, 0.12, 0.12), _cover(gap - 0.35, 0.7) * 0.85)
     teeth = torch.maximum(torch.maximum(-upper + 0.4, upper - 2.8), gap + 0.8)
-    canvas.paint(torch.tensor([0.88, 0.86, 0.8]).view(1, 3, 1, 1), _cover(teeth, 0.6))
+    canvas.paint(_rgb(0.88, 0.86, 0.8), _cover(teeth, 0.6))
 
 
 def _beard(canvas: _Canvas, person: Factors, photo: Factors, inside: Tensor) -> None:
@@ -485,16 +423,16 @@ def _eyes(canvas: _Canvas, person: Factors, photo: Factors) -> None:
     lower = y - height * 0.75 * bend**0.9
     ends = outward.abs() - width
     opening = _cover(torch.maximum(torch.maximum(upper, lower), ends))
-    canvas.paint(torch.tensor([0.86, 0.84, 0.82]).view(1, 3, 1, 1), opening)
+    canvas.paint(_rgb(0.86, 0.84, 0.82), opening)
     right = torch.sign(canvas.x)
     gaze_x = outward - right * (photo["gaze_x"] - photo["yaw"] * 2) * 1.3
     gaze_y = y - photo["gaze_y"]
     away = torch.sqrt(gaze_x**2 + gaze_y**2)
     iris = _between(_IRIS, (person["iris_hue"] + 0.6 * person["skin"]).clamp(0, 1))
     canvas.paint(iris, _cover(away - person["iris"]) * opening)
-    canvas.paint(torch.full((1, 3, 1, 1), 0.03), _cover(away - person["iris"] * 0.42) * opening)
+    canvas.paint(_rgb(0.03, 0.03, 0.03), _cover(away - person["iris"] * 0.42) * opening)
     glint = _bump(gaze_x * right - 0.9, gaze_y + 0.9, 0.7, 0.7) * opening
-    canvas.paint(torch.ones(1, 3, 1, 1), 0.85 * glint)
+    canvas.paint(_rgb(1.0, 1.0, 1.0), 0.85 * glint)
     lash = _cover((upper + 0.2).abs() - 0.55, 0.6) * _cover(ends - 0.5)
     canvas.shade(1 - 0.72 * lash)
     crease = _cover((upper - 2.0).abs() - 0.3, 0.9) * _cover(ends - 0.5)
@@ -541,9 +479,5 @@ def _glasses(canvas: _Canvas, person: Factors) -> None:
     bridge = torch.maximum((y + 2.5).abs() - 0.8, x.abs() - some["eye_gap"] + some["glasses_width"])
     frame = _cover(torch.minimum(rim, bridge), 0.7)[:, None]
     dark = some["glasses_dark"][:, None]
-    colour = (
-        torch.tensor([0.08, 0.07, 0.07])
-        .view(1, 3, 1, 1)
-        .lerp(torch.tensor([0.55, 0.38, 0.2]).view(1, 3, 1, 1), dark)
-    )
+    colour = _rgb(0.08, 0.07, 0.07).lerp(_rgb(0.55, 0.38, 0.2), dark)
     canvas.image[worn] = canvas.image[worn].lerp(colour.expand_as(canvas.image[worn]), frame)

@@ -2,9 +2,7 @@
 
 A prepared folder holds `crops.npy` (uint8 `[M, 3, H, W]`, mapped into memory), `index.csv` (a row
 for each crop: its photo, person, points, place in `crops.npy`, and the hashes of photo and crop),
-`dropped.csv` and `dataset.json`: what was asked for and, once all is done, what came of it. While
-it is being filled, `done.npy` holds both hashes for each photo: a crop that fits them is done,
-whatever stopped the run before.
+`dropped.csv` and `dataset.json`: what was asked for and, once all is done, what came of it.
 """
 
 from __future__ import annotations
@@ -12,65 +10,42 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import astuple, dataclass, replace
-from functools import cached_property, partial
-from importlib import metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import tqdm
 from numpy.typing import NDArray
 from torch import Tensor
 
-from idloss import __version__
 from idloss.data.faces import (
-    Faces,
-    FileFaces,
     convert_crops,
-    like_sized_batches,
     number_identities,
     positions,
     select_labels,
     template_landmarks,
 )
-from idloss.data.files import DataError, Fault, skip_or_raise
-from idloss.data.overlap import Exclusion, Match, identity_names, map_ahead, matched_faces
-from idloss.data.pairs import index_of
-from idloss.data.tables import POINT_COLUMNS, read_clean_list, read_rows, write_rows
+from idloss.data.files import DataError, Fault
+from idloss.data.overlap import Match
+from idloss.data.tables import POINT_COLUMNS, read_rows
 from idloss.geometry import Template, get_template
 from idloss.weights.files import written_whole
 
 FORMAT = 2
-CROPS, DONE, INDEX, DROPPED, DATASET = (
-    "crops.npy",
-    "done.npy",
-    "index.csv",
-    "dropped.csv",
-    "dataset.json",
-)
-INDEX_COLUMNS = ("image_id", "identity", *POINT_COLUMNS, "row", "photo", "hash")
-DROPPED_COLUMNS = ("name", "reason", "detail", "photo")
-SOFTWARE = ("torch", "numpy", "pillow")
-"""What may change a pixel beside idloss itself."""
-CHUNK = 8192
-"""Photos sorted by size, and judged, at once."""
+CROPS, INDEX, DROPPED, DATASET = "crops.npy", "index.csv", "dropped.csv", "dataset.json"
+COLUMNS = {
+    INDEX: ("image_id", "identity", *POINT_COLUMNS, "row", "photo", "hash"),
+    DROPPED: ("name", "reason", "detail", "photo"),
+}
 HASH_BYTES = 16
 """128 bits: a hash tells damage and copies apart, nobody forges a training face."""
-ROW_BYTES = 1024
-"""Bytes of a face in the tables, rather too many: 300 with CelebA's short names."""
-UNALIGNED = "could not be read or aligned"
-ABSENT = "in the clean list, but not in the source"
 
 Pixels = NDArray[np.uint8]
-Value = TypeVar("Value")
-_bar = partial(tqdm, unit="face", delay=2)
 
 
 class Dropped(NamedTuple):
@@ -138,10 +113,10 @@ class PreparedFaces:
         except (ValueError, EOFError, OSError, OverflowError) as error:
             there = f"{path.stat().st_size:,}" if path.is_file() else "no"
             what = f"{there} bytes, where {self.places:,} crops belong ({error})"
-            raise _damaged(path, what) from error
+            raise damaged(path, what) from error
         if mapped.dtype != np.uint8 or mapped.shape != shape or not mapped.flags.c_contiguous:
             what = f"holds {mapped.dtype} {list(mapped.shape)}, expected uint8 {list(shape)}"
-            raise _damaged(path, what)
+            raise damaged(path, what)
         # a plain array over the same pages: np.memmap costs time at every access
         return cast(Pixels, mapped.view(np.ndarray))
 
@@ -198,8 +173,8 @@ class PreparedFaces:
         """Compare every crop with its hash, and raise a DataError that names those damaged."""
         faults = []
         every = zip(self.names, self.rows.tolist(), self.hashes, strict=True)
-        for name, row, own in _bar(every, "verifying", len(self), disable=not progress):
-            if (found := _crop_hash(self.pixels[row]).hex()) != own:
+        for name, row, own in tqdm(every, "verifying", len(self), delay=2, disable=not progress):
+            if (found := crop_hash(self.pixels[row]).hex()) != own:
                 faults.append(Fault(name, f"damaged: its hash is {found}, the index has {own}"))
         if faults:
             raise DataError(faults, f"Delete {self.folder} and prepare the faces anew.")
@@ -225,96 +200,6 @@ class Report:
     unchecked: tuple[Fault, ...]
 
 
-def prepare(
-    source: Faces,
-    out: str | os.PathLike[str],
-    *,
-    crop: str = "sphereface",
-    clean_list: str | os.PathLike[str] | None = None,
-    exclude: Exclusion | None = None,
-    skip_missing: bool = False,
-    threads: int | None = None,
-    progress: bool = True,
-) -> Report:
-    """Align faces once and write them as memory-mapped crops, 32 kB a face at 112x96.
-
-    A run that was stopped goes on where it was when it is started again; a finished one is found
-    finished if its photos are still the same.
-
-    Args:
-        source: Photos with landmarks, or crops of another template.
-        out: The folder to fill.
-        crop: Name of the template to align to.
-        clean_list: Text file of the images to take, one a row, with or without a header; None
-            takes all. Where ten numbers follow, these are the points to align by, as in
-            `celeba_clean_landmarks.csv` of the paper's authors (`path,x1,y1,...,x5,y5`).
-        exclude: An evaluation set whose people are to be found and removed.
-        skip_missing: Drop what is missing or cannot be read or aligned, and record it.
-        threads: Decoding threads; None for one a core, eight at most.
-        progress: Show progress bars.
-
-    Returns:
-        The faces, and what was dropped.
-
-    Raises:
-        DataError: Photos or lists have faults, the folder holds something else, was prepared
-            otherwise or from other photos, or cannot be written; says what and the way out.
-        ValueError: There is no such template, or the encoder takes another.
-    """
-    folder, template = Path(out).expanduser(), get_template(crop)
-    dropped = [
-        Dropped(fault.where, "left out when the source was read", fault.what)
-        for fault in source.skipped
-    ]
-    photos = source
-    if clean_list is not None:
-        photos, unlisted = _keep_listed(source, Path(clean_list), skip_missing=skip_missing)
-        dropped += unlisted
-    _refuse_hopeless(photos, exclude)
-    plan: dict[str, object] = {
-        "format": FORMAT,
-        "source": _origin(source),
-        "clean_list": None if clean_list is None else Path(clean_list).name,
-        "crop": template.name,
-        "size": list(template.size),
-        "photos": len(photos),
-        "labelled": photos.labels is not None,
-        "names": _hex(repr(tuple(photos.names)).encode()),
-        "people": _hex(repr(identity_names(photos)).encode()),
-        "landmarks": _hex(_points(photos).numpy().tobytes()),
-        **(exclude.describe(template) if exclude else {"overlap": None}),
-        "software": {"idloss": __version__, **{name: metadata.version(name) for name in SOFTWARE}},
-    }
-    filling = _Filling(folder, photos, template, skip_missing, threads, progress)
-    finished = _is_finished(folder)
-    try:
-        if not finished:
-            folder.mkdir(parents=True, exist_ok=True)
-            with WeakFileLock(folder / ".lock"):
-                _begin(folder, plan)
-                finished = _is_finished(folder)
-                if not finished:
-                    filling.fill(plan, dropped, exclude)
-    except OSError as error:
-        remedy = (
-            "What is aligned stays. Make room, or let the folder be written to, and run the same "
-            "again: it goes on from there; or name another folder to fill."
-        )
-        what = f"cannot be written to: {error.strerror or error}"
-        raise DataError([Fault(str(folder), what)], remedy) from error
-    if finished:
-        _refuse_other_plan(folder, {**plan, "software": None})
-        filling.refuse_other_photos()
-    report = read_report(folder)
-    with suppress(OSError):
-        _tidy(report.faces)
-    left_out = [one.fault() for one in _dropped(folder) if one.reason in (UNALIGNED, ABSENT)]
-    if not skip_missing and (faults := [*left_out, *report.unchecked]):
-        remedy = f"Left out of {folder} by skip_missing=True. Pass it again, or mend them and "
-        raise DataError(faults, f"{remedy}prepare the faces anew.")
-    return report
-
-
 def is_prepared(path: str | os.PathLike[str]) -> bool:
     """Whether `idloss prepare` made, or began to make, the folder at a path."""
     return (Path(path).expanduser() / DATASET).is_file()
@@ -333,37 +218,25 @@ def open_prepared(path: str | os.PathLike[str]) -> PreparedFaces:
         FileNotFoundError: Nothing was prepared there.
         DataError: The preparation is not finished, or files are missing or damaged; names them.
     """
-    return read_report(path).faces
+    return read_report(Path(path).expanduser()).faces
 
 
-def read_report(path: str | os.PathLike[str]) -> Report:
-    """Open a prepared folder with the report of its preparation.
-
-    Args:
-        path: What `prepare` wrote.
-
-    Returns:
-        What `prepare` returned.
-
-    Raises:
-        FileNotFoundError: Nothing was prepared there.
-        DataError: The preparation is not finished, or files are missing or damaged; names them.
-    """
-    folder = Path(path).expanduser()
+def read_report(folder: Path) -> Report:
+    """What `prepare` returned when it filled a folder."""
     if not is_prepared(folder):
         raise FileNotFoundError(
             f"no prepared faces at {folder} (there is no {DATASET}); "
             f"make them with: idloss prepare KIND PHOTOS {folder}"
         )
-    if not _is_finished(folder):
+    if not is_finished(folder):
         remedy = "Run the same 'idloss prepare' again: it goes on from there."
         raise DataError([Fault(str(folder), "the preparation is not finished")], remedy)
-    dataset, rows, dropped = _read_json(folder), _index(folder), _dropped(folder)
+    dataset, rows, dropped = read_record(folder), read_table(folder, INDEX), read_dropped(folder)
     try:
         points = [[float(cell) for cell in row[2:12]] for row in rows]
         places = torch.tensor([int(row[12]) for row in rows], dtype=torch.int64)
     except (ValueError, OverflowError) as error:
-        raise _damaged(folder / INDEX, f"unreadable numbers ({error})") from error
+        raise damaged(folder / INDEX, f"unreadable numbers ({error})") from error
     try:
         crop = get_template(str(dataset.get("crop"))).name
     except ValueError as error:  # perhaps of a plug-in that is not there
@@ -386,320 +259,58 @@ def read_report(path: str | os.PathLike[str]) -> Report:
         unchecked = tuple(Fault(*fault) for fault in dataset["unchecked"])
         counts, duplicates = dict(Counter(one.reason for one in dropped)), dataset["duplicates"]
         if len(faces) != dataset["faces"] or faces.content != dataset["content"]:
-            raise _damaged(folder / INDEX, f"not the index that {DATASET} was written with")
+            raise damaged(folder / INDEX, f"not the index that {DATASET} was written with")
     except (KeyError, TypeError, OverflowError) as error:
-        raise _damaged(folder / DATASET, f"not as it was written ({error!r})") from error
+        raise damaged(folder / DATASET, f"not as it was written ({error!r})") from error
     if len(rows) and not 0 <= int(places.min()) <= int(places.max()) < len(faces.pixels):
-        raise _damaged(folder / INDEX, f"rows beyond the {len(faces.pixels)} crops")
+        raise damaged(folder / INDEX, f"rows beyond the {len(faces.pixels)} crops")
     return Report(faces, counts, int(duplicates), matches, unchecked)
 
 
-@dataclass(frozen=True)
-class _Filling:
-    """The way from photos to a prepared folder, also from where a run was stopped."""
-
-    folder: Path
-    photos: Faces
-    template: Template
-    skip_missing: bool
-    threads: int | None
-    progress: bool
-
-    def fill(
-        self, plan: Mapping[str, object], dropped: Sequence[Dropped], exclude: Exclusion | None
-    ) -> None:
-        """Align what is not aligned yet, remove who is to be excluded, and write the tables."""
-        names, everything = self.photos.names, range(len(self.photos))
-        gone = {i: Dropped(names[i], UNALIGNED, fault.what) for i, fault in self._align().items()}
-        matches: Sequence[Match] = ()
-        unchecked: tuple[Fault, ...] = ()
-        faces = self._faces([i for i in everything if i not in gone])
-        if exclude:
-            matches, unread = exclude.find(
-                faces,
-                self.folder,
-                skip_missing=self.skip_missing,
-                threads=self.threads,
-                progress=self.progress,
-            )
-            unchecked = (*exclude.faces.skipped, *unread)
-            for index, detail in matched_faces(faces, matches).items():
-                name, row = faces.names[index], int(faces.rows[index])
-                gone[row] = Dropped(name, f"also in {exclude.name}", detail)
-            faces = self._faces([i for i in everything if i not in gone])
-        self._crops.flush()
-        points, people = faces.photo_landmarks.flatten(1).tolist(), identity_names(faces)
-        rows = faces.rows.tolist()
-        photos = [self._done[row, HASH_BYTES:].tobytes().hex() for row in rows]
-        columns = zip(faces.names, people, points, rows, photos, faces.hashes, strict=True)
-        table = ((name, person, *five, *rest) for name, person, five, *rest in columns)
-        every = [*dropped, *(gone[i]._replace(photo=self._photo(i).hex()) for i in sorted(gone))]
-        write_rows(self.folder / INDEX, INDEX_COLUMNS, table)
-        write_rows(self.folder / DROPPED, DROPPED_COLUMNS, every)
-        result = {
-            **plan,
-            "faces": len(faces),
-            "identities": len(faces.identities),
-            "duplicates": len(faces) - len(set(faces.hashes)),
-            "dropped": dict(Counter(one.reason for one in every)),
-            "matches": [astuple(match) for match in matches],
-            "unchecked": unchecked,
-            "content": faces.content,
-        }
-        _write_json(self.folder, result)
-
-    def refuse_other_photos(self) -> None:
-        """Refuse a finished folder if a photo is not the one it was made from."""
-        before = {one.name: one.photo for one in _dropped(self.folder) if one.photo}
-        before |= {row[0]: row[13] for row in _index(self.folder)}
-        found = self._each(self._photo, range(len(self.photos)), "comparing photos")
-        faults = [
-            Fault(name, "is not the photo that was prepared")
-            for name, photo in zip(self.photos.names, found, strict=True)
-            if before.get(name) != photo.hex()
-        ]
-        if faults:
-            raise DataError(faults, f"Name another folder, or delete {self.folder}.")
-
-    @cached_property
-    def _crops(self) -> np.memmap[Any, np.dtype[np.uint8]]:
-        return _mapped(self.folder / CROPS, (len(self.photos), 3, *self.template.size))
-
-    @cached_property
-    def _done(self) -> np.memmap[Any, np.dtype[np.uint8]]:
-        """The hashes of each crop and of its photo, `[N, 2 * HASH_BYTES]`; zeros for none yet."""
-        return _mapped(self.folder / DONE, (len(self.photos), 2 * HASH_BYTES))
-
-    def _align(self) -> dict[int, Fault]:
-        """Align the photos that are not done; those that cannot be aligned, by their place."""
-        count = len(self.photos)
-        done = np.zeros(count, dtype=bool)
-        begun = np.flatnonzero(self._done.any(axis=1)).tolist()
-        done[begun] = self._each(self._is_done, begun, "looking what is done")
-        faults: dict[int, Fault] = {}
-        off = not self.progress
-        with _bar(total=count, initial=int(done.sum()), desc="aligning", disable=off) as bar:
-            for start in range(0, count, CHUNK):
-                # whole batches: what a photo is warped with may change its crop by a level
-                batches = like_sized_batches(self.photos, start, min(start + CHUNK, count))
-                left = [batch for batch in batches if not done[batch].all()]
-                found: dict[int, Fault] = {}
-                for batch, unaligned in map_ahead(self._align_batch, left, self.threads):
-                    found.update(unaligned)
-                    bar.update(len(batch) - int(done[batch].sum()))
-                skip_or_raise((found[i] for i in sorted(found)), skip_missing=self.skip_missing)
-                faults.update(found)
-        return faults
-
-    def _align_batch(self, batch: list[int]) -> tuple[list[int], dict[int, Fault]]:
-        faults: dict[int, Fault] = {}
-        photos = [self._photo(place) for place in batch]
-        crops = self.photos.crops_at(batch, self.template, faults=faults).numpy()
-        for place, crop, photo in zip(batch, crops, photos, strict=True):
-            self._crops[place] = crop
-            both = bytes(2 * HASH_BYTES) if place in faults else _crop_hash(crop) + photo
-            self._done[place] = np.frombuffer(both, dtype=np.uint8)
-        return batch, faults
-
-    def _is_done(self, place: int) -> bool:
-        """Whether a crop is whole, and its photo still the one that it was made from."""
-        both = _crop_hash(np.asarray(self._crops[place])) + self._photo(place)
-        return bytes(self._done[place].tobytes()) == both
-
-    def _photo(self, place: int) -> bytes:
-        """Hash of a photo as it is kept; zeros if it cannot be read."""
-        try:
-            return self.photos.digest(place)[:HASH_BYTES]
-        except DataError:
-            return bytes(HASH_BYTES)
-
-    def _each(self, work: Callable[[int], Value], places: Sequence[int], what: str) -> list[Value]:
-        done = map_ahead(work, places, self.threads)
-        return list(_bar(done, what, len(places), disable=not self.progress))
-
-    def _faces(self, kept: Sequence[int]) -> PreparedFaces:
-        """The crops at some places of the folder."""
-        whole = PreparedFaces(
-            folder=self.folder,
-            places=len(self.photos),
-            rows=torch.arange(len(self.photos)),
-            names=tuple(self.photos.names),
-            labels=self.photos.labels,
-            identities=tuple(self.photos.identities),
-            photo_landmarks=_points(self.photos),
-            hashes=tuple(row.tobytes().hex() for row in self._done[:, :HASH_BYTES]),
-            crop=self.template.name,
-        )
-        return whole.select(torch.tensor(kept, dtype=torch.int64))
-
-
-def _keep_listed(source: Faces, path: Path, *, skip_missing: bool) -> tuple[Faces, list[Dropped]]:
-    """The photos of a clean list in their old order, with its points if any, and the dropped."""
-    places = index_of(source.names)
-    listed, points = read_clean_list(path, source.names)
-    if points.by_name and source.crop is not None:
-        what = f"has points of photos, and the faces are {source.crop} crops already"
-        raise DataError([Fault(str(path), what)], "Leave the names alone in the list.")
-    skip_or_raise(points.faults, skip_missing=skip_missing)
-    wanted = frozenset(listed)
-    dropped = [Dropped(name, "not in the clean list") for name in places if name not in wanted]
-    dropped += [Dropped(name, ABSENT) for name in listed if name not in places]
-    chosen = source.select(torch.tensor([i for name, i in places.items() if name in wanted]).long())
-    if points.by_name:  # photos are files
-        chosen = replace(cast(FileFaces, chosen), landmarks=points.stack(chosen.names))
-    return chosen, dropped
-
-
-def _refuse_hopeless(photos: Faces, exclude: Exclusion | None) -> None:
-    """Refuse before the work what would fail after it."""
-    where, what = _origin(photos), None
-    if not len(photos):
-        what = "there are no faces to prepare"
-    elif photos.crop is None and _points(photos).isnan().all():
-        what = "there are no landmarks to align the photos by"
-    elif exclude and not all(identity_names(photos)):
-        what = "the overlap can only be found where the identity of every face is known"
-    elif exclude and exclude.faces.crop is None and exclude.faces.landmarks is None:
-        where, what = exclude.name, "there are no landmarks to align its photos by"
-    if what:
-        raise DataError([Fault(where, what)])
-
-
-def _begin(folder: Path, plan: Mapping[str, object]) -> None:
-    """Write the plan, or see that the one there is the same."""
-    for path in folder.iterdir():
-        if path.is_symlink():
-            raise _damaged(path, "is a link: what is written to it lands elsewhere")
-        if path.match(".*.tmp"):  # of a run that was killed
-            path.unlink()
-    if is_prepared(folder):
-        _refuse_other_plan(folder, plan)
-    elif any(not path.name.startswith(".") for path in folder.iterdir()):
-        what = f"holds other files, and no {DATASET} of a preparation"
-        raise DataError([Fault(str(folder), what)], "Name a new folder.")
-    else:
-        _write_json(folder, plan)
-
-
-def _tidy(faces: PreparedFaces) -> None:
-    """Leave no pixel of photos that were dropped, nor what only an unfinished folder needs."""
-    crops, done = faces.folder / CROPS, faces.folder / DONE
-    if not done.is_file() or crops.is_symlink():
-        return
-    dropped = np.ones(faces.places, dtype=bool)
-    dropped[faces.rows.numpy()] = False
-    pixels = np.lib.format.open_memmap(crops, mode="r+")
-    pixels[dropped] = 0
-    pixels.flush()
-    for path in (*faces.folder.glob("embeddings-*.npy"), done):
-        path.unlink()
-
-
-def _refuse_other_plan(folder: Path, plan: Mapping[str, object]) -> None:
-    """Refuse to go on otherwise than begun; software None: of crops that are finished."""
-    before = _read_json(folder)
-    different = [
-        f"{key} was {before.get(key)}, now it is {value}"
-        for key, value in plan.items()
-        if not (key == "software" and value is None) and not _same(before.get(key), value)
-    ]
-    if different:
-        what = f"was prepared otherwise: {'; '.join(different)}"
-        raise DataError([Fault(str(folder), what)], "Name another folder, or delete this one.")
-
-
-def _same(before: object, now: object) -> bool:
-    """Equal, lists of numbers to a hundredth: other devices give other last digits."""
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        with suppress(TypeError):
-            return bool(np.allclose(before, now, rtol=0, atol=0.01))
-    return before == now
-
-
-def _mapped(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.uint8]]:
-    """A file of bytes to write to in memory: the one there is, else a new one of zeros."""
-    with suppress(OSError, ValueError):
-        found = np.lib.format.open_memmap(path, mode="r+")
-        if found.dtype == np.uint8 and found.shape == shape:
-            return found
-    needed = int(np.prod(shape)) + shape[0] * ROW_BYTES
-    free = shutil.disk_usage(path.parent).free
-    if free < needed:
-        gigabytes = f"{needed / 1e9:.1f} GB are needed for {shape[0]:,} faces, {free / 1e9:.1f} GB"
-        fault = Fault(str(path.parent), f"{gigabytes} are free")
-        raise DataError([fault], "Make room, or name another folder to fill.")
-    made = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-    if hasattr(os, "posix_fallocate"):  # a disk that fills up kills who writes through a map
-        try:
-            with path.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        except OSError:
-            path.unlink()
-            raise
-    return made
-
-
-def _crop_hash(crop: Pixels) -> bytes:
+def crop_hash(crop: Pixels) -> bytes:
     """Hash of a crop's bytes, channel by channel and row by row: BLAKE2b."""
     return hashlib.blake2b(crop.data, digest_size=HASH_BYTES).digest()
 
 
-def _hex(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[: 2 * HASH_BYTES]
+def is_finished(folder: Path) -> bool:
+    """Whether all is done in a folder."""
+    return is_prepared(folder) and "content" in read_record(folder)
 
 
-def _origin(faces: Faces) -> str:
-    """The name of the folder, archive or class that faces are from."""
-    files = getattr(faces, "files", None)
-    return type(faces).__name__ if files is None else Path(files.location).name
-
-
-def _points(faces: Faces) -> Tensor:
-    """Landmarks, float64 `[N, 5, 2]`, nan where there are none."""
-    points = faces.landmarks
-    if points is None:
-        return torch.full((len(faces), 5, 2), torch.nan, dtype=torch.float64)
-    return points.contiguous()
-
-
-def _is_finished(folder: Path) -> bool:
-    return is_prepared(folder) and "content" in _read_json(folder)
-
-
-def _index(folder: Path) -> list[list[str]]:
+def read_table(folder: Path, name: str) -> list[list[str]]:
+    """The rows of one of a folder's tables."""
     try:
-        return read_rows(folder / INDEX, INDEX_COLUMNS)
+        return read_rows(folder / name, COLUMNS[name])
     except (OSError, ValueError) as error:
-        raise _damaged(folder / INDEX, str(error)) from error
+        raise damaged(folder / name, str(error)) from error
 
 
-def _dropped(folder: Path) -> list[Dropped]:
-    try:
-        return [Dropped(*row) for row in read_rows(folder / DROPPED, DROPPED_COLUMNS)]
-    except (OSError, ValueError) as error:
-        raise _damaged(folder / DROPPED, str(error)) from error
+def read_dropped(folder: Path) -> list[Dropped]:
+    """The photos that gave no crop."""
+    return [Dropped(*row) for row in read_table(folder, DROPPED)]
 
 
-def _write_json(folder: Path, content: Mapping[str, object]) -> None:
+def write_record(folder: Path, content: Mapping[str, object]) -> None:
+    """Write `dataset.json`, whole or not at all."""
     with written_whole(folder / DATASET) as temporary:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         temporary.write_text(text, "utf-8", "surrogateescape")
 
 
-def _read_json(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
     """What `dataset.json` holds, if it is of this format."""
     path = folder / DATASET
     try:
         content = json.loads(path.read_text("utf-8", "surrogateescape"))
     except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, str(error)) from error
+        raise damaged(path, str(error)) from error
     version = content.get("format") if isinstance(content, dict) else None
     if version != FORMAT:
         what = f"prepared faces of format {version}, this version of idloss reads {FORMAT}"
-        raise _damaged(path, what)
+        raise damaged(path, what)
     return dict(content)
 
 
-def _damaged(path: Path, what: str) -> DataError:
+def damaged(path: Path, what: str) -> DataError:
     """The error for a file of a prepared folder that is not as it was written."""
     return DataError([Fault(str(path), what)], f"Delete {path.parent} and prepare the faces anew.")

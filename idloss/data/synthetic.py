@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 import numpy as np
@@ -14,9 +12,9 @@ from huggingface_hub.utils.tqdm import tqdm
 from numpy.typing import NDArray
 from torch import Tensor
 
-from idloss.data.faces import AlignedFaces, convert_crops
+from idloss.data.faces import AlignedFaces, convert_crops, map_ahead
 from idloss.data.files import Fault
-from idloss.data.portrait import IDENTITY, MARKS, PHOTO, Factors, draw, place
+from idloss.data.portrait import IDENTITY, MARKS, PHOTO, Factors, draw_portraits, place_points
 from idloss.geometry import Template, fit_similarity, get_template
 from idloss.resample import to_uint8
 
@@ -32,15 +30,15 @@ class SyntheticFaces:
     ranges of persons, have no person in common.
 
     Args:
-        identities: number of persons K.
-        per_identity: photos of each.
-        seed: not negative.
-        size: rows and columns of the pictures, the whole crop whatever its size.
-        crop: the crops' geometry.
-        first_identity: number of the first person.
+        identities: Number of persons K.
+        per_identity: Photos of each.
+        seed: Not negative.
+        size: Rows and columns of the pictures, the whole crop whatever its size.
+        crop: Name of the crops' template.
+        first_identity: Number of the first person.
 
     Raises:
-        ValueError: a number is out of range, or the crop is unknown.
+        ValueError: A number is out of range, or the template is unknown.
     """
 
     def __init__(
@@ -81,17 +79,11 @@ class SyntheticFaces:
     @property
     def landmarks(self) -> Tensor:
         """Five points of every picture as a detector would report them, float64 `[N, 5, 2]`."""
-        points = torch.cat(
-            [
-                place(person, photo, normal)[1]
-                for person, photo, _, normal in map(self._values, self._batches())
-            ]
-        )
-        return points @ self._back[:, :2].T + self._back[:, 2]
-
-    def read(self, index: int) -> Tensor:
-        """One picture, uint8 RGB `[3, H, W]`."""
-        return self.draw([index])[0]
+        found = []
+        for part in torch.arange(len(self)).split(BATCH):
+            person, photo, _, normal = self._values(part.tolist())
+            found.append(place_points(person, photo, normal)[1])
+        return torch.cat(found) @ self._back[:, :2].T + self._back[:, 2]
 
     @cached_property
     def content(self) -> str:
@@ -100,8 +92,12 @@ class SyntheticFaces:
         return hashlib.sha256(repr(numbers).encode()).hexdigest()
 
     def digest(self, index: int) -> bytes:
-        """SHA-256 of a face: of what it is drawn from."""
+        """SHA-256 of what a face is drawn from."""
         return hashlib.sha256(f"{self.content}/{index}".encode()).digest()
+
+    def read(self, index: int) -> Tensor:
+        """One picture, uint8 RGB `[3, H, W]`."""
+        return self.crops_at([index])[0]
 
     def crops_at(
         self,
@@ -111,56 +107,45 @@ class SyntheticFaces:
         faults: dict[int, Fault] | None = None,
     ) -> Tensor:
         """Draw some of the faces, `[B, 3, H, W]`; without `crop` in the size they have."""
-        crops = self.draw(torch.as_tensor(indices).tolist())
+        wanted = torch.as_tensor(indices).tolist()
+        person, photo, marks, normal = self._values(wanted)
+        matrix, _ = place_points(person, photo, normal)
+        image = draw_portraits(person, photo, marks, matrix, self._grid)
+        # uniform noise of the deviation asked for: bytes are the cheapest random numbers there are
+        shape = image[0].shape
+        grain = np.stack([self._photo_rng(i, 1).integers(0, 256, shape, "uint8") for i in wanted])
+        scale = photo["noise"][:, None] * 12**0.5
+        image += (torch.from_numpy(grain).float() / 255 - 0.5) * scale
+        crops = to_uint8(image)
         return crops if crop is None else convert_crops(crops, self.crop, crop)
 
     def select(self, keep: Tensor) -> AlignedFaces:
-        """Draw some of the faces into memory."""
+        """Some of the faces, drawn into memory."""
         return self.render(progress=False).select(keep)
-
-    def draw(self, indices: Sequence[int]) -> Tensor:
-        """Draw some of the faces.
-
-        Args:
-            indices: which, `B` of them.
-
-        Returns:
-            uint8 RGB `[B, 3, H, W]`.
-        """
-        person, photo, marks, normal = self._values(indices)
-        matrix, _ = place(person, photo, normal)
-        image = draw(person, photo, marks, matrix, self._grid)
-        # uniform noise of the deviation asked for: bytes are the cheapest random numbers there are
-        shape = image[0].shape
-        grain = np.stack([self._photo_rng(i, 1).integers(0, 256, shape, "uint8") for i in indices])
-        scale = photo["noise"][:, None] * 12**0.5
-        image += (torch.from_numpy(grain).float() / 255 - 0.5) * scale
-        return to_uint8(image)
 
     def render(self, *, threads: int | None = None, progress: bool = True) -> AlignedFaces:
         """Draw all faces.
 
         Args:
-            threads: drawing threads; None for one a core, eight at most.
-            progress: show a progress bar when it takes more than two seconds.
+            threads: Drawing threads; None for one a core, eight at most.
+            progress: Show a progress bar when it takes more than two seconds.
 
         Returns:
             The crops with labels and names.
         """
         crops = torch.empty(len(self), 3, *self.size, dtype=torch.uint8)
 
-        def work(indices: range) -> int:
-            crops[indices.start : indices.stop] = self.draw(indices)
+        def draw(indices: Tensor) -> int:
+            crops[indices] = self.crops_at(indices)
             return len(indices)
 
-        bar = tqdm(total=len(self), desc="drawing", unit="face", delay=2, disable=not progress)
-        with bar, ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
-            for done in pool.map(work, self._batches()):
-                bar.update(done)
+        done = map_ahead(draw, torch.arange(len(self)).split(BATCH), threads)
+        with tqdm(
+            total=len(self), desc="drawing", unit="face", delay=2, disable=not progress
+        ) as bar:
+            for count in done:
+                bar.update(count)
         return AlignedFaces(crops, self.names, self.labels, self.identities, self.crop)
-
-    def _batches(self) -> list[range]:
-        return [range(i, min(i + BATCH, len(self))) for i in range(0, len(self), BATCH)]
 
     def _photo_rng(self, index: int, stream: int) -> np.random.Generator:
         person = int(self.identities[index // self.per_identity])

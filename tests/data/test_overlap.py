@@ -13,12 +13,10 @@ from idloss.data import (
     AlignedFaces,
     Exclusion,
     SyntheticFaces,
-    embed_faces,
-    find_overlap,
     insightface_bin,
 )
 from idloss.data import overlap as overlap_module
-from idloss.data.overlap import identity_means, matched_faces
+from idloss.data.overlap import embed_faces, find_overlap, identity_means, matched_faces
 
 
 def faces(labels, prefix, identities=None):

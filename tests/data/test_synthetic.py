@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from idloss.data import Faces, SyntheticFaces, align_all
-from idloss.data.portrait import IDENTITY, PHOTO, draw, place
+from idloss.data.portrait import IDENTITY, PHOTO, draw_portraits, place_points
 from idloss.geometry import get_template
 from idloss.resample import resize
 
@@ -100,7 +100,9 @@ def test_every_factor_changes_the_picture(faces):
     person, photo, marks, normal = faces._values(range(8))
 
     def picture(person, photo):
-        return draw(person, photo, marks, place(person, photo, normal)[0], faces._grid)
+        return draw_portraits(
+            person, photo, marks, place_points(person, photo, normal)[0], faces._grid
+        )
 
     present = {"beard", "moustache", "glasses", "freckles", "mole", "hair_grey"}
     person = {n: v * 0 + 0.6 if n in present else v for n, v in person.items()}
