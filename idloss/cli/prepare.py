@@ -74,7 +74,11 @@ def _source(kind: str, path: Path, split: str | None, *, skip_missing: bool) -> 
     if kind not in _KINDS:
         raise ValueError(did_you_mean("kind of faces", kind, _KINDS))
     if kind == "celeba":
-        return celeba_faces(path, split=split or "all", skip_missing=skip_missing)
+        try:
+            return celeba_faces(path, split=split or "all", skip_missing=skip_missing)
+        except FileNotFoundError as error:
+            advice = f"photos beside a landmarks.csv are prepared by: idloss prepare folder {path}"
+            raise FileNotFoundError(f"{error}; {advice} OUT") from error
     if split is not None:
         raise ValueError(f"--split is CelebA's; {kind!r} has none")
     if kind == "folder":

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 import warnings
 
@@ -101,10 +102,28 @@ def test_people_of_an_evaluation_set_are_removed(home, fnet, command, tmp_path, 
     assert shown.startswith("0 faces")
 
 
+def test_who_could_not_be_looked_for_is_told(home, fnet, command, tmp_path, capsys):
+    """Among the training faces such a person may be, and nothing else would say so."""
+    broken = shutil.copytree(home, tmp_path / "broken")
+    photo = broken / "lfw/Person_5/Person_5_0003.jpg"
+    photo.write_bytes(photo.read_bytes()[:300])
+    photos = folder(tmp_path / "photos", [f"{name}.jpg,{NUMBERS},\x1b[2J{name}" for name in "abc"])
+    words = ["--exclude-overlap", broken, "--fnet", fnet, "--threshold", 0.0, "--device", "cpu"]
+    assert "Person_5_0003.jpg" in command("folder", photos, tmp_path / "out", *words)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert not command("folder", photos, tmp_path / "out", *words, "--skip-missing")
+    shown = capsys.readouterr().out
+    assert re.search(r"not looked for, .*who is in .*Person_5_0003\.jpg", shown)
+    assert "removed: all of ?[2Ja is" in shown  # and no name of theirs commands the terminal
+    assert "\x1b" not in shown
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["celebra", "HOME", "OUT"], "unknown kind of faces 'celebra'.*celeba"),
+        (["celeba", "HOME", "OUT"], "no CelebA in .*photos beside a landmarks.csv.*prepare folder"),
         (["folder", "HOME", "OUT", "--split", "train"], "--split is CelebA's; 'folder' has none"),
         (["celeba", "HOME", "OUT", "--split", "trian"], "unknown split 'trian'.*train"),
         (["lfw", "HOME", "OUT", "--crop", "arcfase"], "unknown template 'arcfase'.*arcface"),

@@ -1,0 +1,644 @@
+"""Preparing faces: what is kept and what is dropped, and every way a run can be cut short."""
+
+import csv
+import itertools
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections import namedtuple
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data.test_faces import NUMBERS
+from data.test_files import jpeg
+from minilfw import mini_lfw
+
+from idloss import FaceEncoder, adapters, create_fnet
+from idloss.data import (
+    AlignedFaces,
+    DataError,
+    Exclusion,
+    FileFaces,
+    SyntheticFaces,
+    align_all,
+    lfw,
+    open_faces,
+    open_prepared,
+    preparation,
+    prepare,
+)
+from idloss.data.files import MemoryFiles
+
+EVERYTHING = torch.arange(24)
+
+
+@pytest.fixture(autouse=True)
+def _many_small_steps(monkeypatch):
+    """Several batches of several chunks; and processes die here, machines do not."""
+    monkeypatch.setattr("os.fsync", lambda _: None)
+    monkeypatch.setattr("idloss.data.preparation.CHUNK", 10)
+    monkeypatch.setattr("idloss.data.faces.BATCH_IMAGES", 4)
+    monkeypatch.setattr("idloss.data.overlap.BATCH", 5)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """24 photos of 6 people with landmarks."""
+    return lfw(mini_lfw(tmp_path_factory.mktemp("data"))).faces
+
+
+@pytest.fixture
+def own_photos(photos, tmp_path):
+    """The same in a place of one's own, to mend and replace."""
+    return lfw(shutil.copytree(photos.files.location, tmp_path / "photos")).faces
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return SyntheticFaces(6, 4).render(progress=False)
+
+
+def quiet(*arguments, **options):
+    return prepare(*arguments, progress=False, **options)
+
+
+def pixels(faces):
+    return faces.crops_at(torch.arange(len(faces)))
+
+
+def content(folder):
+    """The bytes of every file of a prepared folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def table(path):
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
+
+
+def described(folder):
+    return json.loads((folder / "dataset.json").read_text())
+
+
+def edit(folder, **changes):
+    """Change the record of a preparation."""
+    (folder / "dataset.json").write_text(json.dumps({**described(folder), **changes}))
+
+
+def unfinish(folder):
+    plan = {key: value for key, value in described(folder).items() if key != "content"}
+    (folder / "dataset.json").write_text(json.dumps(plan))
+
+
+def thumbnail(images):
+    """A tiny encoder: copies are at a cosine of 1, other photos below 0.995."""
+    small = torch.nn.functional.avg_pool2d(images, 8).flatten(1)
+    return small - small.mean(1, keepdim=True)
+
+
+def shared_people(drawn, encoder=thumbnail):
+    """An evaluation set that has all photos of person 2 and one of person 5."""
+    chosen = drawn.select(torch.tensor([8, 9, 10, 11, 21]))
+    return Exclusion("bench", replace(chosen, identities=("x", "y")), encoder, "thumbnail", 0.995)
+
+
+# --- What is kept, what is dropped ---------------------------------------------------------------
+
+
+def test_crops_are_those_of_align_all(photos, tmp_path, monkeypatch):
+    chunks = quiet(photos, tmp_path / "chunks").faces
+    parts = [photos.select(part) for part in EVERYTHING.split(10)]
+    crops = torch.cat([align_all(part, progress=False).crops for part in parts])
+    assert torch.equal(pixels(chunks), crops)
+    monkeypatch.undo()
+    faces = quiet(photos, tmp_path / "out").faces
+    assert torch.equal(pixels(faces), align_all(photos, progress=False).crops)
+    assert faces.names == photos.names
+    assert faces.identities == photos.identities
+    assert torch.equal(faces.labels, photos.labels)
+    assert torch.equal(faces.photo_landmarks, photos.landmarks)
+    wide = quiet(photos, tmp_path / "wide", crop="arcface").faces
+    assert torch.equal(pixels(wide), align_all(photos, "arcface", progress=False).crops)
+
+
+def test_any_faces_will_do(drawn, tmp_path):
+    source = SyntheticFaces(2, 3)
+    faces = quiet(source, tmp_path / "out").faces
+    assert torch.equal(pixels(faces), source.render(progress=False).crops)
+    assert torch.equal(faces.photo_landmarks, source.landmarks)
+    again = quiet(faces, tmp_path / "again").faces
+    assert torch.equal(pixels(again), pixels(faces))
+    nobody = AlignedFaces(drawn.crops, drawn.names, None, (), "sphereface")
+    faces = quiet(nobody, tmp_path / "nobody").faces
+    assert (faces.labels, faces.identities, faces[3][1]) == (None, (), -1)
+    labels = torch.tensor([1, -1, 0])
+    some = AlignedFaces(drawn.crops[:3], drawn.names[:3], labels, ("b", "a"), "sphereface")
+    faces = quiet(some, tmp_path / "some").faces
+    assert faces.identities == ("a", "b")
+    assert faces.labels.tolist() == [0, -1, 1]
+
+
+def test_a_tar_is_read_in_place(photos, tmp_path):
+    root = mini_lfw(tmp_path / "data")
+    with tarfile.open(tmp_path / "lfw.tar", "w") as archive:
+        archive.add(root / "lfw", "lfw")
+    shutil.copy(root / "lfw_landmarks.csv", tmp_path)
+    report = quiet(lfw(tmp_path / "lfw.tar").faces, tmp_path / "out")
+    assert report.faces.content == quiet(photos, tmp_path / "other").faces.content
+    assert described(tmp_path / "out")["source"] == "lfw.tar"
+
+
+def test_the_record_of_a_preparation(photos, tmp_path):
+    out = tmp_path / "out"
+    report = quiet(photos, out)
+    dataset = described(out)
+    assert (dataset["crop"], dataset["size"]) == ("sphereface", [112, 96])
+    assert (dataset["faces"], dataset["identities"], dataset["labelled"]) == (24, 6, True)
+    assert dataset["software"]["torch"] == metadata.version("torch")
+    assert report.dropped == dataset["dropped"] == {}
+    files = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    assert files == ["crops.npy", "dataset.json", "dropped.csv", "index.csv"]
+    assert np.load(out / "crops.npy").shape == (24, 3, 112, 96)
+    rows = table(out / "index.csv")
+    assert rows[0][:3] == ["image_id", "identity", "lefteye_x"]
+    assert rows[0][-3:] == ["row", "photo", "hash"]
+    assert rows[1][:2] == ["Person_0/Person_0_0001.jpg", "Person_0"]
+    assert [float(cell) for cell in rows[24][2:12]] == photos.landmarks[23].flatten().tolist()
+    for file in content(out).values():
+        assert str(tmp_path).encode() not in file
+
+
+def test_what_cannot_be_aligned_is_named_and_dropped_on_demand(photos, tmp_path):
+    landmarks = photos.landmarks.clone()
+    landmarks[2] += 4000
+    landmarks[13] = torch.nan
+    bad = replace(photos, landmarks=landmarks)
+    with pytest.raises(DataError, match=r"Person_0_0003\.jpg: the landmarks lie outside"):
+        quiet(bad, tmp_path / "out")
+    with pytest.raises(DataError, match="not finished"):
+        open_prepared(tmp_path / "out")
+    with pytest.warns(UserWarning, match="left out"):
+        report = quiet(bad, tmp_path / "out", skip_missing=True)
+    assert report.dropped == {"could not be read or aligned": 2}
+    assert len(report.faces) == 22
+    assert photos.names[13] not in report.faces.names
+    names = [row[0] for row in table(tmp_path / "out/dropped.csv")]
+    assert names == ["name", photos.names[2], photos.names[13]]
+    assert [fault.where for fault in report.faces.skipped] == names[1:]
+    places = torch.tensor([photos.names.index(name) for name in report.faces.names])
+    whole = align_all(photos, progress=False).crops[places]
+    assert (pixels(report.faces).int() - whole.int()).abs().max() <= 1
+    # and it does not pass for what a strict run would have made
+    with pytest.raises(DataError, match=r"(?s)2 faults.*0003\.jpg.*by skip_missing=True"):
+        quiet(bad, tmp_path / "out")
+    assert quiet(bad, tmp_path / "out", skip_missing=True).dropped == report.dropped
+
+
+def test_what_the_reader_left_out_is_told_too(tmp_path):
+    root = mini_lfw(tmp_path / "data", people=2)
+    rows = (root / "lfw_landmarks.csv").read_text().splitlines()
+    (root / "lfw_landmarks.csv").write_text("\n".join(rows[1:]))
+    (root / "pairs.txt").unlink()
+    with pytest.warns(UserWarning, match="left out"):
+        source = lfw(root, skip_missing=True).faces
+    report = quiet(source, tmp_path / "out")
+    assert report.dropped == {"left out when the source was read": 1}
+    assert "no points of Person_0/Person_0_0001.jpg" in report.faces.skipped[0].what
+
+
+def test_equal_crops_are_counted_and_kept(drawn, tmp_path):
+    rows = torch.tensor([0, 1, 2, 3, 3, 3, 7])
+    twins = AlignedFaces(drawn.crops[rows], tuple("abcdefg"), None, (), "sphereface")
+    report = quiet(twins, tmp_path / "out")
+    assert (report.duplicates, len(report.faces), report.dropped) == (2, 7, {})
+
+
+def test_names_may_hold_anything(drawn, tmp_path):
+    names = (" a", 'b,\n"c"', "d\udcff", "日本", "\x1b[2J", "../../e", "")
+    odd = AlignedFaces(drawn.crops[:7], names, None, (), "sphereface")
+    assert quiet(odd, tmp_path / "out").faces.names == names
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def listing(folder, rows):
+    path = folder / "clean.csv"
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("header", [[], ["path"], ["image_id"]])
+def test_clean_list_of_names(photos, tmp_path, header):
+    clean = listing(tmp_path, [*header, *reversed(photos.names[3:20])])
+    report = quiet(photos, tmp_path / "out", clean_list=clean)
+    assert report.faces.names == photos.names[3:20]
+    assert torch.equal(report.faces.photo_landmarks, photos.landmarks[3:20])
+    assert report.dropped == {"not in the clean list": 7}
+    assert table(tmp_path / "out/dropped.csv")[1][:2] == [photos.names[0], "not in the clean list"]
+
+
+@pytest.mark.parametrize("separator", [",", " ", "\t"])
+@pytest.mark.parametrize("header", [True, False])
+def test_landmarks_of_the_clean_list_replace_the_others(photos, tmp_path, separator, header):
+    points = photos.landmarks + torch.tensor([1.5, -2.0])
+    columns = ["photo", *(f"{axis}{i}" for i in range(1, 6) for axis in "xy")]
+    rows = [columns] if header else []
+    for name, five in zip(photos.names[4:9], points[4:9], strict=True):
+        rows.append([name, *map(str, five.flatten().tolist())])
+    clean = listing(tmp_path, map(separator.join, rows))
+    blind = replace(photos, landmarks=None)
+    report = quiet(blind, tmp_path / "out", clean_list=clean)
+    assert torch.equal(report.faces.photo_landmarks, points[4:9])
+    moved = replace(photos, landmarks=points).select(torch.arange(4, 9))
+    assert torch.equal(pixels(report.faces), align_all(moved, progress=False).crops)
+
+
+def test_points_of_photos_are_none_of_crops(drawn, tmp_path):
+    clean = listing(tmp_path, [f"0/{i},{NUMBERS}" for i in range(4)])
+    with pytest.raises(DataError, match="points of photos, and the faces are sphereface crops"):
+        quiet(drawn, tmp_path / "out", clean_list=clean)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("none.jpg", r"clean\.csv:2: none\.jpg is not in the source"),
+        ("none.jpg," + ",".join("1234567890"), r"clean\.csv:2: none\.jpg is not in the source"),
+        ("NAME," + ",".join("123456789") + ",ten", r"clean\.csv:2: .*'ten'"),
+        ("NAME," + ",".join("123456789") + ",nan", r"clean\.csv:2: .*ten finite coordinates"),
+    ],
+)
+def test_faults_of_the_clean_list_are_named(photos, tmp_path, row, said):
+    first, second, third = photos.names[:3]
+    numbers = ",".join(map(str, photos.landmarks[0].flatten().tolist()))
+    end = f",{numbers}" if "," in row else ""
+    clean = listing(tmp_path, [first + end, row.replace("NAME", second), third + end])
+    with pytest.raises(DataError, match=said):
+        quiet(photos, tmp_path / "out", clean_list=clean)
+    assert not (tmp_path / "out").exists()
+    with pytest.warns(UserWarning, match="left out"):
+        report = quiet(photos, tmp_path / "out", clean_list=clean, skip_missing=True)
+    assert report.faces.names == (first, third)
+    absent = report.dropped.get("in the clean list, but not in the source", 0)
+    assert absent == ("none" in row)
+
+
+# --- The overlap ---------------------------------------------------------------------------------
+
+
+def test_people_of_the_evaluation_set_are_removed_and_listed(drawn, tmp_path):
+    out = tmp_path / "out"
+    report = quiet(drawn, out, exclude=shared_people(drawn))
+    gone = [*drawn.names[8:12], drawn.names[21]]
+    assert report.dropped == {"also in bench": 5}
+    left = [name for name in drawn.names if name not in gone]
+    assert list(report.faces.names) == left
+    assert report.faces.identities == ("0", "1", "3", "4", "5")
+    places = torch.tensor([drawn.names.index(name) for name in left])
+    assert torch.equal(pixels(report.faces), drawn.crops[places])
+    assert report.faces.content == quiet(drawn, tmp_path / "all").faces.select(places).content
+    report.faces.verify(progress=False)
+    # no pixel of them is left
+    assert not np.load(out / "crops.npy")[[8, 9, 10, 11, 21]].any()
+    found = [(match.identity, match.photo, match.other) for match in report.matches]
+    assert found == [("2", None, "x"), ("5", "5/1", "y")]
+    dropped = table(out / "dropped.csv")[1:]
+    assert [row[0] for row in dropped] == gone
+    assert dropped[0][2] == "2 is x there, cosine 1.00"
+    others = SyntheticFaces(3, 2, seed=9, first_identity=50).render(progress=False)
+    none = Exclusion("bench", others, thumbnail, "thumbnail", 0.999)
+    report = quiet(drawn, tmp_path / "none", exclude=none)
+    assert (report.matches, len(report.faces)) == ((), 24)
+    assert described(tmp_path / "none")["matches"] == []
+
+
+def test_who_could_not_be_looked_for_is_told(drawn, photos, tmp_path):
+    """Else a person who is to be excluded stays in the training data without a word."""
+    landmarks = photos.landmarks.clone()
+    landmarks[2] = torch.nan
+    exclude = Exclusion("lfw", replace(photos, landmarks=landmarks), thumbnail, "thumbnail", 0.999)
+    with pytest.raises(DataError, match=r"Person_0_0003"):
+        quiet(drawn, tmp_path / "out", exclude=exclude)
+    with pytest.warns(UserWarning, match="Person_0_0003"):
+        report = quiet(drawn, tmp_path / "out", exclude=exclude, skip_missing=True)
+    assert "Person_0_0003" in report.unchecked[0].where
+    again = quiet(drawn, tmp_path / "out", exclude=exclude, skip_missing=True)
+    assert again.unchecked == report.unchecked
+    with pytest.raises(DataError, match=r"(?s)Person_0_0003.*by skip_missing=True"):
+        quiet(drawn, tmp_path / "out", exclude=exclude)
+
+
+def test_the_overlap_needs_identities_landmarks_and_the_right_crop(drawn, photos, tmp_path):
+    nobody = AlignedFaces(drawn.crops, drawn.names, None, (), "sphereface")
+    with pytest.raises(DataError, match="identity of every face"):
+        quiet(nobody, tmp_path / "out", exclude=shared_people(drawn))
+    blind = replace(photos, landmarks=None)
+    with pytest.raises(DataError, match=r"lfw: there are no landmarks"):
+        quiet(drawn, tmp_path / "out", exclude=Exclusion("lfw", blind, thumbnail, "thumbnail"))
+    with pytest.raises(DataError, match=r"there are no landmarks to align the photos by"):
+        quiet(blind, tmp_path / "out")
+    encoder = FaceEncoder(create_fnet("mobilefacenet"), crop="sphereface")
+    with pytest.raises(ValueError, match="takes 'sphereface' crops and these are to be 'arcface'"):
+        quiet(drawn, tmp_path / "out", crop="arcface", exclude=shared_people(drawn, encoder))
+    assert not (tmp_path / "out").exists()
+
+
+def test_real_people_are_found(shared, tmp_path):
+    everyone = lfw(shared("data/lfw.tar")).faces
+    weights = shared("weights/arcface_mobilefacenet.pth")
+    released = torch.load(weights, map_location="cpu", weights_only=True)
+    fnet = create_fnet("mobilefacenet")
+    fnet.load_state_dict(adapters.mobilefacenet_bubbliiiing(released))
+    counts = everyone.labels.bincount()
+    people = (counts == 6).nonzero().flatten()[:6].tolist()
+    places = [(everyone.labels == person).nonzero().flatten() for person in people]
+    training = everyone.select(torch.cat([own[:4] for own in places]))
+    evaluation = everyone.select(torch.cat([own[4:] for own in places[:2]]))
+    exclude = Exclusion("lfw", evaluation, FaceEncoder(fnet, crop="sphereface"), "mobilefacenet")
+    report = quiet(training, tmp_path / "out", exclude=exclude)
+    shared_names = [everyone.identities[person] for person in people[:2]]
+    assert sorted(m.identity for m in report.matches if m.photo is None) == sorted(shared_names)
+    assert not set(report.faces.identities) & set(shared_names)
+    assert len(report.faces) == 16
+    assert len(report.faces.identities) == 4
+
+
+def test_real_photos(shared, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    source = open_faces(shared("data/celeba_wild.tar")).select(torch.arange(0, 5524, 120))
+    faces = quiet(source, tmp_path / "out").faces
+    assert torch.equal(pixels(faces), align_all(source, progress=False).crops)
+
+
+# --- Runs that are cut short ---------------------------------------------------------------------
+
+
+class KilledError(BaseException):
+    """What no code under test catches."""
+
+
+@contextmanager
+def killed_at(step, monkeypatch, *, before):
+    """Stop at the step-th file or batch, just before or just after it is where it belongs."""
+    steps = itertools.count()
+
+    def mortal(own):
+        def call(*arguments):
+            now = next(steps) == step
+            if now and before:
+                raise KilledError
+            result = own(*arguments)
+            if now:
+                raise KilledError
+            return result
+
+        return call
+
+    align = preparation._Filling._align_batch
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", mortal(Path.replace))
+        patch.setattr(preparation._Filling, "_align_batch", mortal(align))
+        yield mortal(thumbnail)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_run_stopped_at_any_step_goes_on(drawn, tmp_path, monkeypatch, before):
+    exclude = shared_people(drawn)
+    unbroken = content(quiet(drawn, tmp_path / "unbroken", exclude=exclude).faces.folder)
+    for step in itertools.count():
+        out = tmp_path / str(step)
+        with killed_at(step, monkeypatch, before=before) as encoder, suppress(KilledError):
+            quiet(drawn, out, exclude=replace(exclude, encoder=encoder), threads=1)
+            break
+        quiet(drawn, out, exclude=exclude)
+        assert content(out) == unbroken, step
+    for _ in range(30):  # again and again
+        with killed_at(4, monkeypatch, before=before) as encoder, suppress(KilledError):
+            quiet(drawn, tmp_path / "out", exclude=replace(exclude, encoder=encoder), threads=1)
+    assert content(tmp_path / "out") == unbroken
+    # a probe, the plan, batches of 4 in chunks of 10, those of 5 to embed, three files at the end
+    assert step == 1 + 1 + (3 + 3 + 1) + (1 + 5) + 3
+
+
+SLOW = """
+import sys, time
+import idloss.data.faces, idloss.data.preparation
+from idloss.data import FileFaces, lfw, prepare
+idloss.data.preparation.CHUNK, idloss.data.faces.BATCH_IMAGES = 10, 4
+read = FileFaces.read
+FileFaces.read = lambda self, index: (time.sleep(0.1), read(self, index))[1]
+prepare(lfw(sys.argv[1]).faces, sys.argv[2], threads=1, progress=False)
+"""
+
+
+def test_a_killed_process_leaves_what_it_finished(photos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", SLOW, photos.files.location, str(out)])
+
+    def done():
+        return int(np.load(out / "done.npy").any(1).sum()) if (out / "done.npy").exists() else 0
+
+    try:
+        while done() < 10:
+            assert process.poll() is None
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    with pytest.raises(DataError, match="not finished"):
+        open_prepared(out)
+    (out / ".dataset.json.1234.tmp").write_bytes(b"half a table")
+    seen = []
+    read = FileFaces.read
+    monkeypatch.setattr(FileFaces, "read", lambda self, i: (seen.append(i), read(self, i))[1])
+    finished = done()
+    quiet(photos, out)
+    assert 24 - finished <= len(seen) <= 14
+    quiet(photos, tmp_path / "unbroken")
+    assert content(out) == content(tmp_path / "unbroken")
+
+
+def test_the_search_goes_on_where_it_was_stopped(drawn, tmp_path, monkeypatch):
+    """Embedding is the longest part; and what another network embedded is no help."""
+    seen = []
+
+    def encoder(images, gain=1.0):
+        seen.append(len(images))
+        if sum(seen) == 1 + 5 + 15:
+            raise KilledError
+        return thumbnail(images) * torch.linspace(gain, 1, 504)
+
+    exclude = shared_people(drawn, encoder)
+    with pytest.raises(KilledError):
+        quiet(drawn, tmp_path / "out", exclude=exclude)
+    seen.clear()
+    quiet(drawn, tmp_path / "out", exclude=exclude)
+    assert sum(seen) == 1 + 24 - 10
+    stopped = replace(exclude, encoder=lambda images: encoder(images, gain=5.0))
+    with pytest.raises(DataError, match="prepared otherwise: overlap_probe was"):
+        quiet(drawn, tmp_path / "out", exclude=stopped)
+
+
+@pytest.mark.parametrize("lost", ["crops.npy", "done.npy", "half", "zeros"])
+def test_what_a_run_lost_is_made_anew(photos, tmp_path, monkeypatch, lost):
+    """After a power cut a file may lack what was written last, whatever the order."""
+    out = tmp_path / "out"
+    unbroken = content(quiet(photos, tmp_path / "unbroken").faces.folder)
+    with killed_at(8, monkeypatch, before=True), pytest.raises(KilledError):
+        quiet(photos, out)
+    if lost.endswith("npy"):
+        (out / lost).unlink()
+    else:
+        whole = (out / "crops.npy").read_bytes()
+        end = b"" if lost == "half" else bytes(len(whole) // 2)
+        (out / "crops.npy").write_bytes(whole[: len(whole) - len(whole) // 2] + end)
+    quiet(photos, out)
+    assert content(out) == unbroken
+
+
+# --- Other photos, other plans, other people's files ---------------------------------------------
+
+
+def test_a_finished_folder_is_found_finished(photos, tmp_path, monkeypatch):
+    first = quiet(photos, tmp_path / "out")
+    monkeypatch.setattr(FileFaces, "read", None)
+    monkeypatch.setattr("idloss.data.preparation.WeakFileLock", None)  # a disk to be read only
+    again = quiet(photos, tmp_path / "out")
+    assert again.faces.content == first.faces.content
+
+
+def test_replaced_photos_are_told_from_those_prepared(own_photos, tmp_path):
+    quiet(own_photos, tmp_path / "out")
+    place = Path(own_photos.files.where(own_photos.members[7]))
+    place.write_bytes(jpeg())
+    with pytest.raises(DataError, match=r"Person_1_0004\.jpg: is not the photo that was prepared"):
+        quiet(own_photos, tmp_path / "out")
+
+
+def test_mended_photos_are_taken(own_photos, tmp_path):
+    out, place = tmp_path / "out", Path(own_photos.files.where(own_photos.members[7]))
+    whole = place.read_bytes()
+    unbroken = content(quiet(own_photos, tmp_path / "unbroken").faces.folder)
+    place.write_bytes(whole[:500])
+    with pytest.raises(DataError, match=r"Person_1_0004\.jpg: unreadable"):
+        quiet(own_photos, out)
+    with pytest.warns(UserWarning, match="left out"):
+        quiet(own_photos, tmp_path / "lenient", skip_missing=True)
+    place.write_bytes(whole)
+    quiet(own_photos, out)
+    assert content(out) == unbroken
+    with pytest.raises(DataError, match=r"Person_1_0004\.jpg: is not the photo that was prepared"):
+        quiet(own_photos, tmp_path / "lenient", skip_missing=True)
+
+
+def test_photos_replaced_before_a_run_goes_on_are_aligned_anew(own_photos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with killed_at(8, monkeypatch, before=True), pytest.raises(KilledError):
+        quiet(own_photos, out)
+    first, last = (Path(own_photos.files.where(own_photos.members[i])) for i in (0, 23))
+    first.write_bytes(last.read_bytes())
+    quiet(own_photos, out)
+    assert content(out) == content(quiet(own_photos, tmp_path / "unbroken").faces.folder)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_plan_is_refused(photos, drawn, tmp_path, finished):
+    out = tmp_path / "out"
+    quiet(photos, out)
+    edit(out, software={**described(out)["software"], "torch": "1.0"})
+    if not finished:
+        unfinish(out)
+    fewer = photos.select(EVERYTHING[:20])
+    moved = replace(photos, landmarks=photos.landmarks + 1.0)
+    for source, options, said in (
+        (photos, {"crop": "arcface"}, "crop was sphereface, now it is arcface; size was"),
+        (fewer, {}, "photos was 24, now it is 20; names was"),
+        (moved, {}, r"landmarks was \w+, now it is \w+"),
+        (photos, {"exclude": shared_people(drawn)}, "overlap was None, now it is bench"),
+    ):
+        with pytest.raises(DataError, match=f"was prepared otherwise: {said}"):
+            quiet(source, out, **options)
+    if finished:  # by other software, whose crops are as good
+        quiet(photos, out)
+        return
+    with pytest.raises(DataError, match=r"software was \{.*'torch': '1\.0'"):
+        quiet(photos, out)
+
+
+def test_other_peoples_files_are_left_alone(photos, tmp_path):
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere.npy"
+    out.mkdir()
+    (out / "a.jpg").write_bytes(b"photo")
+    with pytest.raises(DataError, match=r"holds other files, and no dataset\.json"):
+        quiet(photos, out)
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "a.jpg"]
+    (out / "a.jpg").unlink()
+    elsewhere.write_bytes(b"somebody's")
+    (out / "crops.npy").symlink_to(elsewhere)
+    with pytest.raises(DataError, match=r"crops\.npy: is a link"):
+        quiet(photos, out)
+    assert elsewhere.read_bytes() == b"somebody's"
+
+
+def test_nothing_to_prepare(tmp_path):
+    with pytest.raises(DataError, match="no faces to prepare"):
+        quiet(FileFaces(MemoryFiles("memory", {}), (), ()), tmp_path / "out")
+
+
+def test_a_small_disk_is_told_before_the_work(photos, tmp_path, monkeypatch):
+    Usage = namedtuple("Usage", ["total", "used", "free"])
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**6, 0, 30_000_000))
+    quiet(photos, tmp_path / "out")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**6, 0, 500_000))
+    with pytest.raises(DataError, match=r"0\.0 GB are needed for 24 faces, 0\.0 GB are free"):
+        quiet(photos, tmp_path / "other")
+
+
+@contextmanager
+def no_file_beyond(count):
+    """The system refuses a file beyond a size as it does on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_fills_up_kills_nobody_and_loses_nothing(photos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with no_file_beyond(100_000), pytest.raises(DataError, match="File too large"):
+        quiet(photos, out)  # before the work
+    read, write = FileFaces.read, preparation.write_rows
+
+    def full(*arguments):
+        with no_file_beyond(100):
+            write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "write_rows", full)
+        with pytest.raises(DataError) as caught:
+            quiet(photos, out)  # after all of it
+    assert "cannot be written to: File too large" in str(caught.value)
+    assert "What is aligned stays. Make room" in str(caught.value)
+    assert "name another folder to fill" in str(caught.value)
+    assert not list(out.glob(".*.tmp"))
+    monkeypatch.setattr(FileFaces, "read", None)
+    quiet(photos, out)
+    monkeypatch.setattr(FileFaces, "read", read)
+    quiet(photos, tmp_path / "unbroken")
+    assert content(out) == content(tmp_path / "unbroken")
+
+
+def test_a_folder_that_cannot_be_made_is_told_with_the_way_out(photos, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DataError, match=r"(?s)Not a directory.*name another folder to fill"):
+        quiet(photos, tmp_path / "file/out")
