@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def did_you_mean(kind: str, name: str, known: Iterable[str]) -> str:
@@ -15,9 +15,19 @@ def did_you_mean(kind: str, name: str, known: Iterable[str]) -> str:
         known: The names there are.
 
     Returns:
-        One line: the name, its likeliest meaning, and all there is to choose from.
+        One line: the name, its likeliest meaning, and what there is to choose from.
     """
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
-    return f"unknown {kind} {name!r}.{hint} Known: {', '.join(names) or 'none'}"
+    return f"unknown {kind} {name!r}.{hint} Known: {some_of(names, 20)}"
+
+
+def some_of(names: Sequence[str], most: int = 8) -> str:
+    """Word the first `most` of some names, and how many more there are.
+
+    Names come from files of others: what a terminal would obey is escaped.
+    """
+    shown = [name if name.isprintable() else repr(name)[1:-1] for name in names[:most]]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(shown) or "none") + more

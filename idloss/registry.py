@@ -24,7 +24,6 @@ from torch import nn
 from idloss.errors import did_you_mean
 from idloss.geometry import TEMPLATES, Template, get_template
 from idloss.plugins import load_plugins
-from idloss.weights import load_before_lookup
 
 _EntryPoint = TypeVar("_EntryPoint", bound=Callable[..., nn.Module])
 
@@ -394,6 +393,3 @@ def _resolve_crop(model: nn.Module, crop: str | Template | None) -> str | Templa
     size = tuple(cfg["input_size"][-2:])
     # Only crops of 112 rows: at 224 or 160 an input size says nothing of the alignment.
     return {(112, 96): "sphereface", (112, 112): "arcface"}.get(size)
-
-
-load_before_lookup(load_plugins)

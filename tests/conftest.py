@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from idloss import adapters, create_fnet
+from idloss import create_fnet
+from idloss.fnets.sphereface import sface_released
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("IDLOSS_SHARED", ROOT.parent / "shared"))
@@ -57,7 +58,7 @@ def sface_seeded(shared):
             value = np.full(shape, 0.25)
         released[key] = torch.from_numpy(value.astype(np.float32))
     model = create_fnet("sface")
-    model.load_state_dict(adapters.sface_released(released))
+    model.load_state_dict(sface_released(released))
     return model.eval()
 
 

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from idloss import HallucinationLoss
-from idloss.adapters import edsr_released
 from idloss.resample import resize, to_float
 from idloss.srnets import EDSR
+from idloss.srnets.edsr import edsr_released
 
 STEPS = 4
 

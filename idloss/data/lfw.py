@@ -12,8 +12,7 @@ from idloss.data.faces import FileFaces, number_identities
 from idloss.data.files import DataError, Fault, Files, FolderFiles, open_files, skip_or_raise
 from idloss.data.pairs import EvaluationSet, index_of, lfw_name, read_lfw_pairs
 from idloss.data.tables import Table, read_number, read_own_table, read_points
-from idloss.weights.files import Piece
-from idloss.weights.http import download as download_piece
+from idloss.weights.files import Piece, download
 
 ARCHIVE = "lfw.tgz"
 PAIRS = "pairs.txt"
@@ -132,7 +131,7 @@ def fetch(root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(root / f".{piece.filename}.lock"):
             if not target.exists():  # another process may have fetched it while this one waited
-                download_piece(piece, target, "LFW")
+                download(piece, target, "LFW")
 
 
 def find(place: Path) -> tuple[Files, str]:

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from idloss import adapters
 from idloss.errors import did_you_mean
 from idloss.fnets.base import FNet, PReLU, downsampled
 from idloss.registry import register_fnet
 from idloss.weights import GitHubBlob, Weights, build_model, register_weights
+from idloss.weights.loading import NORM, StateDict, layer_keys, rename_keys
 
 BOTTLENECKS = (
     (128, 64, 5, 2),
@@ -150,69 +149,118 @@ class _Bottleneck(nn.Module):
         return x + residual if self.shortcut else residual
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 0,
-        "input_size": (3, 112, 112),
-        "fixed_input_size": True,
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.5, 0.5, 0.5),
-        "first_conv": "stem.conv",
-        "classifier": "classifier",
-        "paper_name": "MobileFaceNets",
-        "paper_ids": "arXiv:1804.07573",
-        **kwargs,
-    }
+def mobilefacenet_bubbliiiing(state_dict: StateDict) -> dict[str, Tensor]:
+    """`arcface_mobilefacenet.pth` of bubbliiiing/arcface-pytorch to `MobileFaceNet`."""
+    names = _conv_norm_prelu("conv1", "stem") | _conv_norm_prelu("conv2_dw", "stem_depthwise")
+    blocks = [
+        "conv_23",
+        *(f"conv_3.model.{index}" for index in range(4)),
+        "conv_34",
+        *(f"conv_4.model.{index}" for index in range(6)),
+        "conv_45",
+        *(f"conv_5.model.{index}" for index in range(2)),
+    ]
+    for index, block in enumerate(blocks):
+        names |= _conv_norm_prelu(f"{block}.conv", f"blocks.{index}.expand")
+        names |= _conv_norm_prelu(f"{block}.conv_dw", f"blocks.{index}.depthwise")
+        names |= layer_keys(f"{block}.project.conv", f"blocks.{index}.project.conv", ("weight",))
+        names |= layer_keys(f"{block}.project.bn", f"blocks.{index}.project.bn", NORM)
+    names |= layer_keys("sep", "expand.conv", ("weight",))
+    names |= layer_keys("sep_bn", "expand.bn", NORM)
+    names |= layer_keys("prelu", "expand.act", ("weight",))
+    names |= layer_keys("GDC_dw", "global_depthwise.conv", ("weight",))
+    names |= layer_keys("GDC_bn", "global_depthwise.bn", NORM)
+    names |= layer_keys("features", "embedding", ("weight",))
+    names |= layer_keys("last_bn", "embedding_norm", NORM)
+    names = {f"arcface.{theirs}": ours for theirs, ours in names.items()}
+    adapted = rename_keys(state_dict, names, "bubbliiiing's MobileFaceNet", dropped=("head.",))
+    return _linear_from_pointwise(adapted, "embedding")
 
 
-_BUBBLIIIING = register_weights(
-    "mobilefacenet.casia_webface",
-    Weights(
-        source=GitHubBlob(
-            repo="bubbliiiing/arcface-pytorch",
-            commit="0faafe28eba416738893f1426b15774cdaa6d3ab",
-            parts=(
-                (
-                    "model_data/arcface_mobilefacenet.pth",
-                    "fb7f6b9268945b12d23e5d270112a88792475877",
-                ),
-            ),
-            sha256="4c08e11a0a2bbf299910210da647c7d8105c348f4c533868e1710dbcf7b22480",
-        ),
-        licence="mit",
-        training_data="CASIA-WebFace",
-        adapter=adapters.mobilefacenet_bubbliiiing,
-        description="ArcFace; its authors report 98.78 % on LFW.",
-    ),
-)
-_FOAMLIU = register_weights(
-    "mobilefacenet_relu6.ms1m",
-    Weights(
-        source=GitHubBlob(
-            repo="foamliu/MobileFaceNet",
-            commit="a6cc9032a659b615f477833e1a70b5e7931bcccc",
-            parts=(("weights/mobilefacenet.pt", "507d54667f22ef72d7b9d9ac1d43f0b16cc69a90"),),
-            sha256="90a00ba1d8b0b688af3deb731ed53dca582e6106805d1bc3cfdef55f570493f4",
-        ),
-        licence="apache-2.0",
-        training_data="MS-Celeb-1M, refined (3,804,846 faces of 85,164 people)",
-        adapter=adapters.mobilefacenet_foamliu,
-        description="ArcFace; its authors report 99.48 % on LFW.",
-    ),
-)
+def mobilefacenet_foamliu(state_dict: StateDict) -> dict[str, Tensor]:
+    """`mobilefacenet.pt` of foamliu/MobileFaceNet to `MobileFaceNet` with ReLU6."""
+    pairs = [
+        ("conv1.0", "conv1.1", "stem"),
+        ("dw_conv.depthwise", "dw_conv.bn1", "stem_depthwise"),
+        ("dw_conv.pointwise", "dw_conv.bn2", "stem_pointwise"),
+        ("conv2.0", "conv2.1", "expand"),
+        ("gdconv.depthwise", "gdconv.bn", "global_depthwise"),
+    ]
+    for index in range(15):
+        theirs, ours = f"features.{index}.conv", f"blocks.{index}"
+        pairs.append((f"{theirs}.0.0", f"{theirs}.0.1", f"{ours}.expand"))
+        pairs.append((f"{theirs}.1.0", f"{theirs}.1.1", f"{ours}.depthwise"))
+        pairs.append((f"{theirs}.2", f"{theirs}.3", f"{ours}.project"))
+    names: dict[str, str] = {}
+    for convolution, norm, ours in pairs:
+        names |= layer_keys(convolution, f"{ours}.conv", ("weight",))
+        names |= layer_keys(norm, f"{ours}.bn", NORM)
+    names |= layer_keys("conv3", "embedding")
+    names |= layer_keys("bn", "embedding_norm", NORM)
+    adapted = rename_keys(state_dict, names, "foamliu's MobileFaceNet")
+    return _linear_from_pointwise(adapted, "embedding")
 
-default_cfgs = generate_default_cfgs(
+
+def _conv_norm_prelu(theirs: str, ours: str) -> dict[str, str]:
+    """Names of a convolution without bias, its batch norm and its PReLU."""
+    return (
+        layer_keys(f"{theirs}.conv", f"{ours}.conv", ("weight",))
+        | layer_keys(f"{theirs}.bn", f"{ours}.bn", NORM)
+        | layer_keys(f"{theirs}.prelu", f"{ours}.act", ("weight",))
+    )
+
+
+def _linear_from_pointwise(state_dict: StateDict, layer: str) -> dict[str, Tensor]:
+    """A 1x1 convolution of a 1x1 map is a linear layer: `[D, C, 1, 1]` to `[D, C]`."""
+    weight = f"{layer}.weight"
+    return {**state_dict, weight: state_dict[weight].flatten(1)}
+
+
+default_cfgs = register_weights(
     {
-        "mobilefacenet.casia_webface": _cfg(**_BUBBLIIIING.cfg()),
-        "mobilefacenet_relu6.ms1m": _cfg(
-            # ImageNet's, as torchvision's transforms have them (foamliu's data_gen.py)
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
-            **_FOAMLIU.cfg(),
+        "mobilefacenet.casia_webface": Weights(
+            source=GitHubBlob(
+                repo="bubbliiiing/arcface-pytorch",
+                commit="0faafe28eba416738893f1426b15774cdaa6d3ab",
+                parts=(
+                    (
+                        "model_data/arcface_mobilefacenet.pth",
+                        "fb7f6b9268945b12d23e5d270112a88792475877",
+                    ),
+                ),
+                sha256="4c08e11a0a2bbf299910210da647c7d8105c348f4c533868e1710dbcf7b22480",
+            ),
+            licence="mit",
+            training_data="CASIA-WebFace",
+            adapter=mobilefacenet_bubbliiiing,
+            description="ArcFace; its authors report 98.78 % on LFW.",
         ),
-    }
+        "mobilefacenet_relu6.ms1m": Weights(
+            source=GitHubBlob(
+                repo="foamliu/MobileFaceNet",
+                commit="a6cc9032a659b615f477833e1a70b5e7931bcccc",
+                parts=(("weights/mobilefacenet.pt", "507d54667f22ef72d7b9d9ac1d43f0b16cc69a90"),),
+                sha256="90a00ba1d8b0b688af3deb731ed53dca582e6106805d1bc3cfdef55f570493f4",
+            ),
+            licence="apache-2.0",
+            training_data="MS-Celeb-1M, refined (3,804,846 faces of 85,164 people)",
+            adapter=mobilefacenet_foamliu,
+            description="ArcFace; its authors report 99.48 % on LFW.",
+            # ImageNet's, as torchvision's transforms have them (foamliu's data_gen.py)
+            cfg={"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+        ),
+    },
+    num_classes=0,
+    input_size=(3, 112, 112),
+    fixed_input_size=True,
+    crop_pct=1.0,
+    interpolation="bicubic",
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    first_conv="stem.conv",
+    classifier="classifier",
+    paper_name="MobileFaceNets",
+    paper_ids="arXiv:1804.07573",
 )
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from idloss import adapters
 from idloss.fnets.base import FNet, PReLU, downsampled
 from idloss.registry import register_fnet
 from idloss.weights import GitHubBlob, Weights, build_model, register_weights
+from idloss.weights.loading import StateDict, layer_keys, rename_keys, reverse_input
+
+DEPTH_20 = (1, 2, 4, 1)
+"""Residual units of the four stages of SphereFace-20."""
 
 
 class SphereFace(FNet):
@@ -35,7 +37,7 @@ class SphereFace(FNet):
         in_chans: int = 3,
         img_size: tuple[int, int] = (112, 96),
         num_features: int = 512,
-        depths: Sequence[int] = (1, 2, 4, 1),
+        depths: Sequence[int] = DEPTH_20,
         widths: Sequence[int] = (64, 128, 256, 512),
     ) -> None:
         grid = downsampled(img_size, len(widths))
@@ -91,59 +93,84 @@ class _Unit(nn.Module):
         return x + residual
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 0,
-        "input_size": (3, 112, 96),
-        "fixed_input_size": True,
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        # (x - 127.5) / 128 on 0-255 pixels (released code, test.py and train.py)
-        "mean": (0.5, 0.5, 0.5),
-        "std": (128 / 255, 128 / 255, 128 / 255),
-        "first_conv": "stages.0.conv",
-        "classifier": "classifier",
-        "paper_name": "SphereFace: Deep Hypersphere Embedding for Face Recognition",
-        "paper_ids": "arXiv:1704.08063",
-        **kwargs,
-    }
+def sface_released(state_dict: StateDict) -> dict[str, Tensor]:
+    """`sface.pth` of johnnysclai/SR_LRFR, which takes BGR, to `SphereFace`."""
+    names: dict[str, str] = {}
+    for stage, depth in enumerate(DEPTH_20):
+        ours = f"stages.{stage}"
+        first = 3 * stage
+        names |= layer_keys(f"{first}", f"{ours}.conv")
+        names |= layer_keys(f"{first + 1}", f"{ours}.act", ("weight",))
+        for unit in range(depth):
+            theirs = f"{first + 2}.{unit}.resblock"
+            block = f"{ours}.blocks.{unit}"
+            for index in (1, 2):
+                convolution = 2 * (index - 1)
+                names |= layer_keys(f"{theirs}.{convolution}", f"{block}.conv{index}")
+                names |= layer_keys(
+                    f"{theirs}.{convolution + 1}", f"{block}.act{index}", ("weight",)
+                )
+    names |= layer_keys("13", "embedding")
+    adapted = rename_keys(state_dict, names, "SFace of johnnysclai/SR_LRFR")
+    return reverse_input(adapted, "stages.0.conv")
 
 
-_RELEASED = register_weights(
-    "sface.casia_webface",
-    Weights(
-        source=GitHubBlob(
-            repo="johnnysclai/SR_LRFR",
-            commit="4cf3b4bc79bcf145df1b579ba2010f709e5470b4",
-            parts=(("pretrained/sface.pth", "0b4104033db5741c4073cfba7777b5daaee49a61"),),
-        ),
-        licence="none given: download from the origin, do not redistribute",
-        training_data="CASIA-WebFace",
-        adapter=adapters.sface_released,
-        description="The paper's SFace, 99.07 % on LFW by its protocol.",
-    ),
-)
-_CLCARWIN = register_weights(
-    "sface.clcarwin_casia_webface",
-    Weights(
-        source=GitHubBlob(
-            repo="clcarwin/sphereface_pytorch",
-            commit="e2f11f0b0f394cf75b9f65ce8d353e4390b0948c",
-            parts=(("model/sphere20a_20171020.7z", "ecf48ac4157d63d20f7b7ff74a4064ab0a016005"),),
-            member="sphere20a_20171020.pth",
-        ),
-        licence="mit",
-        training_data="CASIA-WebFace",
-        adapter=adapters.sphereface_clcarwin,
-        description="A-Softmax; its authors report 99.22 % on LFW.",
-    ),
-)
+def sphereface_clcarwin(state_dict: StateDict) -> dict[str, Tensor]:
+    """`sphere20a` of clcarwin/sphereface_pytorch and its kin, which take BGR, to `SphereFace`."""
+    names: dict[str, str] = {}
+    for stage, depth in enumerate(DEPTH_20):
+        layers = ["", *(f".blocks.{unit}" for unit in range(depth) for _ in (1, 2))]
+        for index, place in enumerate(layers, start=1):
+            # 1 opens the stage; then come the two layers of every unit, even and odd
+            number = "" if index == 1 else str(1 + index % 2)
+            ours = f"stages.{stage}{place}"
+            names |= layer_keys(f"conv{stage + 1}_{index}", f"{ours}.conv{number}")
+            names |= layer_keys(f"relu{stage + 1}_{index}", f"{ours}.act{number}", ("weight",))
+    names |= layer_keys("fc5", "embedding")
+    adapted = rename_keys(state_dict, names, "clcarwin's SphereFace-20", dropped=("fc6.",))
+    return reverse_input(adapted, "stages.0.conv")
 
-default_cfgs = generate_default_cfgs(
+
+default_cfgs = register_weights(
     {
-        "sface.casia_webface": _cfg(**_RELEASED.cfg()),
-        "sface.clcarwin_casia_webface": _cfg(**_CLCARWIN.cfg()),
-    }
+        "sface.casia_webface": Weights(
+            source=GitHubBlob(
+                repo="johnnysclai/SR_LRFR",
+                commit="4cf3b4bc79bcf145df1b579ba2010f709e5470b4",
+                parts=(("pretrained/sface.pth", "0b4104033db5741c4073cfba7777b5daaee49a61"),),
+            ),
+            licence="none given: download from the origin, do not redistribute",
+            training_data="CASIA-WebFace",
+            adapter=sface_released,
+            description="The paper's SFace, 99.07 % on LFW by its protocol.",
+        ),
+        "sface.clcarwin_casia_webface": Weights(
+            source=GitHubBlob(
+                repo="clcarwin/sphereface_pytorch",
+                commit="e2f11f0b0f394cf75b9f65ce8d353e4390b0948c",
+                parts=(
+                    ("model/sphere20a_20171020.7z", "ecf48ac4157d63d20f7b7ff74a4064ab0a016005"),
+                ),
+                member="sphere20a_20171020.pth",
+            ),
+            licence="mit",
+            training_data="CASIA-WebFace",
+            adapter=sphereface_clcarwin,
+            description="A-Softmax; its authors report 99.22 % on LFW.",
+        ),
+    },
+    num_classes=0,
+    input_size=(3, 112, 96),
+    fixed_input_size=True,
+    crop_pct=1.0,
+    interpolation="bicubic",
+    # (x - 127.5) / 128 on 0-255 pixels (released code, test.py and train.py)
+    mean=(0.5, 0.5, 0.5),
+    std=(128 / 255, 128 / 255, 128 / 255),
+    first_conv="stages.0.conv",
+    classifier="classifier",
+    paper_name="SphereFace: Deep Hypersphere Embedding for Face Recognition",
+    paper_ids="arXiv:1704.08063",
 )
 
 

@@ -8,15 +8,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
-import torch
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from idloss import adapters
 from idloss.errors import did_you_mean
 from idloss.fnets.base import FNet
 from idloss.registry import register_fnet
 from idloss.weights import HubFile, ManualFile, Weights, build_model, register_weights
+from idloss.weights.loading import StateDict, layer_keys, rename_keys, reverse_input
 
 CONVOLUTIONS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Output channels of the convolutions of the five blocks; a 2x2 max pool ends each."""
@@ -98,73 +96,78 @@ def _fully_connected(width: int, last: str, drop_rate: float) -> list[tuple[str,
     return layers
 
 
-def _drop_deeper_layers(
-    state_dict: dict[str, torch.Tensor], model: nn.Module
-) -> dict[str, torch.Tensor]:
+def _drop_deeper_layers(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Leave out the fully connected layers that the model stops short of."""
     assert isinstance(model, VGGFace)
     deeper = tuple(f"embedding.{name}." for name in LAYERS if name > model.layer)
     return {key: value for key, value in state_dict.items() if not key.startswith(deeper)}
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 0,
-        "input_size": (3, 224, 224),
-        "fixed_input_size": True,
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        # Mean pixel of the authors' networks (vgg_face_matconvnet, BGR 93.5940, 104.7624,
-        # 129.1863 on 0-255), which do not divide by a standard deviation.
-        "mean": (129.1863 / 255, 104.7624 / 255, 93.5940 / 255),
-        "std": (1 / 255, 1 / 255, 1 / 255),
-        "first_conv": "features.conv1_1",
-        "classifier": "classifier",
-        "paper_name": "Deep Face Recognition",
-        **kwargs,
-    }
+def vgg_face_dag(state_dict: StateDict) -> dict[str, Tensor]:
+    """`vgg_face_dag.pth` (pytorch-mcn), which takes RGB, to `VGGFace` with `layer="fc8"`."""
+    return rename_keys(state_dict, _names("conv{}_{}"), "vgg_face_dag")
+
+
+def vgg_face_prlz77(state_dict: StateDict) -> dict[str, Tensor]:
+    """`VGG_16` of prlz77/vgg-face.pytorch, which takes BGR, to `VGGFace` with `layer="fc8"`."""
+    adapted = rename_keys(state_dict, _names("conv_{}_{}"), "prlz77's VGG-Face")
+    return reverse_input(adapted, "features.conv1_1")
+
+
+def _names(pattern: str) -> dict[str, str]:
+    """Keys of a VGG-Face whose convolutions are called by `pattern`, theirs to ours."""
+    names: dict[str, str] = {}
+    for block, widths in enumerate(CONVOLUTIONS, start=1):
+        for index in range(1, len(widths) + 1):
+            names |= layer_keys(pattern.format(block, index), f"features.conv{block}_{index}")
+    for layer in LAYERS:
+        names |= layer_keys(layer, f"embedding.{layer}")
+    return names
 
 
 _TRAINING_DATA = "VGG Face (2.6 million images of 2,622 people)"
 _AUTHORS = "Parkhi, Vedaldi and Zisserman (University of Oxford)."
 
-_VGGFACE = register_weights(
-    "vgg_face.vggface",
-    Weights(
-        # The authors' host hands out no hash; this copy's is published with its commit.
-        source=HubFile(
-            repo="KenjieDec/Time-Travel-Rephotography_vgg_face_dag",
-            filename="vgg_face_dag.pt",
-            revision="ce9845a20cb9eebb00ac79bd4a7cdba14e37b8c2",
-            sha256="f070b241e3faf17a08c78f8700d334413230bac5de7fbcfd01b3cf05ce10de1a",
-        ),
-        licence="cc-by-nc",
-        training_data=_TRAINING_DATA,
-        adapter=adapters.vgg_face_dag,
-        trained_by=_AUTHORS,
-    ),
-)
-_PRLZ77 = register_weights(
-    "vgg_face.vggface_prlz77",
-    Weights(
-        source=ManualFile(
-            filename="vgg_face_prlz77.pth",
-            url="https://github.com/prlz77/vgg-face.pytorch",
-            how="Download VGG_FACE.t7 as its README says, read it with VGG_16().load_weights(), "
-            "and torch.save the state dict under this name.",
-        ),
-        licence="cc-by-nc",
-        training_data=_TRAINING_DATA,
-        adapter=adapters.vgg_face_prlz77,
-        trained_by=_AUTHORS,
-    ),
-)
-
-default_cfgs = generate_default_cfgs(
+default_cfgs = register_weights(
     {
-        "vgg_face.vggface": _cfg(**_VGGFACE.cfg()),
-        "vgg_face.vggface_prlz77": _cfg(**_PRLZ77.cfg()),
-    }
+        "vgg_face.vggface": Weights(
+            # The authors' host hands out no hash; this copy's is published with its commit.
+            source=HubFile(
+                repo="KenjieDec/Time-Travel-Rephotography_vgg_face_dag",
+                filename="vgg_face_dag.pt",
+                revision="ce9845a20cb9eebb00ac79bd4a7cdba14e37b8c2",
+                sha256="f070b241e3faf17a08c78f8700d334413230bac5de7fbcfd01b3cf05ce10de1a",
+            ),
+            licence="cc-by-nc",
+            training_data=_TRAINING_DATA,
+            adapter=vgg_face_dag,
+            trained_by=_AUTHORS,
+        ),
+        "vgg_face.vggface_prlz77": Weights(
+            source=ManualFile(
+                filename="vgg_face_prlz77.pth",
+                url="https://github.com/prlz77/vgg-face.pytorch",
+                how="Download VGG_FACE.t7 as its README says, read it with "
+                "VGG_16().load_weights(), and torch.save the state dict under this name.",
+            ),
+            licence="cc-by-nc",
+            training_data=_TRAINING_DATA,
+            adapter=vgg_face_prlz77,
+            trained_by=_AUTHORS,
+        ),
+    },
+    num_classes=0,
+    input_size=(3, 224, 224),
+    fixed_input_size=True,
+    crop_pct=1.0,
+    interpolation="bicubic",
+    # Mean pixel of the authors' networks (vgg_face_matconvnet, BGR 93.5940, 104.7624,
+    # 129.1863 on 0-255), which do not divide by a standard deviation.
+    mean=(129.1863 / 255, 104.7624 / 255, 93.5940 / 255),
+    std=(1 / 255, 1 / 255, 1 / 255),
+    first_conv="features.conv1_1",
+    classifier="classifier",
+    paper_name="Deep Face Recognition",
 )
 
 

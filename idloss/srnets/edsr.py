@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models import checkpoint_seq, generate_default_cfgs
+from timm.models import checkpoint_seq
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from idloss import adapters
 from idloss.registry import register_srnet
 from idloss.resample import ImageWatch, check_images
 from idloss.weights import (
@@ -22,10 +21,18 @@ from idloss.weights import (
     HubFile,
     ManualFile,
     Weights,
-    ZooFile,
     build_model,
     register_weights,
 )
+from idloss.weights.loading import (
+    StateDict,
+    count_indices,
+    layer_keys,
+    rename_keys,
+    reverse_input,
+    reverse_output,
+)
+from idloss.weights.sources import Source, ZooFile
 
 SCALES = (2, 4, 8)
 """Factors that stages of x2 sub-pixel up-sampling can make."""
@@ -156,28 +163,55 @@ def _to_meet(x: Tensor, values: tuple[float, ...]) -> Tensor | float:
     return values[0] if len(values) == 1 else x.new_tensor(values).view(1, -1, 1, 1)
 
 
-_PAPER = "Low-Resolution Face Recognition Based on Identity-Preserved Face Hallucination"
-_EDSR = "Enhanced Deep Residual Networks for Single Image Super-Resolution"
+def edsr_released(state_dict: StateDict) -> dict[str, Tensor]:
+    """An EDSR of johnnysclai/SR_LRFR, BGR in and out, to `EDSR`.
+
+    Their [-1, 1] and our [0, 1] differ by what `EDSR` with `mean=0.5, std=0.5` does itself.
+    """
+    names = layer_keys("conv1", "head") | layer_keys("conv2", "body_end")
+    for block in range(count_indices(state_dict, r"res_blocks\.(\d+)\.")):
+        names |= layer_keys(f"res_blocks.{block}.residual.0", f"body.{block}.conv1")
+        names |= layer_keys(f"res_blocks.{block}.residual.2", f"body.{block}.conv2")
+    for stage in range(count_indices(state_dict, r"upsampler\.(\d+)\.")):
+        names |= layer_keys(f"upsampler.{stage}.conv", f"upsample.{stage}")
+    names |= layer_keys("conv3", "tail")
+    adapted = rename_keys(state_dict, names, "EDSR of johnnysclai/SR_LRFR")
+    return reverse_output(reverse_input(adapted, "head"), "tail")
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 0,
-        "input_size": (3, 28, 24),
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": (0.0, 0.0, 0.0),
-        "std": (1.0, 1.0, 1.0),
-        "first_conv": "head",
-        "paper_name": _PAPER,
-        **kwargs,
-    }
+def edsr_official(state_dict: StateDict) -> dict[str, Tensor]:
+    """An EDSR of sanghyun-son/EDSR-PyTorch (once thstkdgus35), scale 2, 4 or 8, to `EDSR`.
+
+    Build it with `**OFFICIAL` and the `res_scale` of the checkpoint; the constants `sub_mean` and
+    `add_mean` are arguments of ours.
+    """
+    depth = count_indices(state_dict, r"body\.(\d+)\.body\.")
+    names = layer_keys("head.0", "head") | layer_keys(f"body.{depth}", "body_end")
+    for block in range(depth):
+        names |= layer_keys(f"body.{block}.body.0", f"body.{block}.conv1")
+        names |= layer_keys(f"body.{block}.body.2", f"body.{block}.conv2")
+    # A pixel shuffle without weights sits between the convolutions of the up-sampler.
+    for stage in range(count_indices(state_dict, r"tail\.0\.(\d+)\.")):
+        names |= layer_keys(f"tail.0.{2 * stage}", f"upsample.{stage}")
+    names |= layer_keys("tail.1", "tail")
+    return rename_keys(
+        state_dict, names, "EDSR of EDSR-PyTorch", dropped=("sub_mean.", "add_mean.")
+    )
 
 
-def _released(name: str, member: str, first: str, second: str) -> dict[str, Any]:
-    """Register a network of the authors' repository: one 7z, cut in two."""
-    stem = member.removesuffix(".pth")
-    weights = Weights(
+def _ours(folder: str, sha256: str) -> Weights:
+    """A network of our own, from the zoo that comes with the package."""
+    return Weights(
+        source=ZooFile(folder, sha256),
+        licence="research use only, as CelebA is",
+        training_data="CelebA in the wild: 5,452 faces of 295 people, none of them in LFW",
+        trained_by="idloss, a short run on a CPU: see the card in zoo/.",
+    )
+
+
+def _released(stem: str, first: str, second: str) -> Weights:
+    """A network of the authors' repository: one 7z, cut in two."""
+    return Weights(
         source=GitHubBlob(
             repo="johnnysclai/SR_LRFR",
             commit="4cf3b4bc79bcf145df1b579ba2010f709e5470b4",
@@ -185,29 +219,20 @@ def _released(name: str, member: str, first: str, second: str) -> dict[str, Any]
                 (f"pretrained/{stem}.7z.001", first),
                 (f"pretrained/{stem}.7z.002", second),
             ),
-            member=member,
+            member=f"{stem}.pth",
         ),
         licence="none given: download from the origin, do not redistribute",
         training_data="CelebA in the wild, aligned to 112x96",
-        adapter=adapters.edsr_released,
+        adapter=edsr_released,
     )
-    return _cfg(**register_weights(name, weights).cfg())
 
 
-def _ours(name: str, folder: str, sha256: str) -> dict[str, Any]:
-    """Register a network of our own, from the zoo that comes with the package."""
-    weights = Weights(
-        source=ZooFile(folder, sha256),
-        licence="research use only, as CelebA is",
-        training_data="CelebA in the wild: 5,452 faces of 295 people, none of them in LFW",
-        trained_by="idloss, a short run on a CPU: see the card in zoo/.",
-    )
-    return _cfg(**register_weights(name, weights).cfg())
+_EDSR = {"paper_name": "Enhanced Deep Residual Networks for Single Image Super-Resolution"}
 
 
-def _official(name: str, filename: str) -> dict[str, Any]:
-    """Register a network of EDSR-PyTorch; what is left of its host is the file's name."""
-    weights = Weights(
+def _official(filename: str) -> Weights:
+    """A network of EDSR-PyTorch; what is left of its host is the file's name."""
+    return Weights(
         source=ManualFile(
             filename=filename,
             url=f"https://cv.snu.ac.kr/research/EDSR/models/{filename}",
@@ -216,73 +241,69 @@ def _official(name: str, filename: str) -> dict[str, Any]:
         ),
         licence="mit",
         training_data="DIV2K",
-        adapter=adapters.edsr_official,
+        adapter=edsr_official,
         trained_by="Lim et al. (EDSR-PyTorch).",
+        cfg=_EDSR,
     )
-    return _cfg(paper_name=_EDSR, **register_weights(name, weights).cfg())
 
 
-def _super_image(name: str, source: HubFile | ManualFile) -> dict[str, Any]:
-    """Register a network of eugenesiow/super-image, which keeps EDSR-PyTorch's keys."""
-    weights = Weights(
+def _super_image(source: Source) -> Weights:
+    """A network of eugenesiow/super-image, which keeps EDSR-PyTorch's keys."""
+    return Weights(
         source=source,
         licence="apache-2.0",
         training_data="DIV2K",
-        adapter=adapters.edsr_official,
+        adapter=edsr_official,
         trained_by="Eugene Siow (super-image).",
+        cfg=_EDSR,
     )
-    return _cfg(paper_name=_EDSR, **register_weights(name, weights).cfg())
 
 
-default_cfgs = generate_default_cfgs(
+default_cfgs = register_weights(
     {
         "edsr16_64.celeba295": _ours(
-            "edsr16_64.celeba295",
-            "edsr16_64",
-            "47ff4f2a69fe563ec120fd7ad4835a91fdecd17e71785c2ec26a52c4512a1cb6",
+            "edsr16_64", "47ff4f2a69fe563ec120fd7ad4835a91fdecd17e71785c2ec26a52c4512a1cb6"
         ),
         "edsr16_64_id.celeba295": _ours(
-            "edsr16_64_id.celeba295",
-            "edsr16_64_id",
-            "17e41460654e93b7045d9d3731e57261676fce327c1642299b50a279d31612b4",
+            "edsr16_64_id", "17e41460654e93b7045d9d3731e57261676fce327c1642299b50a279d31612b4"
         ),
         "edsr32_256.celeba": _released(
-            "edsr32_256.celeba",
-            "edsr_baseline.pth",
+            "edsr_baseline",
             "00d14358e8ecbdc563b4be7873303b74516bd518",
             "a497884e20a3e0ab0de323d1f222a9d2bdeb40fe",
         ),
         "edsr32_256_id.celeba": _released(
-            "edsr32_256_id.celeba",
-            "edsr_lambda0.5.pth",
+            "edsr_lambda0.5",
             "125743e6b200499932fa165869f416f7d460a736",
             "db7339928db88c0650eeb08b804f095de32ed508",
         ),
-        "edsr16_64_div2k.official_x4": _official(
-            "edsr16_64_div2k.official_x4", "edsr_baseline_x4-6b446fab.pt"
-        ),
-        "edsr32_256_div2k.official_x4": _official(
-            "edsr32_256_div2k.official_x4", "edsr_x4-4f62e9ef.pt"
-        ),
+        "edsr16_64_div2k.official_x4": _official("edsr_baseline_x4-6b446fab.pt"),
+        "edsr32_256_div2k.official_x4": _official("edsr_x4-4f62e9ef.pt"),
         "edsr16_64_super_image.div2k_x4": _super_image(
-            "edsr16_64_super_image.div2k_x4",
             HubFile(
                 repo="eugenesiow/edsr-base",
                 filename="pytorch_model_4x.pt",
                 revision="d622f68a86f11af7c1c6add1a8fa3790a1173d97",
                 sha256="9302a679cf3e656a8aefd4ae7cfae4dd86ca60b2e1c50fbe9e06dde9767d32ad",
-            ),
+            )
         ),
         "edsr32_256_super_image.div2k_x4": _super_image(
-            "edsr32_256_super_image.div2k_x4",
             ManualFile(
                 filename="pytorch_model_4x.pt",
                 url="https://huggingface.co/eugenesiow/edsr/resolve/"
                 "93f0ee66d36fb449f65525b7c4792adef82deb00/pytorch_model_4x.pt",
                 how="Its hash is not known here, so it is not fetched unasked.",
-            ),
+            )
         ),
-    }
+    },
+    num_classes=0,
+    input_size=(3, 28, 24),
+    crop_pct=1.0,
+    interpolation="bicubic",
+    mean=(0.0, 0.0, 0.0),
+    std=(1.0, 1.0, 1.0),
+    first_conv="head",
+    paper_name="Low-Resolution Face Recognition Based on Identity-Preserved Face Hallucination",
 )
 
 

@@ -23,7 +23,7 @@ from idloss.geometry import get_template
 from idloss.losses import get_distance
 from idloss.resample import Size, parse_size
 from idloss.weights.files import written_whole
-from idloss.weights.zoo import zoo_folder
+from idloss.weights.sources import zoo_folder
 
 if TYPE_CHECKING:
     from typing_extensions import Self

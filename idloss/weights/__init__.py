@@ -5,73 +5,38 @@ is for those who add weights: describe them with `Weights` and one of the source
 `register_weights` them.
 """
 
-from idloss.weights.build import build_model
-from idloss.weights.cache import add, convert, describe, fetch
-from idloss.weights.catalogue import (
-    Adapter,
-    Weights,
-    get_weights,
-    load_before_lookup,
-    register_weights,
-)
-from idloss.weights.errors import (
-    AccessDeniedError,
-    AdapterError,
-    ArchiveError,
-    HashMismatchError,
-    ManualDownloadError,
-    MissingKeysError,
+from idloss.weights.files import (
+    NotAllowedError,
+    NotAsPromisedError,
     NotFoundError,
-    OfflineError,
-    RateLimitedError,
-    ServerError,
-    TruncatedError,
-    UnknownWeightsError,
-    UnreadableFileError,
-    UnsafePickleError,
+    UnreachableError,
     WeightsError,
 )
-from idloss.weights.sources import (
-    GitHubBlob,
-    HubFile,
-    LocalFile,
-    ManualFile,
-    Source,
-    UrlFile,
-    ZooFile,
+from idloss.weights.loading import (
+    Weights,
+    add,
+    build_model,
+    convert,
+    describe,
+    fetch,
+    register_weights,
 )
+from idloss.weights.sources import GitHubBlob, HubFile, ManualFile
 
 __all__ = [
-    "AccessDeniedError",
-    "Adapter",
-    "AdapterError",
-    "ArchiveError",
     "GitHubBlob",
-    "HashMismatchError",
     "HubFile",
-    "LocalFile",
-    "ManualDownloadError",
     "ManualFile",
-    "MissingKeysError",
+    "NotAllowedError",
+    "NotAsPromisedError",
     "NotFoundError",
-    "OfflineError",
-    "RateLimitedError",
-    "ServerError",
-    "Source",
-    "TruncatedError",
-    "UnknownWeightsError",
-    "UnreadableFileError",
-    "UnsafePickleError",
-    "UrlFile",
+    "UnreachableError",
     "Weights",
     "WeightsError",
-    "ZooFile",
     "add",
     "build_model",
     "convert",
     "describe",
     "fetch",
-    "get_weights",
-    "load_before_lookup",
     "register_weights",
 ]

@@ -1,26 +1,94 @@
-"""One file at a time: hashed, read without running code, written whole or not at all."""
+"""One file at a time: downloaded, hashed, read without running code, written whole."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import http.client
+import logging
 import os
 import pickle
+import shutil
 import tempfile
+import time
+import urllib.error
+import urllib.request
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
 import torch
+from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 
-from idloss.weights.errors import HashMismatchError, UnreadableFileError, UnsafePickleError
+from idloss.errors import some_of
+
+logger = logging.getLogger(__name__)
+
+PAUSES = (1.0, 2.0, 4.0, 8.0)
+"""Seconds between attempts that brought no new byte; one more failure is the last."""
+
+LONGEST_WAIT = 120.0
+"""The longest Retry-After that is waited for, in seconds."""
+
+TIMEOUT = 20.0
+"""Seconds without a byte before a connection counts as dead."""
+
+ENTRIES = ("params_ema", "g_ema", "params", "state_dict", "model_state_dict", "model", "net")
+"""Where training checkpoints keep a network's weights: BasicSR, StyleGAN and their kin, Lightning.
+
+The first one found is taken: averaged weights are what these projects test with.
+"""
+
+PREFIXES = ("module.", "_orig_mod.", "model.")
+"""What DataParallel, `torch.compile` and training frameworks put before every key."""
 
 _BLOCK = 1 << 20
+_STALE = 3600.0  # seconds after which a temporary file was left by a killed process
+_RESERVE = 64 << 20  # bytes of a disk that a download leaves free
+_RETRIED = (408, 425, 429, 500, 502, 503, 504)
+
+_Result = TypeVar("_Result")
+
+
+class WeightsError(RuntimeError):
+    """Weights could not be had, or are not what they should be."""
+
+
+class UnreachableError(WeightsError):
+    """There is no network (or `HF_HUB_OFFLINE` forbids it), or the host fails again and again."""
+
+
+class NotAllowedError(WeightsError):
+    """The host answered 401 or 403: gated, private, or the token is wrong."""
+
+
+class NotFoundError(WeightsError):
+    """There are no such weights, their file is gone, or only a person can bring it."""
+
+
+class NotAsPromisedError(WeightsError):
+    """A file is not the pinned one, cannot be read, holds code, or does not fit its model."""
+
+
+class TryAgain(Exception):  # noqa: N818
+    """An attempt failed with `error`, and another one may not; the host asks to `wait` seconds."""
+
+    def __init__(
+        self, error: WeightsError, *, wait: float = 0.0, pauses: int = len(PAUSES)
+    ) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.wait = wait
+        self.pauses = pauses
+
+
+# --- pinned files --------------------------------------------------------------------------------
 
 
 def file_sha256(path: Path) -> str:
@@ -43,19 +111,13 @@ def _digest(path: Path, digest: Any) -> str:
 
 @dataclass(frozen=True)
 class Piece:
-    """One file as it lies at its origin.
-
-    Args:
-        filename: Its base name there.
-        url: Its address, for a machine and for a person.
-        sha256: SHA-256 of its bytes in hex, where known.
-        git_sha1: Its git blob name in hex, where known.
-    """
+    """One file as it lies at its origin: name, address, hashes where known, most bytes it has."""
 
     filename: str
     url: str
     sha256: str | None = None
     git_sha1: str | None = None
+    limit: int = 1 << 30
 
     @property
     def digest(self) -> str:
@@ -76,19 +138,162 @@ class Piece:
         return None
 
     def verify(self, path: Path, name: str) -> None:
-        """Raise `HashMismatchError` unless the file at `path` is the pinned one."""
+        """Raise `NotAsPromisedError` unless the file at `path` is the pinned one."""
         if wrong := self.mismatch(path):
-            raise HashMismatchError(
+            raise NotAsPromisedError(
                 f"{name}: {self.filename} from {self.url} is not the pinned file: {wrong}. The "
                 "origin changed it, or something between here and there did. It was not used."
             )
+
+
+# --- downloads -----------------------------------------------------------------------------------
+
+
+def download(piece: Piece, target: Path, name: str) -> None:
+    """Download a file for `name`, verify it, and only then let it appear at `target`.
+
+    What an interrupted download left in `target` + `.partial` is gone on with; if the result has
+    the wrong hash, it is thrown away and downloaded once more from its first byte. The caller
+    holds a lock on `target`. On urllib, so that proxies come from the environment.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.partial")
+
+    def reached() -> int:
+        return partial.stat().st_size if partial.exists() else 0
+
+    def bring() -> bool:
+        return with_retries(lambda: _attempt(piece, partial, reached(), name), reached)
+
+    try:
+        if bring() and (wrong := piece.mismatch(partial)):
+            logger.warning("%s: resumed %s is wrong (%s): once more", name, piece.filename, wrong)
+            partial.unlink()
+            bring()
+        piece.verify(partial, name)
+        settle(partial, target)
+    except NotAsPromisedError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def with_retries(attempt: Callable[[], _Result], reached: Callable[[], int] = lambda: 0) -> _Result:
+    """Call `attempt` again after each `TryAgain`; only those count that `reached` no new byte."""
+    furthest, failures = reached(), 0
+    while True:
+        try:
+            return attempt()
+        except TryAgain as failure:
+            failures = 0 if reached() > furthest else failures + 1
+            furthest = max(furthest, reached())
+            if failures > failure.pauses or failure.wait > LONGEST_WAIT:
+                raise failure.error from failure.__cause__
+            pause = max(failure.wait, PAUSES[max(failures - 1, 0)])
+            logger.warning("%s; trying again in %.1f s", failure, pause)
+        time.sleep(pause)
+
+
+def _attempt(piece: Piece, partial: Path, offset: int, name: str) -> bool:
+    """One request, from where `partial` ends; whether what was there before is part of it."""
+    what = f"{name}: {piece.filename} from {piece.url}"
+    headers = {"User-Agent": "idloss", "Accept-Encoding": "identity"}
+    if offset:
+        headers["Range"] = f"bytes={offset}-"
+    try:
+        request = urllib.request.Request(piece.url, headers=headers)
+        # an opener of its own: the shared one keeps the proxies of the first call
+        with urllib.request.build_opener().open(request, timeout=TIMEOUT) as response:
+            begin = response.headers.get("Content-Range", "").partition("-")[0]
+            if response.status != 206 or begin != f"bytes {offset}":
+                offset = 0
+            total = None if response.length is None else offset + response.length
+            got = _receive(response, partial, offset, total, piece, what)
+    except urllib.error.HTTPError as error:
+        with error:
+            if error.code == 416 and offset:
+                return True  # nothing is left to send; the hash decides
+            raise _refusal(what, error) from error
+    except (http.client.HTTPException, OSError) as error:
+        reason = getattr(error, "reason", None) or f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        refused = isinstance(error, urllib.error.URLError) and not isinstance(
+            reason, ConnectionResetError
+        )
+        unreachable = UnreachableError(f"{what}: no connection ({reason})")
+        raise TryAgain(unreachable, pauses=1 if refused else len(PAUSES)) from error
+    if total is not None and got < total:
+        raise TryAgain(
+            UnreachableError(f"{what}: the host announced {total:,} bytes and sent {got:,}")
+        )
+    return offset > 0
+
+
+def _receive(
+    response: http.client.HTTPResponse,
+    partial: Path,
+    offset: int,
+    total: int | None,
+    piece: Piece,
+    what: str,
+) -> int:
+    """Write the body behind `offset`, with progress on a terminal; how long `partial` is now."""
+    room = offset + shutil.disk_usage(partial.parent).free - _RESERVE
+    limit = min(piece.limit, room)
+
+    def check(size: int) -> None:
+        if size > piece.limit:
+            raise NotAsPromisedError(f"{what}: more than the {piece.limit:,} bytes it may have")
+        if size > room:
+            told = f"{what}: no room for it in {partial.parent}; HF_HOME names another folder"
+            raise OSError(errno.ENOSPC, told)
+
+    check(total or 0)
+    bar = tqdm(
+        total=total,
+        initial=offset,
+        desc=piece.filename,
+        unit="B",
+        unit_scale=True,
+        disable=None,
+    )
+    with partial.open("ab" if offset else "wb") as file, bar:
+        # read1 hands on what has arrived; read would lose it when the connection breaks
+        while file.tell() <= limit and (block := response.read1(1 << 16)):
+            file.write(block)
+            bar.update(len(block))
+        check(file.tell())
+        return file.tell()
+
+
+def _refusal(what: str, error: urllib.error.HTTPError) -> Exception:
+    """Our error for an HTTP status."""
+    answer = f"{what}: the host answered {error.code} {error.reason}"
+    if error.code in (401, 403):
+        return NotAllowedError(answer)
+    if error.code in (404, 410):
+        return NotFoundError(answer)
+    if error.code not in _RETRIED:
+        return UnreachableError(answer)
+    seconds = error.headers.get("Retry-After", "")
+    if not seconds.isdecimal():
+        return TryAgain(UnreachableError(answer))
+    asking = UnreachableError(f"{answer}, and asks for a pause of {seconds} s")
+    return TryAgain(asking, wait=float(seconds))
+
+
+# --- written whole -------------------------------------------------------------------------------
 
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
     """A temporary path beside `target` that takes its place, synced to disk, if all goes well."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    prefix = f".{target.name}."
+    for left in target.parent.iterdir():
+        if left.name.startswith(prefix) and left.suffix == ".tmp" and is_stale(left):
+            left.unlink(missing_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=target.parent)
     os.close(descriptor)
     temporary = Path(name)
     try:
@@ -98,13 +303,16 @@ def written_whole(target: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def settle(temporary: Path, target: Path) -> None:
-    """Sync a finished file to disk and move it over `target` in one step.
+def is_stale(path: Path) -> bool:
+    """Whether a temporary file is so old that a killed process must have left it."""
+    try:
+        return time.time() - path.stat().st_mtime > _STALE
+    except FileNotFoundError:  # another process was quicker
+        return False
 
-    Args:
-        temporary: The finished file, on the file system of `target`.
-        target: Where it is to be, existing or not.
-    """
+
+def settle(temporary: Path, target: Path) -> None:
+    """Sync a finished file to disk and move it over `target`, on the same disk, in one step."""
     sync(temporary)
     # mkstemp makes files for their owner only; a cache is often shared by a group
     umask = os.umask(0)
@@ -115,11 +323,7 @@ def settle(temporary: Path, target: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk.
-
-    Args:
-        path: The file or folder.
-    """
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
     if path.is_dir() and os.name != "posix":  # where folders cannot be opened
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -129,60 +333,49 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+# --- state dicts ---------------------------------------------------------------------------------
+
+
 def is_safetensors(path: Path) -> bool:
     """Whether a file begins as safetensors does: eight bytes of length, then JSON."""
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{"
 
 
-def is_whole_safetensors(path: Path) -> bool:
-    """Whether a file is safetensors, as long as its header says."""
-    return path.is_file() and is_safetensors(path) and read_metadata(path) is not None
-
-
 def load_checkpoint(path: Path, name: str) -> dict[str, Tensor]:
-    """Read a state dict without running any code that may be in the file.
+    """Read a state dict for `name` without running any code that may be in the file.
 
-    Args:
-        path: A safetensors file, or one written by `torch.save` in either of its formats.
-        name: Whose weights they are, for the errors.
-
-    Returns:
-        The tensors by key, on the CPU; a `state_dict` or `model` entry of a training
-        checkpoint is taken out of its wrapping.
-
-    Raises:
-        UnsafePickleError: The file asks for code to be run.
-        UnreadableFileError: The file is no checkpoint, or holds other things than tensors.
+    Safetensors, and what `torch.save` writes in either of its formats; an entry of a training
+    checkpoint (`ENTRIES`) is taken out of its wrapping, and the log says which.
     """
-    if is_safetensors(path):
-        try:
-            return safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise UnreadableFileError(
-                f"{name}: {path} is a broken safetensors file: {error}"
-            ) from error
     try:
+        if is_safetensors(path):
+            return safetensors.torch.load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if not _is_pickle(path):
-            raise _unreadable(name, path) from error
+            raise _unreadable(name, path, error) from error
         reason = str(error).partition("\n")[0]
-        raise UnsafePickleError(
+        raise NotAsPromisedError(
             f"{name}: {path} was refused: to read it, code in it would have to run ({reason}). "
             "Ask its authors for a state dict of plain tensors, or for safetensors."
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise _unreadable(name, path) from error
-    return _tensors(loaded, name, path)
+    # a damaged or hostile file may raise whatever it likes
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
+        raise _unreadable(name, path, error) from error
+    return _unwrapped(loaded, name, path)
 
 
-def _unreadable(name: str, path: Path) -> UnreadableFileError:
+def _unreadable(name: str, path: Path, error: Exception) -> NotAsPromisedError:
     with path.open("rb") as file:
         head = file.read(16)
-    return UnreadableFileError(
+    reason = str(error).partition("\n")[0][:200]
+    return NotAsPromisedError(
         f"{name}: {path} ({path.stat().st_size:,} bytes, beginning {head!r}) cannot be read as a "
-        "PyTorch or safetensors checkpoint. A page of HTML in its place, or half of a file?"
+        f"PyTorch or safetensors checkpoint ({type(error).__name__}: {reason!r}). "
+        "A page of HTML in its place, or half of a file?"
     )
 
 
@@ -191,40 +384,63 @@ def _is_pickle(path: Path) -> bool:
         return file.read(1) == b"\x80" or zipfile.is_zipfile(path)
 
 
-def _tensors(loaded: Any, name: str, path: Path) -> dict[str, Tensor]:
-    for wrapping in ("state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapping), Mapping):
-            loaded = loaded[wrapping]
+def _unwrapped(loaded: Any, name: str, path: Path) -> dict[str, Tensor]:
+    """The tensors in what was read, out of the entry of a training checkpoint that holds them."""
+    while isinstance(loaded, Mapping):
+        entries = [entry for entry in ENTRIES if isinstance(loaded.get(entry), Mapping)]
+        if not entries:
+            break
+        beside = f", not {some_of(entries[1:])}" if entries[1:] else ""
+        logger.warning("%s: took %r of %s%s", name, entries[0], path.name, beside)
+        loaded = loaded[entries[0]]
     if not isinstance(loaded, Mapping):
-        raise UnreadableFileError(
-            f"{name}: {path} holds a {type(loaded).__name__}, where a state dict was expected"
-        )
+        kind = type(loaded).__name__
+        raise NotAsPromisedError(f"{name}: {path} holds a {kind}, where a state dict was expected")
     strange = [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]
     if strange or not loaded:
-        raise UnreadableFileError(
+        raise NotAsPromisedError(
             f"{name}: {path} is not a state dict of tensors; "
-            f"no tensors under: {', '.join(strange) or '(it is empty)'}"
+            f"no tensors under: {some_of(strange) if strange else '(it is empty)'}"
         )
     return {str(key): value for key, value in loaded.items()}
 
 
+def without_prefixes(
+    state_dict: Mapping[str, Tensor], name: str, own: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Take off each of `PREFIXES` that all keys have, unless keys of the model's `own` have it."""
+    tensors = dict(state_dict)
+    while tensors:
+        shared = [prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in tensors)]
+        if not shared or any(key.startswith(shared[0]) for key in own):
+            break
+        logger.warning("%s: took the prefix %r off all keys", name, shared[0])
+        tensors = {key.removeprefix(shared[0]): value for key, value in tensors.items()}
+    return tensors
+
+
 def save_tensors(tensors: Mapping[str, Tensor], target: Path, metadata: Mapping[str, str]) -> None:
-    """Write tensors as safetensors, whole or not at all.
-
-    Args:
-        tensors: By key; views and shared storage are allowed, the file gets copies.
-        target: The file to be.
-        metadata: What the header is to tell about them.
-    """
+    """Write tensors, shared and strided ones too, as safetensors that know their own digest."""
     own = {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}
+    about = {"format": "pt", "idloss.digest": _tensor_digest(own), **metadata}
     with written_whole(target) as temporary:
-        safetensors.torch.save_file(own, temporary, {"format": "pt", **metadata})
+        safetensors.torch.save_file(own, temporary, about)
 
 
-def read_metadata(path: Path) -> dict[str, str] | None:
-    """The header's metadata of a safetensors file; None where it is absent or broken."""
+def verified_metadata(path: Path) -> dict[str, str] | None:
+    """What `save_tensors` wrote about a file; None where it is absent, or its tensors changed."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
+            about = dict(file.metadata() or {})
+        digest = _tensor_digest(safetensors.torch.load_file(path))
     except (OSError, safetensors.SafetensorError):
         return None
+    return about if about.get("idloss.digest") == digest else None
+
+
+def _tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

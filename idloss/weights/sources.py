@@ -1,35 +1,122 @@
-"""Where weights come from: each source knows its pinned pieces and how they become one file."""
+"""Where weights come from, and where they are kept: each source brings one verified file."""
 
 from __future__ import annotations
 
 import logging
-import lzma
 import os
 import re
 import shutil
-import zlib
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote
 
-from idloss.weights import http, hub
-from idloss.weights.errors import (
-    ArchiveError,
-    ManualDownloadError,
-    NotFoundError,
-    OfflineError,
-    WeightsError,
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
 )
-from idloss.weights.files import Piece, file_sha256
-from idloss.weights.store import Store, offline
-from idloss.weights.zoo import zoo_folder
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+from idloss.errors import some_of
+from idloss.weights.files import (
+    NotAllowedError,
+    NotAsPromisedError,
+    NotFoundError,
+    Piece,
+    TryAgain,
+    UnreachableError,
+    WeightsError,
+    download,
+    file_sha256,
+    is_stale,
+    settle,
+    with_retries,
+)
 
 logger = logging.getLogger(__name__)
 
 GITHUB_RAW = "https://raw.githubusercontent.com"
 """Where GitHub serves files; the environment variable `IDLOSS_GITHUB_RAW` names a mirror."""
+
+GITHUB_LIMIT = 100 << 20
+"""GitHub takes no file of more than 100 MiB (docs.github.com, "About large files on GitHub")."""
+
+_GONE = {"RevisionNotFoundError": "the revision", "RepositoryNotFoundError": "the repository"}
+
+
+def offline() -> bool:
+    """Whether the user forbids the network (`HF_HUB_OFFLINE`), at import time or by now."""
+    asked = os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES
+    return bool(constants.HF_HUB_OFFLINE) or asked
+
+
+def zoo_folder() -> Path:
+    """Models and recipes that come with idloss: in the package, or in the checkout around it."""
+    package = Path(__file__).resolve().parent.parent
+    zoo = package / "zoo"
+    return zoo if zoo.is_dir() else package.parent / "zoo"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The folders of a cache: `downloads/` as they came, `converted/` what was made of them.
+
+    Anything in either may be deleted at any time: it is fetched or made again. `hub` is the Hub
+    client's own cache; None for its default (`HF_HUB_CACHE`).
+    """
+
+    root: Path
+    hub: Path | None = None
+
+    @classmethod
+    def at(cls, cache_dir: str | os.PathLike[str] | None) -> Cache:
+        """The cache in `cache_dir`, or the default one under `HF_HOME`."""
+        if cache_dir is None:
+            return cls(Path(constants.HF_HOME) / "idloss")
+        return cls(Path(cache_dir) / "idloss", Path(cache_dir))
+
+    def download_path(self, piece: Piece, name: str) -> Path:
+        """Where a piece is kept as it came: by its hash, or by whose it is where none is known."""
+        owner = name if piece.digest == "unpinned" else piece.digest.replace(":", "-")
+        return self.root / "downloads" / f"{owner}-{piece.filename}"
+
+    def converted_path(self, name: str, key: str) -> Path:
+        """Where the safetensors of weights `name` are kept, made from what `key` stands for."""
+        return self.root / "converted" / f"{name}-{key[:16]}.safetensors"
+
+    def keep(self, piece: Piece, path: Path, name: str) -> None:
+        """Copy a verified file into `downloads/`, in place of what is there."""
+        target = self.download_path(piece, name)
+        with self.scratch() as folder:
+            copy = folder / piece.filename
+            shutil.copyfile(path, copy)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            settle(copy, target)
+
+    @contextmanager
+    def lock(self, path: Path) -> Iterator[None]:
+        """One process at a time for what is to be at `path`; the others wait."""
+        lock = self.root / ".locks" / f"{path.name}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(lock):
+            yield
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder for unfinished work, on the cache's own file system, gone afterwards."""
+        parent = self.root / ".scratch"
+        parent.mkdir(parents=True, exist_ok=True)
+        for left in filter(is_stale, parent.iterdir()):
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=parent) as folder:
+            yield Path(folder)
 
 
 def _check_hex(what: str, value: str | None, digits: int) -> None:
@@ -50,72 +137,50 @@ class Source(ABC):
         """A page that tells a person about the origin."""
         return self.pieces[0].url
 
-    @property
-    def fingerprint(self) -> str:
-        """What stands for the content; another one means other weights."""
-        return "+".join(piece.digest for piece in self.pieces)
-
     @abstractmethod
-    def get(self, piece: Piece, store: Store, name: str, *, force: bool) -> Path:
-        """A verified local copy of one piece, from the origin.
+    def get(self, piece: Piece, cache: Cache, name: str, *, force: bool) -> Path:
+        """A local copy of one piece for `name`, from the origin; with `force` past its cache."""
 
-        Args:
-            piece: One of `pieces`.
-            store: Where to keep it.
-            name: Whose weights they are, for the errors.
-            force: Get it from the origin even where the origin's own cache has it.
-        """
+    def fingerprint(self, cache: Cache, name: str) -> str:
+        """What stands for the content, which is that of the kept file where no hash is pinned."""
+        digests = []
+        for piece in self.pieces:
+            kept = cache.download_path(piece, name)
+            known = piece.digest != "unpinned" or not kept.exists()
+            digests.append(piece.digest if known else f"sha256:{file_sha256(kept)}")
+        return "+".join(digests)
 
-    def obtain(self, store: Store, name: str, *, force: bool = False) -> list[Path]:
-        """Verified local copies of all pieces, from the cache where it has them.
-
-        Args:
-            store: The cache.
-            name: Whose weights they are, for the errors.
-            force: Pass over what is in the cache.
-
-        Returns:
-            One path per piece, in order.
-
-        Raises:
-            WeightsError: One of its children; it says how to bring the file by hand.
-        """
+    def obtain(self, cache: Cache, name: str, *, force: bool = False) -> list[Path]:
+        """Verified local copies of all pieces in order, from the cache where it has them."""
         paths = []
         for piece in self.pieces:
-            kept = store.download_path(piece)
-            if not force and kept.exists():
+            kept = cache.download_path(piece, name)
+            if kept.exists() and (not force or piece.digest == "unpinned"):
                 wrong = piece.mismatch(kept)
                 if wrong is None:
                     paths.append(kept)
                     continue
                 logger.warning("%s: %s was damaged (%s) and is replaced", name, kept, wrong)
             try:
-                paths.append(self.get(piece, store, name, force=force))
+                paths.append(self.get(piece, cache, name, force=force))
             except WeightsError as error:
-                raise type(error)(f"{error}\n{self.by_hand(piece, name)}") from error
+                raise type(error)(f"{error}\n{_by_hand(piece, name)}") from error
         return paths
 
-    def by_hand(self, piece: Piece, name: str) -> str:
-        """How a person gets one piece into the cache, for the end of an error message."""
-        unset = "HF_HUB_OFFLINE forbids the network: unset it. Or " if offline() else "To "
-        return (
-            f"{unset}bring the file by hand: download\n    {piece.url}\n"
-            f"({piece.digest}) where that is possible, and then\n"
-            f'    python -c "from idloss import weights; '
-            f'weights.add({name!r}, {piece.filename!r})"'
-        )
-
     def assemble(self, paths: Sequence[Path], scratch: Path, name: str) -> Path:
-        """The checkpoint that the pieces make.
-
-        Args:
-            paths: The pieces, in order.
-            scratch: A folder for what has to be unpacked.
-            name: Whose weights they are, for the errors.
-        """
+        """The checkpoint that the pieces make; `scratch` is for what has to be unpacked."""
         del scratch, name
         (path,) = paths
         return path
+
+
+def _by_hand(piece: Piece, name: str) -> str:
+    """How a person gets one piece into the cache, for the end of an error message."""
+    unset = "HF_HUB_OFFLINE forbids the network: unset it, or " if offline() else ""
+    return (
+        f"{unset}download it by hand where that is possible: {piece.url} ({piece.digest}), "
+        f"and then run: idloss fetch {name} --file {piece.filename}"
+    )
 
 
 @dataclass(frozen=True)
@@ -149,64 +214,78 @@ class HubFile(Source):
         """The repository's page."""
         return f"https://huggingface.co/{self.repo}"
 
-    def get(self, piece: Piece, store: Store, name: str, *, force: bool) -> Path:
+    def get(self, piece: Piece, cache: Cache, name: str, *, force: bool) -> Path:
         """The file in the Hub's cache; a damaged one there is downloaded once more."""
-        arguments = (self.repo, self.filename, self.revision, store, name)
-        path = hub.hub_download(*arguments, force=force)
+        path = self._ask(cache, name, force)
         if not force and not offline() and (wrong := piece.mismatch(path)):
             logger.warning("%s: %s in the Hub's cache is wrong (%s): once more", name, path, wrong)
-            path = hub.hub_download(*arguments, force=True)
+            path = self._ask(cache, name, True)
         piece.verify(path, name)
         return path
 
+    def _ask(self, cache: Cache, name: str, force: bool) -> Path:
+        what = f"{name}: {self.filename} of {self.origin_url} at revision {self.revision}"
 
-class _WebSource(Source):
-    """A source whose pieces are had by plain HTTP."""
+        def attempt() -> Path:
+            check_hub(what, self.repo, self.filename, self.revision, cache.hub)
+            with hub_errors(what, self.repo):
+                return Path(
+                    hf_hub_download(
+                        self.repo,
+                        self.filename,
+                        revision=self.revision,
+                        cache_dir=cache.hub,
+                        local_files_only=offline(),
+                        force_download=force and not offline(),
+                    )
+                )
 
-    def get(self, piece: Piece, store: Store, name: str, *, force: bool) -> Path:
-        """The piece, downloaded into the cache by one process at a time."""
-        kept = store.download_path(piece)
-        if offline():
-            raise OfflineError(
-                f"{name}: {piece.filename} is not in the cache ({kept}), and HF_HUB_OFFLINE is set"
-            )
-        with store.lock(kept):
-            # another process may have brought it while this one waited
-            if force or not kept.exists() or piece.mismatch(kept):
-                http.download(self._located(piece), kept, name)
-        return kept
+        return with_retries(attempt)
 
-    def _located(self, piece: Piece) -> Piece:
-        """The piece with the address to ask now."""
-        return piece
+
+def check_hub(
+    what: str, repo: str, filename: str, revision: str | None, cache_dir: Path | None
+) -> None:
+    """Ask the Hub for a file that is not in its cache: its client would try for 35 s in silence."""
+    if offline() or try_to_load_from_cache(repo, filename, cache_dir, revision):
+        return
+    with hub_errors(what, repo):
+        get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision))
+
+
+@contextmanager
+def hub_errors(what: str, repo: str) -> Iterator[None]:
+    """Turn what the Hub's client raises, whatever its HTTP library, into our errors."""
+    try:
+        yield
+    except WeightsError:
+        raise
+    except Exception as error:
+        # what the client could not do without the network, it says with the reason as the cause
+        wrapped = isinstance(error, LocalEntryNotFoundError | ValueError) and error.__cause__
+        cause = wrapped or error
+        status = int(getattr(getattr(cause, "response", None), "status_code", None) or 0)
+        if isinstance(cause, GatedRepoError) or status in (401, 403):
+            raise NotAllowedError(
+                f"{what}: the Hub answered {status}: gated, private, or not there. Log in with "
+                "`hf auth login` or set HF_TOKEN, and accept the terms, if there are any, at "
+                f"https://huggingface.co/{repo}"
+            ) from error
+        if status == 404:
+            gone = _GONE.get(type(cause).__name__, "the file")
+            raise NotFoundError(f"{what}: the Hub answered 404: {gone} is gone") from error
+        if status:
+            ours = UnreachableError(f"{what}: the Hub answered {status}")
+            raise (TryAgain(ours) if status >= 500 else ours) from error
+        network = isinstance(cause, ConnectionError | TimeoutError | LocalEntryNotFoundError)
+        if isinstance(cause, OSError) and cause.errno is not None and not network:
+            raise  # this machine's disk
+        reason = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
+        raise UnreachableError(f"{what}: the Hub was not reached ({reason})") from error
 
 
 @dataclass(frozen=True)
-class UrlFile(_WebSource):
-    """A file at an address.
-
-    Args:
-        url: `http(s)://...`.
-        sha256: Of the file, in hex.
-    """
-
-    url: str
-    sha256: str
-
-    def __post_init__(self) -> None:
-        if urlsplit(self.url).scheme not in ("http", "https"):
-            raise ValueError(f"url must begin with http:// or https://, got {self.url!r}")
-        _check_hex("sha256", self.sha256, 64)
-
-    @property
-    def pieces(self) -> tuple[Piece, ...]:
-        """The one file."""
-        filename = PurePosixPath(unquote(urlsplit(self.url).path)).name or "download"
-        return (Piece(filename, self.url, sha256=self.sha256),)
-
-
-@dataclass(frozen=True)
-class GitHubBlob(_WebSource):
+class GitHubBlob(Source):
     """A file in a GitHub repository, perhaps cut into parts, perhaps packed as 7z.
 
     Args:
@@ -241,6 +320,7 @@ class GitHubBlob(_WebSource):
                 f"{GITHUB_RAW}/{self.repo}/{self.commit}/{quote(path)}",
                 sha256=self.sha256,
                 git_sha1=blob,
+                limit=GITHUB_LIMIT,
             )
             for path, blob in self.parts
         )
@@ -250,25 +330,28 @@ class GitHubBlob(_WebSource):
         """The repository's page at that commit."""
         return f"https://github.com/{self.repo}/tree/{self.commit}"
 
-    @property
-    def fingerprint(self) -> str:
+    def fingerprint(self, cache: Cache, name: str) -> str:
         """The parts' hashes, and which member is taken."""
-        return super().fingerprint + (f"/{self.member}" if self.member else "")
+        return super().fingerprint(cache, name) + (f"/{self.member}" if self.member else "")
 
-    def _located(self, piece: Piece) -> Piece:
+    def get(self, piece: Piece, cache: Cache, name: str, *, force: bool) -> Path:
+        """The piece, downloaded into the cache by one process at a time."""
+        kept = cache.download_path(piece, name)
+        if offline():
+            raise UnreachableError(
+                f"{name}: {piece.filename} is not in the cache ({kept}), and HF_HUB_OFFLINE is set"
+            )
         mirror = os.environ.get("IDLOSS_GITHUB_RAW", GITHUB_RAW).rstrip("/")
-        return Piece(
-            piece.filename,
-            piece.url.replace(GITHUB_RAW, mirror, 1),
-            sha256=piece.sha256,
-            git_sha1=piece.git_sha1,
-        )
+        with cache.lock(kept):
+            # another process may have brought it while this one waited
+            if force or not kept.exists() or piece.mismatch(kept):
+                download(replace(piece, url=piece.url.replace(GITHUB_RAW, mirror, 1)), kept, name)
+        return kept
 
     def assemble(self, paths: Sequence[Path], scratch: Path, name: str) -> Path:
         """The parts joined, and the member unpacked."""
-        if len(paths) == 1:
-            joined = paths[0]
-        else:
+        joined = paths[0]
+        if len(paths) > 1:
             joined = scratch / "joined"
             with joined.open("wb") as whole:
                 for path in paths:
@@ -280,7 +363,6 @@ class GitHubBlob(_WebSource):
 def _unpack_7z(archive: Path, member: str, folder: Path, name: str) -> Path:
     try:
         import py7zr
-        import py7zr.exceptions
     except ModuleNotFoundError as error:
         raise ImportError(
             f"{name} is released as a 7z archive, and py7zr is not installed: "
@@ -290,79 +372,19 @@ def _unpack_7z(archive: Path, member: str, folder: Path, name: str) -> Path:
     try:
         with py7zr.SevenZipFile(archive) as opened:
             held = opened.getnames()
-            if member not in held:
-                raise ArchiveError(f"{name}: no {member!r} in its 7z archive, only {held}")
-            opened.extract(path=folder, targets=[member])
-    except (
-        py7zr.exceptions.ArchiveError,
-        lzma.LZMAError,
-        zlib.error,
-        OSError,
-        EOFError,
-        ValueError,
-    ) as error:
-        raise ArchiveError(f"{name}: its 7z archive is broken: {error}") from error
+            if member in held:
+                opened.extract(path=folder, targets=[member])
+    # a damaged archive may raise whatever it likes
+    except Exception as error:
+        raise NotAsPromisedError(f"{name}: its 7z archive is broken: {error}") from error
+    if member not in held:
+        raise NotAsPromisedError(f"{name}: no {member!r} in its 7z archive, only {some_of(held)}")
     return folder / member
 
 
-class _DiskSource(Source):
-    """A source that is a file on this machine; it is never copied."""
-
-    @property
-    @abstractmethod
-    def file(self) -> Path:
-        """Where the file is to be."""
-
-    def obtain(self, store: Store, name: str, *, force: bool = False) -> list[Path]:
-        """The file itself."""
-        (piece,) = self.pieces
-        return [self.get(piece, store, name, force=force)]
-
-    def get(self, piece: Piece, store: Store, name: str, *, force: bool) -> Path:
-        """The file itself, verified."""
-        del store, force
-        if not self.file.is_file():
-            raise NotFoundError(f"{name}: no file at {self.file}, where its weights are to be")
-        piece.verify(self.file, name)
-        return self.file
-
-
 @dataclass(frozen=True)
-class LocalFile(_DiskSource):
-    """A file of the user's own.
-
-    Args:
-        path: The file; `~` is expanded.
-        sha256: Of the file in hex; None to take it as it is.
-    """
-
-    path: str | os.PathLike[str]
-    sha256: str | None = None
-
-    def __post_init__(self) -> None:
-        _check_hex("sha256", self.sha256, 64)
-
-    @property
-    def file(self) -> Path:
-        """The path, absolute."""
-        return Path(self.path).expanduser().absolute()
-
-    @property
-    def pieces(self) -> tuple[Piece, ...]:
-        """The one file."""
-        return (Piece(self.file.name, self.file.as_uri(), sha256=self.sha256),)
-
-    @property
-    def fingerprint(self) -> str:
-        """The pinned hash, or that of the file as it is now."""
-        if self.sha256 or not self.file.is_file():
-            return super().fingerprint
-        return f"sha256:{file_sha256(self.file)}"
-
-
-@dataclass(frozen=True)
-class ZooFile(_DiskSource):
-    """A `model.safetensors` that comes with idloss, in `zoo/<folder>`.
+class ZooFile(Source):
+    """A `model.safetensors` that comes with idloss, in `zoo/<folder>`; it is never copied.
 
     Args:
         folder: The model's folder in the zoo.
@@ -376,14 +398,23 @@ class ZooFile(_DiskSource):
         _check_hex("sha256", self.sha256, 64)
 
     @property
-    def file(self) -> Path:
-        """In the installed package, or else in the checkout around it."""
-        return zoo_folder() / self.folder / "model.safetensors"
-
-    @property
     def pieces(self) -> tuple[Piece, ...]:
-        """The one file."""
-        return (Piece(self.file.name, self.file.as_uri(), sha256=self.sha256),)
+        """The one file; its address is the same on every machine."""
+        filename = "model.safetensors"
+        return (Piece(filename, f"zoo:{self.folder}/{filename}", sha256=self.sha256),)
+
+    def obtain(self, cache: Cache, name: str, *, force: bool = False) -> list[Path]:
+        """The file itself, verified."""
+        return [self.get(self.pieces[0], cache, name, force=force)]
+
+    def get(self, piece: Piece, cache: Cache, name: str, *, force: bool) -> Path:
+        """The file itself, verified."""
+        del cache, force
+        path = zoo_folder() / self.folder / piece.filename
+        if not path.is_file():
+            raise NotFoundError(f"{name}: no file at {path}, where its weights are to be")
+        piece.verify(path, name)
+        return path
 
 
 @dataclass(frozen=True)
@@ -411,7 +442,7 @@ class ManualFile(Source):
         """The one file."""
         return (Piece(self.filename, self.url, sha256=self.sha256),)
 
-    def get(self, piece: Piece, store: Store, name: str, *, force: bool) -> Path:
+    def get(self, piece: Piece, cache: Cache, name: str, *, force: bool) -> Path:
         """Always an error: only a person can bring it."""
-        del store, force
-        raise ManualDownloadError(f"{name}: {piece.filename} has to be fetched by hand. {self.how}")
+        del cache, force
+        raise NotFoundError(f"{name}: {piece.filename} has to be fetched by hand. {self.how}")

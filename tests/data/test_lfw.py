@@ -15,7 +15,7 @@ from servers import Fault, FileServer
 from idloss.data import DataError, lfw
 from idloss.data.folds import balanced_folds
 from idloss.data.pairs import lfw_name
-from idloss.weights.errors import HashMismatchError
+from idloss.weights import NotAsPromisedError
 from idloss.weights.files import Piece
 
 COUNTS = {"Ann_Li": 3, "Bo": 2, "Cy_de_la_Cruz": 1, "Dee": 2}
@@ -170,7 +170,7 @@ def host(home, monkeypatch):
         )
         # by its full name: the package exports a function of the module's name
         monkeypatch.setattr(sys.modules["idloss.data.lfw"], "HOSTED", pieces)
-        monkeypatch.setattr("idloss.weights.http.time.sleep", lambda _: None)
+        monkeypatch.setattr("idloss.weights.files.time.sleep", lambda _: None)
         yield server
 
 
@@ -206,6 +206,6 @@ def test_download_goes_into_a_folder(host, home):
 
 def test_download_of_another_file_is_refused(host, tmp_path):
     host.files["/pairs.txt"] += b"more"
-    with pytest.raises(HashMismatchError, match=r"pairs\.txt is not the pinned file"):
+    with pytest.raises(NotAsPromisedError, match=r"pairs\.txt is not the pinned file"):
         lfw(tmp_path / "new", download=True)
     assert not (tmp_path / "new" / "pairs.txt").exists()

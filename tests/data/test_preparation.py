@@ -22,7 +22,7 @@ from data.test_faces import NUMBERS
 from data.test_files import jpeg
 from minilfw import mini_lfw
 
-from idloss import FaceEncoder, adapters, create_fnet
+from idloss import FaceEncoder, create_fnet
 from idloss.data import (
     AlignedFaces,
     DataError,
@@ -37,6 +37,7 @@ from idloss.data import (
     prepare,
 )
 from idloss.data.files import MemoryFiles
+from idloss.fnets.mobilefacenet import mobilefacenet_bubbliiiing
 
 EVERYTHING = torch.arange(24)
 
@@ -356,7 +357,7 @@ def test_real_people_are_found(shared, tmp_path):
     weights = shared("weights/arcface_mobilefacenet.pth")
     released = torch.load(weights, map_location="cpu", weights_only=True)
     fnet = create_fnet("mobilefacenet")
-    fnet.load_state_dict(adapters.mobilefacenet_bubbliiiing(released))
+    fnet.load_state_dict(mobilefacenet_bubbliiiing(released))
     counts = everyone.labels.bincount()
     people = (counts == 6).nonzero().flatten()[:6].tolist()
     places = [(everyone.labels == person).nonzero().flatten() for person in people]

@@ -10,8 +10,9 @@ from conftest import ROOT
 from timm.models import save_for_hf
 from tinytraining import losses
 
-from idloss import adapters, create_fnet
+from idloss import create_fnet
 from idloss.data import SyntheticFaces
+from idloss.fnets.mobilefacenet import mobilefacenet_bubbliiiing
 
 SCRIPT = ROOT / "examples" / "train_fnet.py"
 FAST = ["trackers=[]", "log_every=1"]
@@ -61,7 +62,7 @@ def test_with_a_teacher_real_faces_need_no_names(example, monkeypatch, shared, t
     """A dozen photos of CelebA and a real recogniser, two steps."""
     state = torch.load(shared("weights/arcface_mobilefacenet.pth"), weights_only=True)
     teacher = create_fnet("mobilefacenet")
-    teacher.load_state_dict(adapters.mobilefacenet_bubbliiiing(state))
+    teacher.load_state_dict(mobilefacenet_bubbliiiing(state))
     save_for_hf(teacher, tmp_path / "teacher", safe_serialization=True)
     photos = tmp_path / "celeba_wild"
     with tarfile.open(shared("data/celeba_wild.tar")) as archive:

@@ -13,7 +13,8 @@ from timm.models import get_arch_pretrained_cfgs, model_entrypoint, save_for_hf
 from idloss import create_srnet, list_srnets
 from idloss.srnets import EDSR, Interpolation
 from idloss.srnets.edsr import OFFICIAL
-from idloss.weights import ManualFile, UnknownWeightsError, get_weights
+from idloss.weights import ManualFile, NotFoundError
+from idloss.weights.loading import get_weights
 
 SRNETS = list_srnets()
 EDSRS = [name for name in SRNETS if name.startswith("edsr")]
@@ -182,7 +183,7 @@ def test_mean_and_std_are_no_weights():
 def test_never_random_weights_in_silence(name):
     """Architectures without weights refuse pretrained=True."""
     nowhere = {"url": "", "tag": ""}  # as if none had been registered
-    with pytest.raises(UnknownWeightsError, match=name):
+    with pytest.raises(NotFoundError, match=name):
         create_srnet(name, pretrained=True, pretrained_cfg_overlay=nowhere)
 
 

@@ -8,10 +8,10 @@ from tinytraining import FIELDS, losses, tiny_faces, tiny_run, weights
 from torch import nn
 
 from idloss import HallucinationLoss, create_srnet
-from idloss.adapters import edsr_released
 from idloss.data import AlignedFaces
 from idloss.degradation import draw_batch
 from idloss.srnets import EDSR
+from idloss.srnets.edsr import edsr_released
 from idloss.training import Recipe, RunOptions, TrainingStoppedError, load_recipe, train
 from idloss.training.batches import shares, shuffled_batches
 from idloss.training.engine import create_optimizer, create_schedule

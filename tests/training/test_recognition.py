@@ -13,9 +13,10 @@ from minilfw import mini_lfw
 from nets import tiny_fnet
 from tinytraining import FIELDS, losses, tiny_faces, weights
 
-from idloss import FaceEncoder, IdentityPreservedLoss, adapters, create_fnet
+from idloss import FaceEncoder, IdentityPreservedLoss, create_fnet
 from idloss.data import SyntheticFaces, folder_faces
 from idloss.degradation import get_degradation, mirror
+from idloss.fnets.mobilefacenet import mobilefacenet_bubbliiiing
 from idloss.resample import resize, to_float
 from idloss.training import FNetRecipe, TrainingStoppedError, load_recipe, recipe_names, train_fnet
 from idloss.training.batches import Crops, Draw, generator_for
@@ -425,7 +426,7 @@ def test_real_faces_distilled_from_a_real_recogniser(shared, tmp_path):
     """A dozen photos of CelebA, aligned as they are read; a step changes a copy of the teacher."""
     state = torch.load(shared("weights/arcface_mobilefacenet.pth"), weights_only=True)
     teacher = create_fnet("mobilefacenet")
-    teacher.load_state_dict(adapters.mobilefacenet_bubbliiiing(state))
+    teacher.load_state_dict(mobilefacenet_bubbliiiing(state))
     photos = folder_faces(shared("data/celeba_wild.tar"))
     faces = photos.select(torch.arange(12))
     recipe = FNetRecipe(

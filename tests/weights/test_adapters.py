@@ -7,20 +7,22 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from idloss import adapters
 from idloss.fnets import MobileFaceNet, SphereFace, VGGFace
+from idloss.fnets.mobilefacenet import mobilefacenet_bubbliiiing, mobilefacenet_foamliu
+from idloss.fnets.sphereface import sface_released, sphereface_clcarwin
+from idloss.fnets.vggface import vgg_face_dag, vgg_face_prlz77
 from idloss.geometry import align
-from idloss.srnets.edsr import EDSR, OFFICIAL
+from idloss.srnets.edsr import EDSR, OFFICIAL, edsr_official, edsr_released
 
 ADAPTERS = [
-    adapters.edsr_official,
-    adapters.edsr_released,
-    adapters.mobilefacenet_bubbliiiing,
-    adapters.mobilefacenet_foamliu,
-    adapters.sface_released,
-    adapters.sphereface_clcarwin,
-    adapters.vgg_face_dag,
-    adapters.vgg_face_prlz77,
+    edsr_official,
+    edsr_released,
+    mobilefacenet_bubbliiiing,
+    mobilefacenet_foamliu,
+    sface_released,
+    sphereface_clcarwin,
+    vgg_face_dag,
+    vgg_face_prlz77,
 ]
 
 
@@ -53,11 +55,11 @@ def random_weights(layers, seed=0):
 @pytest.mark.parametrize(
     ("name", "adapter", "build", "count"),
     [
-        ("sface", adapters.sface_released, lambda: meta(SphereFace), 22_670_656),
-        ("edsr16_64", adapters.edsr_released, lambda: meta(EDSR), 1_517_571),
+        ("sface", sface_released, lambda: meta(SphereFace), 22_670_656),
+        ("edsr16_64", edsr_released, lambda: meta(EDSR), 1_517_571),
         (
             "edsr32_256",
-            adapters.edsr_released,
+            edsr_released,
             lambda: meta(EDSR, depth=32, width=256),
             43_089_923,
         ),
@@ -82,26 +84,18 @@ def test_missing_keys_are_named(released_edsr):
     released = released_edsr("edsr_2_16")
     del released["res_blocks.1.residual.2.bias"]
     with pytest.raises(ValueError, match=r"missing keys: res_blocks\.1\.residual\.2\.bias$"):
-        adapters.edsr_released(released)
+        edsr_released(released)
 
 
 def test_empty_checkpoints_are_refused():
     with pytest.raises(ValueError, match=r"missing keys: conv1\.bias"):
-        adapters.edsr_released({})
-
-
-def test_data_parallel_prefix(released_edsr):
-    released = released_edsr("edsr_2_16")
-    parallel = {f"module.{key}": value for key, value in released.items()}
-    plain, adapted = adapters.edsr_released(released), adapters.edsr_released(parallel)
-    assert adapted.keys() == plain.keys()
-    assert all(torch.equal(adapted[key], value) for key, value in plain.items())
+        edsr_released({})
 
 
 def test_the_checkpoint_is_left_alone(released_edsr):
     released = released_edsr("edsr_2_16")
     before = {key: value.clone() for key, value in released.items()}
-    adapters.edsr_released(released)
+    edsr_released(released)
     assert released.keys() == before.keys()
     assert all(torch.equal(released[key], value) for key, value in before.items())
 
@@ -109,7 +103,7 @@ def test_the_checkpoint_is_left_alone(released_edsr):
 def test_released_edsr_arithmetic(golden, released_edsr):
     """The authors' network takes and gives BGR in [-1, 1]; ours RGB in [0, 1]."""
     model = EDSR(depth=2, width=16).eval()
-    model.load_state_dict(adapters.edsr_released(released_edsr("edsr_2_16")))
+    model.load_state_dict(edsr_released(released_edsr("edsr_2_16")))
     low = torch.from_numpy(golden["edsr_in"])
     with torch.no_grad():
         ours = model((low.flip(1) + 1) / 2)
@@ -162,7 +156,7 @@ def test_official_edsr_arithmetic(scale):
     expected = conv(conv(x, "tail.1"), "add_mean") / 255
 
     model = EDSR(depth=3, width=8, scale=scale, res_scale=0.1, **OFFICIAL)
-    model.load_state_dict(adapters.edsr_official(released))
+    model.load_state_dict(edsr_official(released))
     with torch.no_grad():
         assert torch.allclose(model(image), expected, atol=1e-5)
 
@@ -196,7 +190,7 @@ def test_clcarwin_sphereface():
     expected = F.linear(x.flatten(1), released["fc5.weight"], released["fc5.bias"])
 
     model = SphereFace(img_size=(32, 32))
-    model.load_state_dict(adapters.sphereface_clcarwin(released))
+    model.load_state_dict(sphereface_clcarwin(released))
     with torch.no_grad():
         assert torch.allclose(model(bgr.flip(1)), expected, rtol=1e-4, atol=1e-4)
 
@@ -204,8 +198,8 @@ def test_clcarwin_sphereface():
 @pytest.mark.parametrize(
     ("adapter", "pattern", "bgr"),
     [
-        (adapters.vgg_face_dag, "conv{}_{}", False),
-        (adapters.vgg_face_prlz77, "conv_{}_{}", True),
+        (vgg_face_dag, "conv{}_{}", False),
+        (vgg_face_prlz77, "conv_{}_{}", True),
     ],
 )
 def test_vgg_face(adapter, pattern, bgr):
@@ -256,10 +250,10 @@ def test_vgg_face_of_full_size():
 def mobilefacenets(shared):
     """`(released state dict, our network with it)` of both published files."""
     for name, adapter, options in (
-        ("arcface_mobilefacenet.pth", adapters.mobilefacenet_bubbliiiing, {}),
+        ("arcface_mobilefacenet.pth", mobilefacenet_bubbliiiing, {}),
         (
             "foamliu_mobilefacenet.pt",
-            adapters.mobilefacenet_foamliu,
+            mobilefacenet_foamliu,
             {"act": "relu6", "separable_stem": True, "embedding_bias": True},
         ),
     ):

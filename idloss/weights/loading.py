@@ -1,0 +1,518 @@
+"""From a name to verified weights in our layout, and to a model that has every one of them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    is_model,
+    load_pretrained,
+    load_state_dict_from_hf,
+    resolve_pretrained_cfg,
+)
+from torch import Tensor, nn
+
+from idloss.errors import did_you_mean, some_of
+from idloss.plugins import load_plugins
+from idloss.weights.files import (
+    NotAsPromisedError,
+    NotFoundError,
+    is_safetensors,
+    load_checkpoint,
+    save_tensors,
+    verified_metadata,
+    without_prefixes,
+)
+from idloss.weights.sources import Cache, Source
+
+_Model = TypeVar("_Model", bound=nn.Module)
+_StateDict = dict[str, Tensor]
+
+StateDict = Mapping[str, Tensor]
+Adapter = Callable[[StateDict], StateDict]
+"""From the state dict of a released checkpoint to ours; `ValueError` for any other layout."""
+
+CacheDir = str | os.PathLike[str] | None
+
+CONV = ("weight", "bias")
+"""The entries of a convolution or a linear layer."""
+
+NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+"""The entries of a batch norm."""
+
+# What a PretrainedCfg tells of one set of weights, which is false of any other.
+_PROVENANCE = (
+    "url",
+    "file",
+    "state_dict",
+    "source",
+    "hf_hub_id",
+    "hf_hub_filename",
+    "tag",
+    "license",
+    "description",
+    "origin_url",
+)
+
+
+# --- which weights there are ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is known of one set of weights.
+
+    Args:
+        source: Where they come from, pinned.
+        licence: As its origin states it (an SPDX name where there is one), or that it states none.
+        training_data: What the network was trained on.
+        adapter: From the released state dict to ours; None where they are the same.
+        version: Of the adapter; whoever changes what it makes raises it, and files that the
+            old one made are made again.
+        description: One line for people: the loss it was trained with, its reported accuracy.
+        trained_by: Who trained it, where that is not the origin's owner.
+        cfg: What of timm's `PretrainedCfg` these weights have for themselves, such as `mean`.
+    """
+
+    source: Source
+    licence: str
+    training_data: str
+    adapter: Adapter | None = None
+    version: int = 1
+    description: str = ""
+    trained_by: str = ""
+    cfg: Mapping[str, Any] = field(default_factory=dict)
+
+    def pretrained_cfg(self, **shared: Any) -> dict[str, Any]:
+        """What timm's `PretrainedCfg` has a place for.
+
+        The `url` makes `list_models(pretrained=True)` list the model. Loading never follows it.
+        """
+        about = (self.description, f"Trained on {self.training_data}.", self.trained_by)
+        return {
+            **shared,
+            **self.cfg,
+            "url": self.source.pieces[0].url,
+            "license": self.licence,
+            "origin_url": self.source.origin_url,
+            "description": " ".join(filter(None, about)),
+        }
+
+    def key(self, cache: Cache, name: str) -> str:
+        """A hash of the source's content and the adapter's version: another one, other tensors."""
+        parts = f"{self.source.fingerprint(cache, name)}\n{self.version}"
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+
+_registered: dict[str, Weights] = {}
+
+
+def register_weights(entries: Mapping[str, Weights], **shared: Any) -> dict[str, Any]:
+    """Make weights known under their names; a module that is imported again changes nothing.
+
+    Args:
+        entries: Weights by `arch.tag`, as in timm; `arch` is the model's entry point.
+        **shared: What all of them have in timm's `PretrainedCfg`.
+
+    Returns:
+        The `default_cfgs` of the module that has the entry points, which timm looks for there.
+
+    Raises:
+        ValueError: If other weights have one of the names.
+    """
+    for name, weights in entries.items():
+        known = _registered.setdefault(name, weights)
+        if (known.source, known.version) != (weights.source, weights.version):
+            raise ValueError(f"weights {name!r} are registered already, from another source")
+    cfgs = {name: weights.pretrained_cfg(**shared) for name, weights in entries.items()}
+    default_cfgs: dict[str, Any] = generate_default_cfgs(cfgs)
+    return default_cfgs
+
+
+def get_weights(name: str) -> Weights:
+    """Look up weights by `arch.tag`, or `arch` for its default tag."""
+    return _registered[_full_name(name)]
+
+
+def _full_name(name: str) -> str:
+    if name not in _registered:
+        load_plugins()
+    if name not in _registered and "." not in name and is_model(name):
+        cfg = get_pretrained_cfg(name)
+        name = f"{name}.{cfg.tag}" if cfg is not None and cfg.tag else name
+    if name not in _registered:
+        raise NotFoundError(did_you_mean("weights", name, _registered))
+    return name
+
+
+def describe(name: str, *, cache_dir: CacheDir = None) -> dict[str, Any]:
+    """What is known of weights, for people: source, hash, licence, training data, size.
+
+    Args:
+        name: `arch.tag`, or `arch` for its default tag.
+        cache_dir: As in `fetch`.
+
+    Returns:
+        Readable values by readable key; `size` and `cached` are None for what is not here yet.
+        Nothing is downloaded.
+
+    Raises:
+        NotFoundError: If the name is not known.
+    """
+    name = _full_name(name)
+    weights = get_weights(name)
+    cache = Cache.at(cache_dir)
+    key = weights.key(cache, name)
+    target = cache.converted_path(name, key)
+    cached = target if _is_made(target, key) else None
+    pieces = weights.source.pieces
+    return {
+        "name": name,
+        "description": weights.description,
+        "source": [piece.url for piece in pieces],
+        "hash": [piece.digest for piece in pieces],
+        "origin": weights.source.origin_url,
+        "licence": weights.licence,
+        "training data": weights.training_data,
+        "trained by": weights.trained_by,
+        "adapter": _adapter_name(weights),
+        "cached": cached,
+        "size": cached.stat().st_size if cached else None,
+    }
+
+
+# --- from a name to a file -----------------------------------------------------------------------
+
+
+def fetch(name: str, *, cache_dir: CacheDir = None, force: bool = False) -> Path:
+    """Get weights: download, verify, convert, each only if it was not done before.
+
+    Args:
+        name: `arch.tag`, or `arch` for its default tag.
+        cache_dir: Folder to keep things in; None for `$HF_HOME/idloss`, and `HF_HUB_CACHE`
+            for files of the Hub.
+        force: Do all of it again.
+
+    Returns:
+        A safetensors file in the model's own layout, verified.
+
+    Raises:
+        NotFoundError: If the name is not known, or the file is gone.
+        UnreachableError: If the file is not in the cache and cannot be downloaded.
+        NotAllowedError: If its host wants a login.
+        NotAsPromisedError: If what was downloaded is not what was pinned.
+        ImportError: If a 7z archive is to be opened and py7zr is not installed.
+    """
+    name = _full_name(name)
+    weights = get_weights(name)
+    cache = Cache.at(cache_dir)
+    key = weights.key(cache, name)
+    target = cache.converted_path(name, key)
+    if not force and _is_made(target, key):
+        return target
+    with cache.lock(target):
+        if not force and _is_made(target, key):  # by another process, meanwhile
+            return target
+        paths = weights.source.obtain(cache, name, force=force)
+        with cache.scratch() as scratch:
+            checkpoint = weights.source.assemble(paths, scratch, name)
+            tensors = _adapted(checkpoint, weights, name)
+            if weights.adapter is None and checkpoint in paths and is_safetensors(checkpoint):
+                return checkpoint  # it is what we would make of it
+            about = {"idloss.key": key, "source": weights.source.pieces[0].url}
+            about["source_hash"] = weights.source.fingerprint(cache, name)
+            save_tensors(tensors, target, _about(name, weights) | about)
+    return target
+
+
+def _is_made(target: Path, key: str) -> bool:
+    """Whether `target` is there, whole, and made from what `key` stands for."""
+    return (verified_metadata(target) or {}).get("idloss.key") == key
+
+
+def _about(name: str, weights: Weights) -> dict[str, str]:
+    return {
+        "idloss.name": name,
+        "licence": weights.licence,
+        "training_data": weights.training_data,
+        "adapter": _adapter_name(weights),
+    }
+
+
+def _adapter_name(weights: Weights) -> str:
+    name = getattr(weights.adapter, "__name__", "of its own")
+    return "none" if weights.adapter is None else f"{name}, version {weights.version}"
+
+
+def add(name: str, *paths: str | os.PathLike[str], cache_dir: CacheDir = None) -> Path:
+    """Bring files that you downloaded by hand: they are verified, kept, and converted.
+
+    Args:
+        name: `arch.tag`, or `arch` for its default tag.
+        *paths: The file, or all its parts in any order, as they are at the origin. Parts
+            left out are downloaded.
+        cache_dir: As in `fetch`.
+
+    Returns:
+        A safetensors file in the model's own layout, which `fetch` returns from now on.
+
+    Raises:
+        NotAsPromisedError: If a file is none of those that are pinned, or has another layout;
+            nothing is kept then.
+        WeightsError: As in `fetch`.
+    """
+    name = _full_name(name)
+    weights = get_weights(name)
+    cache = Cache.at(cache_dir)
+    matched = []
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise FileNotFoundError(f"{name}: there is no file {path} to add")
+        wrong = {piece: piece.mismatch(path) for piece in weights.source.pieces}
+        piece = next((piece for piece, reason in wrong.items() if reason is None), None)
+        if piece is None:
+            reasons = "; ".join(f"as {piece.filename}: {why}" for piece, why in wrong.items())
+            raise NotAsPromisedError(f"{name}: {path} is not the pinned file: {reasons}")
+        if piece.digest == "unpinned":
+            _adapted(path, weights, name)  # all there is to tell a wrong one by
+        matched.append((piece, path))
+    for piece, path in matched:
+        cache.keep(piece, path, name)
+    return fetch(name, cache_dir=cache_dir)
+
+
+def convert(name: str, path: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
+    """Convert your own checkpoint in the released layout of a model, such as one you retrained.
+
+    The result is for `create_fnet(arch, pretrained=True,
+    pretrained_cfg_overlay={"file": target})`, which checks that it has every tensor.
+
+    Args:
+        name: Weights whose layout the checkpoint has, `arch.tag` or `arch`.
+        path: The checkpoint; no hash is asked of it, and no code in it is run.
+        target: The safetensors file to write.
+
+    Returns:
+        `target`.
+
+    Raises:
+        NotAsPromisedError: If the checkpoint has another layout, or wants to run code.
+    """
+    name = _full_name(name)
+    weights = get_weights(name)
+    tensors = _adapted(Path(path), weights, name)
+    save_tensors(tensors, Path(target), _about(name, weights) | {"source": str(path)})
+    return Path(target)
+
+
+def _adapted(checkpoint: Path, weights: Weights, name: str) -> StateDict:
+    """What a checkpoint in the released layout holds, in ours."""
+    released = load_checkpoint(checkpoint, name)
+    if weights.adapter is None:
+        return released
+    try:
+        return weights.adapter(without_prefixes(released, name))
+    except (KeyError, ValueError) as error:
+        reason = error.args[0] if error.args else error
+        raise NotAsPromisedError(
+            f"{name}: {checkpoint.name} does not have the layout it was released with: {reason}"
+        ) from error
+
+
+# --- adapters ------------------------------------------------------------------------------------
+# Every adapter is a pure function of a state dict. It lists the keys that a checkpoint of its kind
+# has; a key too many or too few is an error that names it, so that a wrong file is never half
+# loaded. BGR ends here: networks that took BGR get the input channels of their first convolution
+# reversed, and an SR network the output channels of its last one too.
+
+
+def layer_keys(theirs: str, ours: str, entries: Iterable[str] = CONV) -> dict[str, str]:
+    """Names of the entries of one layer, theirs to ours."""
+    return {f"{theirs}.{entry}": f"{ours}.{entry}" for entry in entries}
+
+
+def count_indices(state_dict: StateDict, pattern: str) -> int:
+    """How many different indices the pattern finds in the keys."""
+    return len({match[1] for key in state_dict if (match := re.search(pattern, key))})
+
+
+def rename_keys(
+    state_dict: StateDict, names: Mapping[str, str], kind: str, *, dropped: tuple[str, ...] = ()
+) -> _StateDict:
+    """Rename every key, drop those that start with `dropped`, and refuse any other set of keys."""
+    kept = {key for key in state_dict if not key.startswith(dropped)}
+    unknown, missing = sorted(kept - names.keys()), sorted(names.keys() - kept)
+    if unknown or missing:
+        complaints = [
+            f"{what}: {some_of(keys, 5)}"
+            for what, keys in (("unknown keys", unknown), ("missing keys", missing))
+            if keys
+        ]
+        raise ValueError(f"this is not a checkpoint of {kind}: {'; '.join(complaints)}")
+    return {ours: state_dict[theirs] for theirs, ours in names.items()}
+
+
+def reverse_input(state_dict: _StateDict, layer: str) -> _StateDict:
+    """Make a first convolution that takes BGR take RGB."""
+    weight = f"{layer}.weight"
+    return {**state_dict, weight: state_dict[weight].flip(1)}
+
+
+def reverse_output(state_dict: _StateDict, layer: str) -> _StateDict:
+    """Make a last convolution that gives BGR give RGB."""
+    flipped = {f"{layer}.{entry}": state_dict[f"{layer}.{entry}"].flip(0) for entry in CONV}
+    return {**state_dict, **flipped}
+
+
+# --- from a name to a model ----------------------------------------------------------------------
+
+
+def build_model(
+    model_cls: Callable[..., _Model],
+    variant: str,
+    pretrained: bool,
+    *,
+    cache_dir: CacheDir = None,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    pretrained_filter_fn: Callable[..., _StateDict] | None = None,
+    **kwargs: Any,
+) -> _Model:
+    """Build a model as timm does; its weights, if they are registered here, are verified first.
+
+    A `file`, `state_dict`, `url` or Hub repository that the caller puts into `pretrained_cfg` or
+    `pretrained_cfg_overlay` is honoured, and so are timm's `hf-hub:` and `local-dir:` names; these
+    are in the model's own layout (`idloss.weights.convert` makes that of a released one).
+
+    Args:
+        model_cls: The model's class.
+        variant: Its entry point's name.
+        pretrained: Load weights; every tensor must be there, but for those of a classifier
+            whose `num_classes` differs.
+        cache_dir: As in `fetch`.
+        pretrained_cfg: As in timm.
+        pretrained_cfg_overlay: As in timm.
+        pretrained_filter_fn: As in timm.
+        **kwargs: For timm's `build_model_with_cfg`, and the rest for the class.
+
+    Returns:
+        The model, in train mode, as timm returns it. Its `pretrained_cfg` tells of tag, licence
+        and origin only if its weights have them.
+
+    Raises:
+        NotFoundError: If there are no weights to load.
+        NotAsPromisedError: If the state dict has not exactly the model's keys.
+        WeightsError: As in `fetch`.
+    """
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    name = f"{variant}.{cfg.tag}" if cfg.tag else variant
+    ours = _is_ours(cfg, name)
+    tensors = _find_tensors(cfg, name, ours, cache_dir) if pretrained else None
+    published = ours or cfg.source in ("hf-hub", "local-dir")
+    told = {
+        key: value
+        for key, value in vars(cfg).items()
+        if value is not None and (key not in _PROVENANCE or (pretrained and published))
+    }
+
+    def build(**arguments: Any) -> _Model:
+        model = model_cls(**arguments)
+        if tensors is not None:
+            load_pretrained(
+                model,
+                {**told, "state_dict": tensors, "source": None},
+                num_classes=getattr(model, "num_classes", 0),
+                in_chans=arguments.get("in_chans", 3),
+                filter_fn=_strict_filter(name, told, pretrained_filter_fn),
+            )
+        return model
+
+    built: _Model = build_model_with_cfg(build, variant, False, pretrained_cfg=told, **kwargs)
+    return built
+
+
+def _is_ours(cfg: PretrainedCfg, name: str) -> bool:
+    """Whether registered weights are meant, not what the caller put in their place."""
+    if cfg.source in ("hf-hub", "local-dir") or cfg.file or cfg.state_dict or cfg.hf_hub_id:
+        return False
+    return name in _registered and cfg.url == _registered[name].source.pieces[0].url
+
+
+def _find_tensors(
+    cfg: PretrainedCfg, name: str, ours: bool, cache_dir: CacheDir
+) -> Mapping[str, Tensor]:
+    """The state dict that a `PretrainedCfg` leads to."""
+    if ours:
+        return load_checkpoint(fetch(name, cache_dir=cache_dir), name)
+    if cfg.state_dict:
+        return dict(cfg.state_dict)
+    if cfg.file:
+        path = Path(cfg.file)
+        return load_checkpoint(_checkpoint_in(path) if path.is_dir() else path, name)
+    cache = None if cache_dir is None else Path(cache_dir)
+    if cfg.hf_hub_id:
+        place = (cfg.hf_hub_id, *filter(None, [cfg.hf_hub_filename]))
+        return dict(load_state_dict_from_hf(*place, weights_only=True, cache_dir=cache))
+    if cfg.url:
+        return dict(
+            torch.hub.load_state_dict_from_url(
+                cfg.url, None if cache is None else str(cache), "cpu", weights_only=True
+            )
+        )
+    raise NotFoundError(
+        f"there are no weights for {name!r}. Use pretrained=False, or a tag that has some: "
+        "timm.list_models(..., pretrained=True)"
+    )
+
+
+def _checkpoint_in(folder: Path) -> Path:
+    """The file of a folder that holds its weights: safetensors first, a `model` first."""
+    for ending in ("safetensors", "bin", "pth", "pt"):
+        found = sorted(
+            folder.glob(f"*.{ending}"), key=lambda path: ("model" not in path.stem, path)
+        )
+        if found:
+            return found[0]
+    raise NotFoundError(f"{folder} holds no weights: no .safetensors, .bin, .pth or .pt file")
+
+
+def _strict_filter(
+    name: str, cfg: Mapping[str, Any], inner: Callable[..., _StateDict] | None
+) -> Callable[[_StateDict, nn.Module], _StateDict]:
+    """A timm checkpoint filter that compares the keys before timm relaxes its own comparison.
+
+    timm loads without strictness as soon as `num_classes` differs, and then any
+    tensor may be missing in silence.
+    """
+
+    def check(state_dict: _StateDict, model: nn.Module) -> _StateDict:
+        own = model.state_dict().keys()
+        state_dict = without_prefixes(state_dict, name, own)
+        if inner is not None:
+            state_dict = inner(state_dict, model)
+        classifiers = cfg.get("classifier") or ()
+        heads = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+        differing = own ^ state_dict.keys()
+        wrong = sorted(key for key in differing if key.rpartition(".")[0] not in heads)
+        if wrong:
+            missing = [key for key in wrong if key not in state_dict]
+            unexpected = [key for key in wrong if key in state_dict]
+            raise NotAsPromisedError(
+                f"{name}: the weights do not fit the model; missing: {some_of(missing)}; "
+                f"unexpected: {some_of(unexpected)}. A released checkpoint goes through "
+                f"idloss.weights.convert({name!r}, path, target) first."
+            )
+        return state_dict
+
+    return check

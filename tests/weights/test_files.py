@@ -1,0 +1,376 @@
+"""Files over a real network stack that misbehaves, and what may be in them."""
+
+import io
+import os
+import pickle
+import sys
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from servers import Fault
+from tinyweights import (
+    NAME,
+    RELEASED,
+    TINY,
+    TINY_PATH,
+    assert_tiny,
+    blob,
+    files_under,
+    git_sha1,
+    saved,
+    state_dict,
+    strip_prefix,
+)
+
+from idloss import weights
+from idloss.weights import files, loading
+from idloss.weights.sources import GITHUB_RAW
+
+
+class TestDownload:
+    def test_download_convert_once(self, web, home):
+        server, url_path, name = web
+        path = weights.fetch(name)
+        assert_tiny(path)
+        assert path.is_relative_to(home / "idloss")
+        with safetensors.safe_open(path, framework="pt") as file:
+            about = file.metadata()
+        assert about["source"] == f"{GITHUB_RAW}{url_path}"
+        assert about["source_hash"] == f"git-sha1:{git_sha1(RELEASED)}"
+        assert (about["licence"], about["training_data"]) == ("mit", "nothing at all")
+        assert about["adapter"] == "strip_prefix, version 1"
+        assert weights.fetch(name) == path
+        assert len(server.gets(url_path)) == 1
+        kept = files_under(home / "idloss")
+        assert len(kept) == 2
+        assert not [file for file in kept if file.endswith((".partial", ".tmp"))]
+
+    def test_converted_is_enough(self, web, home):
+        server, url_path, name = web
+        weights.fetch(name)
+        for file in (home / "idloss" / "downloads").iterdir():
+            file.unlink()
+        assert_tiny(weights.fetch(name))
+        assert len(server.gets(url_path)) == 1
+
+    def test_cache_is_readable_by_the_group_as_the_umask_says(self, web):
+        _, _, name = web
+        old = os.umask(0o027)
+        try:
+            path = weights.fetch(name)
+        finally:
+            os.umask(old)
+        assert path.stat().st_mode & 0o777 == 0o640
+
+    def test_force(self, web):
+        server, url_path, name = web
+        weights.fetch(name)
+        weights.fetch(name, force=True)
+        assert [seen.range for seen in server.gets(url_path)] == [None, None]
+
+    def test_cache_dir(self, web, home, tmp_path):
+        _, _, name = web
+        path = weights.fetch(name, cache_dir=tmp_path / "mine")
+        assert path.is_relative_to(tmp_path / "mine")
+        assert not home.exists()
+
+    @pytest.mark.parametrize("reset", [True, False], ids=["reset", "closed early"])
+    def test_interrupted_resumes_where_it_was(self, web, reset):
+        server, url_path, name = web
+        server.faults[url_path] = [Fault(cut=100_000, reset=reset), Fault(cut=50_000, reset=reset)]
+        assert_tiny(weights.fetch(name))
+        first, second, third = server.gets(url_path)
+        assert first.range is None
+        starts = [int(seen.range.removeprefix("bytes=").rstrip("-")) for seen in (second, third)]
+        assert 0 < starts[0] <= 100_000
+        assert starts[0] < starts[1] <= starts[0] + 50_000
+
+    def test_always_truncated(self, web, home, naps):
+        server, url_path, name = web
+        server.faults[url_path] = Fault(cut=100_000, ignore_range=True)
+        with pytest.raises(weights.UnreachableError, match=rf"announced {len(RELEASED):,} bytes"):
+            weights.fetch(name)
+        # the first attempt made progress; after it, every pause is used and no more
+        assert len(server.gets(url_path)) == 2 + len(files.PAUSES)
+        assert naps[1:] == list(files.PAUSES)
+        assert not [file for file in files_under(home) if not file.endswith(".partial")]
+
+    def test_wrong_hash(self, web, home):
+        server, url_path, name = web
+        server.faults[url_path] = Fault(body=b"<html>not found, but 200</html>")
+        with pytest.raises(weights.NotAsPromisedError) as caught:
+            weights.fetch(name)
+        message = str(caught.value)
+        assert git_sha1(RELEASED) in message
+        assert git_sha1(b"<html>not found, but 200</html>") in message
+        assert "31 bytes" in message
+        assert files_under(home) == []
+        assert len(server.gets(url_path)) == 1
+
+    def partial(self, home, body):
+        filename = f"git-sha1-{git_sha1(RELEASED)}-tiny.pth.partial"
+        path = home / "idloss" / "downloads" / filename
+        path.parent.mkdir(parents=True)
+        path.write_bytes(body)
+        return path
+
+    def test_wrong_partial_is_discarded_once(self, web, home):
+        server, url_path, name = web
+        self.partial(home, b"x" * 1000)
+        assert_tiny(weights.fetch(name))
+        assert [seen.range for seen in server.gets(url_path)] == ["bytes=1000-", None]
+
+    def test_right_partial_is_resumed(self, web, home):
+        server, url_path, name = web
+        self.partial(home, RELEASED[:1000])
+        assert_tiny(weights.fetch(name))
+        assert [seen.range for seen in server.gets(url_path)] == ["bytes=1000-"]
+
+    def test_complete_partial_is_taken(self, web, home):
+        server, url_path, name = web
+        self.partial(home, RELEASED)
+        assert_tiny(weights.fetch(name))
+        assert len(server.gets(url_path)) == 1  # answered with 416
+
+    def test_server_without_range_restarts(self, web, home):
+        server, url_path, name = web
+        partial = self.partial(home, RELEASED[:1000])
+        server.faults[url_path] = Fault(ignore_range=True)
+        assert_tiny(weights.fetch(name))
+        assert len(server.gets(url_path)) == 1
+        assert not partial.exists()
+
+    def test_file_replaced_between_attempts(self, web):
+        server, url_path, name = web
+        server.faults[url_path] = [Fault(body=bytes(len(RELEASED)), cut=100_000)]
+        assert_tiny(weights.fetch(name))
+        # the two halves do not fit together, and the file is asked for from its first byte
+        assert [seen.range is None for seen in server.gets(url_path)] == [True, False, True]
+
+    def test_without_content_length(self, web):
+        server, url_path, name = web
+        server.faults[url_path] = [Fault(no_length=True)]
+        assert_tiny(weights.fetch(name))
+
+    @pytest.mark.parametrize(
+        ("status", "error"),
+        [
+            (401, weights.NotAllowedError),
+            (403, weights.NotAllowedError),
+            (404, weights.NotFoundError),
+            (410, weights.NotFoundError),
+            (418, weights.UnreachableError),
+        ],
+    )
+    def test_refused(self, web, home, status, error):
+        server, url_path, name = web
+        server.faults[url_path] = Fault(status=status)
+        with pytest.raises(error, match=f"{status} ") as caught:
+            weights.fetch(name)
+        self.assert_tells_the_way_out(str(caught.value), name)
+        assert len(server.gets(url_path)) == 1
+        assert files_under(home) == []
+
+    def assert_tells_the_way_out(self, message, name):
+        assert f"{GITHUB_RAW}{TINY_PATH}" in message
+        assert git_sha1(RELEASED) in message
+        assert f"idloss fetch {name} --file tiny.pth" in message
+
+    def test_429_waits_as_told(self, web, naps):
+        server, url_path, name = web
+        server.faults[url_path] = [
+            Fault(status=429, headers={"Retry-After": "7"}),
+            Fault(status=429, headers={"Retry-After": "tomorrow"}),
+            Fault(status=429),
+        ]
+        assert_tiny(weights.fetch(name))
+        assert naps[0] == 7
+        assert naps[1:] == list(files.PAUSES[1:3])
+
+    def test_429_for_ever(self, web, naps):
+        server, url_path, name = web
+        server.faults[url_path] = Fault(status=429)
+        with pytest.raises(weights.UnreachableError, match="429"):
+            weights.fetch(name)
+        assert naps == list(files.PAUSES)
+
+    def test_429_for_hours(self, web, naps):
+        server, url_path, name = web
+        server.faults[url_path] = Fault(status=429, headers={"Retry-After": "86400"})
+        with pytest.raises(weights.UnreachableError, match="pause of 86400 s"):
+            weights.fetch(name)
+        assert naps == []
+
+    @pytest.mark.parametrize("status", [500, 502, 503])
+    def test_5xx_then_well(self, web, naps, status):
+        server, url_path, name = web
+        server.faults[url_path] = [Fault(status=status), Fault(status=status)]
+        assert_tiny(weights.fetch(name))
+        assert naps == list(files.PAUSES[:2])
+
+    def test_500_for_ever(self, web):
+        server, url_path, name = web
+        server.faults[url_path] = Fault(status=500)
+        with pytest.raises(weights.UnreachableError, match="500"):
+            weights.fetch(name)
+        assert len(server.gets(url_path)) == 1 + len(files.PAUSES)
+
+    def test_nobody_there(self, web, naps):
+        server, _, name = web
+        server.httpd.server_close()
+        with pytest.raises(weights.UnreachableError, match="refused") as caught:
+            weights.fetch(name)
+        self.assert_tells_the_way_out(str(caught.value), name)
+        assert len(naps) == 1
+
+    def test_proxy_of_the_environment(self, server, web, monkeypatch):
+        _, url_path, name = web
+        monkeypatch.setenv("IDLOSS_GITHUB_RAW", "http://weights.invalid")
+        server.files[f"/weights.invalid{url_path}"] = RELEASED
+        monkeypatch.setenv("http_proxy", server.url)
+        assert_tiny(weights.fetch(name))
+
+    @pytest.mark.parametrize("terminal", [True, False])
+    def test_progress_only_on_a_terminal(self, web, monkeypatch, terminal):
+        _, _, name = web
+        shown = io.StringIO()
+        shown.isatty = lambda: terminal
+        monkeypatch.setattr(sys, "stderr", shown)
+        weights.fetch(name)
+        assert ("tiny.pth" in shown.getvalue()) == terminal
+
+    def test_damaged_files_in_the_cache_are_replaced(self, web, home):
+        server, url_path, name = web
+        path = weights.fetch(name)
+        (kept,) = (home / "idloss" / "downloads").iterdir()
+        path.write_bytes(path.read_bytes()[:1000])
+        kept.write_bytes(b"damaged")
+        assert_tiny(weights.fetch(name))
+        assert len(server.gets(url_path)) == 2
+
+
+class TestReading:
+    """What may be in a file, and how it becomes ours."""
+
+    @pytest.fixture
+    def fetch_body(self, github, register):
+        def _fetch(body, adapter=None):
+            source = blob("file.pth", body)
+            github.files[source.pieces[0].url.removeprefix(GITHUB_RAW)] = body
+            return weights.fetch(register(source, adapter=adapter))
+
+        return _fetch
+
+    @pytest.mark.parametrize("zipped", [True, False])
+    def test_code_in_a_pickle_is_not_run(self, fetch_body, tmp_path, zipped):
+        marker = tmp_path / "ran"
+
+        class Evil:
+            def __reduce__(self):
+                return os.mkdir, (str(marker),)
+
+        evil = {"weight": torch.ones(1), "payload": Evil()}
+        body = saved(evil, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(weights.NotAsPromisedError, match="refused"):
+            fetch_body(body)
+        assert not marker.exists()
+
+    def test_plain_pickle_with_code(self, fetch_body):
+        with pytest.raises(weights.NotAsPromisedError):
+            fetch_body(pickle.dumps(OrderedDict(a=Path("x")), protocol=2))
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            b"<!DOCTYPE html><html>sign in</html>",
+            b"",
+            RELEASED[: len(RELEASED) // 2],
+            safetensors.torch.save(state_dict())[:-100],
+        ],
+        ids=["html", "empty", "half a zip", "half a safetensors"],
+    )
+    def test_no_checkpoint(self, fetch_body, home, body):
+        with pytest.raises(weights.NotAsPromisedError, match=r"file\.pth"):
+            fetch_body(body)
+        assert not [file for file in files_under(home) if "converted" in file]
+
+    @pytest.mark.parametrize(
+        "value", [[torch.ones(1)], {"epoch": 3}, {}], ids=["list", "number", "empty"]
+    )
+    def test_nostate_dict(self, fetch_body, value):
+        with pytest.raises(weights.NotAsPromisedError, match="state dict"):
+            fetch_body(saved(value))
+
+    @pytest.mark.parametrize("entry", files.ENTRIES)
+    def test_training_checkpoint(self, fetch_body, caplog, entry):
+        """The weights that a framework's checkpoint holds are read, and the log says which."""
+        assert_tiny(fetch_body(saved({"epoch": 3, entry: state_dict()})))
+        assert f"took {entry!r} of file.pth" in caplog.text
+
+    def test_averaged_weights_are_taken_before_others(self, fetch_body, caplog):
+        others = {key: torch.zeros(1) for key in state_dict()}
+        assert_tiny(fetch_body(saved({"params": others, "params_ema": state_dict()})))
+        assert "took 'params_ema' of file.pth, not params" in caplog.text
+
+    @pytest.mark.parametrize("prefix", [*files.PREFIXES, "module._orig_mod."])
+    def test_prefix_of_a_wrapper(self, fetch_body, caplog, prefix):
+        assert_tiny(fetch_body(saved(state_dict(f"{prefix}net.")), strip_prefix))
+        assert f"took the prefix {prefix.split('.')[0]}." in caplog.text.replace("'", "")
+
+    @pytest.mark.parametrize("prefix", files.PREFIXES)
+    def test_prefix_of_ones_own_layout(self, home, tmp_path, caplog, prefix):
+        """Taken off for a model that has no such keys, and for it alone."""
+        path = tmp_path / "own.pth"
+        torch.save({"net": state_dict(prefix)}, path)
+        overlay = {"file": str(path)}
+        model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay)
+        assert torch.equal(model.conv.bias, state_dict()["conv.bias"])
+        tensors = {f"{prefix}a": torch.ones(1)}
+        assert files.without_prefixes(tensors, "own", own=tensors.keys()) == tensors
+
+    def test_old_torch_format(self, fetch_body):
+        assert_tiny(fetch_body(saved(state_dict(), _use_new_zipfile_serialization=False)))
+
+    def test_shared_and_strided_tensors(self, fetch_body):
+        def views(state_dict):
+            base = state_dict["base"]
+            return {"a": base, "b": base, "t": base.t(), "flipped": base.flip(1)}
+
+        base = torch.arange(6.0).reshape(2, 3)
+        loaded = safetensors.torch.load_file(fetch_body(saved({"base": base}), views))
+        assert torch.equal(loaded["a"], loaded["b"])
+        assert torch.equal(loaded["t"], base.t())
+        assert torch.equal(loaded["flipped"], base.flip(1))
+
+    def test_foreign_layout(self, fetch_body):
+        with pytest.raises(weights.NotAsPromisedError, match=r"unknown keys: \['conv.bias'"):
+            fetch_body(saved(state_dict()), strip_prefix)
+
+    def test_missing_key_in_an_adapter(self, fetch_body):
+        with pytest.raises(weights.NotAsPromisedError, match="absent"):
+            fetch_body(RELEASED, lambda state_dict: {"x": state_dict["absent"]})
+
+    def test_new_version_of_an_adapter_converts_again_without_a_download(self, web, monkeypatch):
+        server, url_path, name = web
+        before = weights.fetch(name)
+        monkeypatch.setitem(loading._registered, name, replace(TINY, version=2))
+        after = weights.fetch(name)
+        assert after != before
+        assert_tiny(after)
+        assert len(server.gets(url_path)) == 1
+
+    def test_convert_own_checkpoint(self, home, register, tmp_path):
+        own = tmp_path / "retrained.pth"
+        own.write_bytes(saved({**state_dict("net."), "net.fc.bias": torch.zeros(5)}))
+        target = tmp_path / "ours" / "model.safetensors"
+        assert weights.convert(NAME, own, target) == target
+        overlay = {"file": str(target)}
+        model = timm.create_model("idloss_tiny", pretrained=True, pretrained_cfg_overlay=overlay)
+        assert not model.fc.bias.any()
+        assert not home.exists()

@@ -1,0 +1,152 @@
+"""From a name to weights and a model that has every one of them."""
+
+import io
+
+import pytest
+import timm
+import torch
+from servers import Fault
+from tinyweights import (
+    NAME,
+    RELEASED,
+    TINY_PATH,
+    blob,
+    files_under,
+    git_sha1,
+    sha256,
+    state_dict,
+)
+from torch import nn
+
+from idloss import weights
+from idloss.weights import loading
+from idloss.weights.loading import get_weights
+from idloss.weights.sources import GITHUB_RAW
+
+
+class TestBuildModel:
+    @pytest.fixture
+    def served(self, web):
+        return web[0]
+
+    @pytest.mark.parametrize("name", ["idloss_tiny", NAME])
+    def test_through_timm(self, served, home, name):
+        model = timm.create_model(name, pretrained=True)
+        expected = state_dict()
+        loaded = model.state_dict()
+        assert loaded.keys() == expected.keys()
+        assert all(torch.equal(loaded[key], expected[key]) for key in expected)
+        assert model.pretrained_cfg["license"] == "mit"
+        assert "nothing at all" in model.pretrained_cfg["description"]
+        assert files_under(home)
+
+    def test_timm_lists_it(self):
+        assert timm.list_models("idloss_tiny", pretrained=True) == [NAME]
+
+    def test_cache_dir(self, served, home, tmp_path):
+        timm.create_model(NAME, pretrained=True, cache_dir=tmp_path / "mine")
+        assert files_under(tmp_path / "mine")
+        assert not home.exists()
+
+    def test_not_pretrained_asks_nobody(self, served):
+        timm.create_model(NAME)
+        assert served.seen == []
+
+    def test_never_random_in_silence(self, github):
+        with pytest.raises(weights.NotFoundError):
+            timm.create_model(NAME, pretrained=True)
+        with pytest.raises(weights.NotFoundError, match=r"idloss_tiny\.untrained"):
+            timm.create_model("idloss_tiny.untrained", pretrained=True)
+
+    def test_other_number_of_classes(self, served):
+        model = timm.create_model(NAME, pretrained=True, num_classes=9)
+        assert model.fc.weight.shape == (9, 128)
+        assert torch.equal(model.conv.weight, state_dict()["conv.weight"])
+
+    @pytest.mark.parametrize("num_classes", [5, 9])
+    @pytest.mark.parametrize("spoil", ["missing", "unexpected"])
+    def test_strict(self, home, num_classes, spoil):
+        spoiled = state_dict()
+        if spoil == "missing":
+            del spoiled["conv.bias"]
+        else:
+            spoiled["conv.extra"] = torch.ones(1)
+        key = "conv.bias" if spoil == "missing" else "conv.extra"
+        with pytest.raises(weights.NotAsPromisedError, match=rf"{spoil}: {key}"):
+            timm.create_model(
+                NAME,
+                pretrained=True,
+                num_classes=num_classes,
+                pretrained_cfg_overlay={"state_dict": spoiled},
+            )
+
+    def test_released_layout_in_an_overlay_says_what_to_do(self, home, tmp_path):
+        path = tmp_path / "released.pth"
+        path.write_bytes(RELEASED)
+        with pytest.raises(weights.NotAsPromisedError, match=r"weights\.convert\('idloss_tiny\.a'"):
+            timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+
+    def test_local_dir(self, served, home, tmp_path):
+        from timm.models import save_for_hf
+
+        model = timm.create_model(NAME, pretrained=True)
+        asked = len(served.seen)
+        nn.init.zeros_(model.fc.bias)
+        save_for_hf(model, tmp_path / "saved")
+        again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True)
+        assert not again.fc.bias.any()
+        assert len(served.seen) == asked
+        config = (tmp_path / "saved" / "config.json").read_text()
+        assert str(home) not in config
+
+
+class TestCatalogue:
+    def test_describe(self, github):
+        github.files[TINY_PATH] = RELEASED
+        before = weights.describe("idloss_tiny")
+        assert before["name"] == NAME
+        assert before["source"] == [f"{GITHUB_RAW}{TINY_PATH}"]
+        assert before["hash"] == [f"git-sha1:{git_sha1(RELEASED)}"]
+        assert (before["licence"], before["training data"]) == ("mit", "nothing at all")
+        assert (before["cached"], before["size"]) == (None, None)
+        path = weights.fetch(NAME)
+        after = weights.describe(NAME)
+        assert (after["cached"], after["size"]) == (path, path.stat().st_size)
+
+    def test_unknown(self, register):
+        with pytest.raises(weights.NotFoundError, match=r"mean 'idloss_tiny\.a'"):
+            get_weights("idloss_tiny.b")
+
+    def test_plugins_are_loaded_before_a_name_is_unknown(self, register, monkeypatch):
+        late = blob("late", b"")
+        monkeypatch.setattr(loading, "load_plugins", lambda: register(late, "late.tag"))
+        assert get_weights("late.tag").source == late
+
+    def test_one_name_one_source(self, register):
+        register(blob("a", b""))
+        register(blob("a", b""))
+        with pytest.raises(ValueError, match="registered already"):
+            register(blob("b", b""))
+
+
+def test_real_mobilefacenet(shared, server, home, naps, monkeypatch):
+    """The authors' file, from its pinned address to a model that has every one of its tensors."""
+    from idloss import list_fnets
+
+    body = shared("weights/arcface_mobilefacenet.pth").read_bytes()
+    assert sha256(body) == "4c08e11a0a2bbf299910210da647c7d8105c348f4c533868e1710dbcf7b22480"
+    assert "mobilefacenet.casia_webface" in list_fnets(pretrained=True)
+    (piece,) = get_weights("mobilefacenet.casia_webface").source.pieces
+    url_path = piece.url.removeprefix(GITHUB_RAW)
+    assert "bubbliiiing/arcface-pytorch/0faafe28eba416738893f1426b15774cdaa6d3ab" in url_path
+    server.files[url_path] = body
+    server.faults[url_path] = [Fault(status=500), Fault(cut=1_000_000)]
+    monkeypatch.setenv("IDLOSS_GITHUB_RAW", server.url)
+    model = timm.create_model("mobilefacenet", pretrained=True)
+    assert len(server.gets(url_path)) == 3
+    released = torch.load(io.BytesIO(body), weights_only=True)
+    theirs = sorted(
+        float(value.double().sum()) for key, value in released.items() if "head" not in key
+    )
+    ours = sorted(float(value.double().sum()) for value in model.state_dict().values())
+    assert theirs == pytest.approx(ours, abs=1e-9)
