@@ -135,8 +135,9 @@ def register_weights(entries: Mapping[str, Weights], **shared: Any) -> dict[str,
         known = _registered.setdefault(name, weights)
         if (known.source, known.version) != (weights.source, weights.version):
             raise ValueError(f"weights {name!r} are registered already, from another source")
-    cfgs = {name: weights.pretrained_cfg(**shared) for name, weights in entries.items()}
-    default_cfgs: dict[str, Any] = generate_default_cfgs(cfgs)
+    default_cfgs: dict[str, Any] = generate_default_cfgs(
+        {name: weights.pretrained_cfg(**shared) for name, weights in entries.items()}
+    )
     return default_cfgs
 
 
@@ -460,16 +461,13 @@ def _find_tensors(
     if cfg.file:
         path = Path(cfg.file)
         return load_checkpoint(_checkpoint_in(path) if path.is_dir() else path, name)
-    cache = None if cache_dir is None else Path(cache_dir)
+    folder = None if cache_dir is None else str(cache_dir)
     if cfg.hf_hub_id:
-        place = (cfg.hf_hub_id, *filter(None, [cfg.hf_hub_filename]))
-        return dict(load_state_dict_from_hf(*place, weights_only=True, cache_dir=cache))
+        named = {"filename": cfg.hf_hub_filename} if cfg.hf_hub_filename else {}
+        return dict(load_state_dict_from_hf(cfg.hf_hub_id, cache_dir=folder, **named))
     if cfg.url:
-        return dict(
-            torch.hub.load_state_dict_from_url(
-                cfg.url, None if cache is None else str(cache), "cpu", weights_only=True
-            )
-        )
+        loaded = torch.hub.load_state_dict_from_url(str(cfg.url), folder, "cpu", weights_only=True)
+        return dict(loaded)
     raise NotFoundError(
         f"there are no weights for {name!r}. Use pretrained=False, or a tag that has some: "
         "timm.list_models(..., pretrained=True)"
