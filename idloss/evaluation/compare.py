@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from idloss.evaluation.results import HR, Cell, Results
-from idloss.evaluation.statistics import sign_test, student_t_two_sided
+from idloss.evaluation.results import HR, Cell, Results, markdown_table
+from idloss.evaluation.statistics import mcnemar, paired_t, sign_test
 
 
 @dataclass(frozen=True)
@@ -51,49 +51,6 @@ class Comparison:
         return self.b - self.a
 
 
-def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> tuple[int, int, float]:
-    """McNemar's exact test on the same pairs judged twice.
-
-    Args:
-        correct_a: Whether the first judged each pair rightly, `[N]`.
-        correct_b: The same for the second.
-
-    Returns:
-        Pairs that only the first got right, that only the second did, and the two-sided p-value.
-
-    Raises:
-        ValueError: The lengths differ.
-    """
-    first, second = _same_shape(correct_a, correct_b)
-    only_a = int((first.astype(bool) & ~second.astype(bool)).sum())
-    only_b = int((~first.astype(bool) & second.astype(bool)).sum())
-    return only_a, only_b, sign_test(only_a, only_b)
-
-
-def paired_t(a: ArrayLike, b: ArrayLike) -> float:
-    """Student's paired t-test.
-
-    Args:
-        a: Figures of the first, `[R]`, R >= 2.
-        b: Figures of the second in the same draws.
-
-    Returns:
-        The two-sided p-value; 1 where all draws are equal, 0 where all differ by the same amount.
-
-    Raises:
-        ValueError: The lengths differ, or there are fewer than two.
-    """
-    first, second = _same_shape(a, b)
-    if first.size < 2:
-        raise ValueError(f"a paired t-test needs two draws or more, got {first.size}")
-    difference = second - first
-    mean, error = difference.mean(), difference.std(ddof=1) / math.sqrt(difference.size)
-    # differences that are equal but for rounding have no spread to test against
-    if error <= 1e-12 * max(1.0, abs(float(mean))):
-        return 1.0 if abs(mean) <= 1e-12 else 0.0
-    return student_t_two_sided(float(mean / error), difference.size - 1)
-
-
 def compare(
     a: Results | str | os.PathLike[str],
     b: Results | str | os.PathLike[str],
@@ -118,15 +75,25 @@ def compare(
 
     Raises:
         FileNotFoundError: A result file is missing.
-        ValueError: The runs share no cell, were made with other pairs, draws or protocols, or do
-            not hold the scores.
+        ValueError: The runs share no cell, were made with other pairs, faces, draws or protocols,
+            or do not hold the scores.
+        ModuleNotFoundError: scipy is missing.
     """
-    first = a if isinstance(a, Results) else Results.load(a)
-    second = b if isinstance(b, Results) else Results.load(b)
-    _require_same(first.run, second.run)
+    first, second = (run if isinstance(run, Results) else Results.load(run) for run in (a, b))
+    for key, what in (
+        ("data", "the data sets"),
+        ("protocol", "the protocol"),
+        ("probe", "which faces are LR (the probe option)"),
+    ):
+        _require_same(what, first.run.get(key), second.run.get(key))
     pairs = _matching(first, second, srnets)
     found = [_compare_cell(first, second, *pair) for pair in pairs]
-    return _holm(found)
+    corrected = [math.nan] * len(found)
+    so_far = 0.0
+    for rank, place in enumerate(sorted(range(len(found)), key=lambda i: found[i].p)):
+        so_far = max(so_far, min(1.0, found[place].p * (len(found) - rank)))
+        corrected[place] = so_far
+    return [replace(one, p_holm=p) for one, p in zip(found, corrected, strict=True)]
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
@@ -138,42 +105,59 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
     Returns:
         One row for each, figures in per cent, differences in percentage points.
     """
-    lines = [
-        "| cell | metric | A | B | B - A | only A : only B | test | p | p (Holm) |",
-        "|---|---|---:|---:|---:|---:|---|---:|---:|",
-    ]
+    lines = [["cell", "metric", "A", "B", "B - A", "only A : only B", "test", "p", "p (Holm)"]]
     for found in comparisons:
         name = found.cell_a.label
         if found.cell_a.srnet != found.cell_b.srnet:
             name += f" → {found.cell_b.srnet}"
-        lines.append(
-            f"| {name} | {found.metric} | {100 * found.a:.2f} | {100 * found.b:.2f} | "
-            f"{100 * found.difference:+.2f} | {found.wins_a} : {found.wins_b} | {found.test} | "
-            f"{_p(found.p)} | {_p(found.p_holm)} |"
-        )
-    return "\n".join(lines) + "\n"
+        figures = [f"{100 * share:.2f}" for share in (found.a, found.b)]
+        ps = (f"{p:.4f}" if p >= 1e-4 else f"{p:.1e}" for p in (found.p, found.p_holm))
+        wins = f"{found.wins_a} : {found.wins_b}"
+        difference = f"{100 * found.difference:+.2f}"
+        lines.append([name, found.metric, *figures, difference, wins, found.test, *ps])
+    return markdown_table(lines, left=(0, 1, 6))
 
 
 def _compare_cell(first: Results, second: Results, cell_a: Cell, cell_b: Cell) -> Comparison:
-    ours, theirs = _arrays(first, cell_a), _arrays(second, cell_b)
-    verified = cell_a.task == "verification"
-    if verified and not np.array_equal(_of(ours, "same", cell_a), _of(theirs, "same", cell_b)):
+    def both(name: str) -> tuple[NDArray[Any], NDArray[Any]]:
+        return _array(first, cell_a, name), _array(second, cell_b, name)
+
+    task = cell_a.task
+    drawn = (run.run.get("draws", {}).get(task) for run in (first, second))
+    _require_same("the gallery draws", *drawn)
+    verified = task == "verification"
+    if verified and not np.array_equal(*both("same")):
         raise ValueError(f"{cell_a.label}: the runs hold other pairs; use one list for both")
     # the first of a cell's metrics: of an open set the laxest, on the most false positives
     metric = next(record.metric for record in first.records if record.cell == cell_a)
-    a, b = first.value(cell_a, metric), second.value(cell_b, metric)
-    if verified or "correct" in ours:
-        correct_a, correct_b = _of(ours, "correct", cell_a), _of(theirs, "correct", cell_b)
-        wins_a, wins_b, p = mcnemar(correct_a, correct_b)
-        return Comparison(cell_a, cell_b, metric, a, b, wins_a, wins_b, "McNemar, exact", p, p)
-    name = "rank1" if cell_a.task == "identification" else "tpir"
-    draws_a, draws_b = _of(ours, name, cell_a), _of(theirs, name, cell_b)
-    if draws_a.ndim > 1:
-        draws_a, draws_b = draws_a[:, 0], draws_b[:, 0]
-    p = paired_t(draws_a, draws_b)
+    try:
+        a, b = first.value(cell_a, metric), second.value(cell_b, metric)
+    except KeyError as error:
+        raise ValueError(f"the second run has {error.args[0]}; evaluate both alike") from error
+    try:
+        if verified or "correct" in first.arrays.get(cell_a, ()):
+            wins_a, wins_b, p = mcnemar(*both("correct"))
+            return Comparison(cell_a, cell_b, metric, a, b, wins_a, wins_b, "McNemar, exact", p, p)
+        # of the open set, [draws, T], the first of its rates
+        draws_a, draws_b = (
+            draws if draws.ndim < 2 else draws[:, 0]
+            for draws in both("rank1" if task == "identification" else "tpir")
+        )
+        p = paired_t(draws_a, draws_b)
+    except ValueError as error:
+        raise ValueError(f"{cell_a.label}: {error}") from error
     wins_a, wins_b = int((draws_a > draws_b).sum()), int((draws_b > draws_a).sum())
     p_sign = sign_test(wins_a, wins_b)
     return Comparison(cell_a, cell_b, metric, a, b, wins_a, wins_b, "paired t", p, p_sign)
+
+
+def _array(results: Results, cell: Cell, name: str) -> NDArray[Any]:
+    if cell not in results.arrays:
+        raise ValueError(f"the run holds no scores for {cell.label}; evaluate it again")
+    arrays = results.arrays[cell]
+    if name not in arrays:
+        raise ValueError(f"the run holds no {name!r} for {cell.label}; it has {sorted(arrays)}")
+    return arrays[name]
 
 
 def _matching(
@@ -185,14 +169,12 @@ def _matching(
         if single[0] != single[1] and all(len(names) == 1 for names in single):
             srnets = (single[0].pop(), single[1].pop())
     swap = {} if srnets is None else {srnets[0]: srnets[1]}
-    known = set(theirs)
-    pairs = []
-    for cell in ours:
-        if srnets is not None and cell.srnet not in swap:
-            continue
-        twin = Cell(cell.task, cell.fnet, swap.get(cell.srnet, cell.srnet), cell.height, cell.width)
-        if twin in known:
-            pairs.append((cell, twin))
+    pairs = [
+        (cell, replace(cell, srnet=swap.get(cell.srnet, cell.srnet)))
+        for cell in ours
+        if not swap or cell.srnet in swap
+    ]
+    pairs = [pair for pair in pairs if pair[1] in theirs]
     if not pairs:
         raise ValueError(
             "the runs share no cell"
@@ -203,65 +185,31 @@ def _matching(
     return pairs
 
 
-def _require_same(run_a: Mapping[str, Any], run_b: Mapping[str, Any]) -> None:
-    """Refuse runs that differ in what both of them state."""
-    for key, what in (
-        ("data", "the data sets"),
-        ("protocol", "the protocol"),
-        ("probe", "which faces are LR (the probe option)"),
-        ("draws", "the gallery draws"),
-    ):
-        if key in run_a and key in run_b and _differ(run_a[key], run_b[key]):
-            raise ValueError(
-                f"{what} of the runs differ, so they cannot be paired: {run_a[key]} and "
-                f"{run_b[key]}; run both alike"
-            )
+def _require_same(what: str, a: Any, b: Any) -> None:
+    """Refuse runs that differ in a circumstance; those of which neither states it are believed."""
+    if (a is None) != (b is None):
+        lacking = "first" if a is None else "second"
+        raise ValueError(
+            f"the {lacking} run does not state {what}, the other does, so they cannot be paired; "
+            "run both alike"
+        )
+    if found := _difference(a, b):
+        raise ValueError(
+            f"{what} of the runs differ, so they cannot be paired: {found}; run both alike"
+        )
 
 
-def _differ(a: Any, b: Any) -> bool:
-    """Whether two descriptions differ in what both hold: one run may have more tasks."""
+def _difference(a: Any, b: Any, of: str = "") -> str:
+    """The first thing in which two descriptions differ that both hold: one may have more tasks."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         # what was left out shows in the lists and contents; its paths differ between machines
-        shared = (a.keys() & b.keys()) - {"skipped"}
-        return any(_differ(a[key], b[key]) for key in shared)
-    return bool(a != b)
-
-
-def _holm(found: Sequence[Comparison]) -> list[Comparison]:
-    corrected = [math.nan] * len(found)
-    so_far = 0.0
-    for rank, place in enumerate(sorted(range(len(found)), key=lambda i: found[i].p)):
-        so_far = max(so_far, min(1.0, found[place].p * (len(found) - rank)))
-        corrected[place] = so_far
-    return [replace(one, p_holm=p) for one, p in zip(found, corrected, strict=True)]
-
-
-def _arrays(results: Results, cell: Cell) -> Mapping[str, NDArray[Any]]:
-    if cell not in results.arrays:
-        raise ValueError(f"the run holds no scores for {cell.label}; evaluate it again")
-    return results.arrays[cell]
-
-
-def _of(arrays: Mapping[str, NDArray[Any]], name: str, cell: Cell) -> NDArray[Any]:
-    if name not in arrays:
-        raise ValueError(f"the run holds no {name!r} for {cell.label}; it has {sorted(arrays)}")
-    return arrays[name]
-
-
-def _same_shape(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
-    first, second = np.asarray(a), np.asarray(b)
-    if first.ndim != 1 or first.shape != second.shape:
-        raise ValueError(
-            f"paired tests need two [N] of one length, got {list(first.shape)} and "
-            f"{list(second.shape)}"
+        shared = [key for key in a if key in b and key != "skipped"]
+        return next(
+            filter(None, (_difference(a[key], b[key], f"{of}{key} ") for key in shared)), ""
         )
-    return first, second
+    return "" if a == b else f"{of}{str(a)[:80]!r} and {str(b)[:80]!r}"
 
 
 def _listing(cells: Sequence[Cell], most: int = 4) -> str:
     names = [cell.label for cell in cells[:most]]
     return "; ".join(names) + (f"; and {len(cells) - most} more" if len(cells) > most else "")
-
-
-def _p(p: float) -> str:
-    return f"{p:.4f}" if p >= 1e-4 else f"{p:.1e}"

@@ -1,4 +1,8 @@
-"""Face identification from ready embeddings: rank-1 and CMC, the open set, search of a gallery."""
+"""Face identification from ready embeddings: search of a gallery, rank-1 and CMC, the open set.
+
+With one gallery image drawn for each person, several times, as in the paper's Table 2; or against
+the gallery that a data set comes with.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,19 @@ from idloss.evaluation.verification import BOOTSTRAP_DRAWS, rejecting_threshold
 # Paper, section 4.4: subjects with at least four images, ten runs.
 MIN_IMAGES = 4
 DRAWS = 10
+MAX_RANK = 20
 FPIR_TARGETS = (1e-1, 1e-2, 1e-3)
+# QMUL-SurvFace reports TPIR within rank 20 at these rates (Cheng, Zhu, Gong 2018, section 5).
+SURVFACE_FPIR_TARGETS = (0.3, 0.2, 0.1, 0.01)
+TPIR_RANKS = (1, 20)
+# PyTorch, not FAISS: in the same memory FAISS's exact search takes as long, and three times as long
+# for few probes; with memory as it likes it saves a fifth (examples/benchmarks sets them side by
+# side). A block of 512-d embeddings and its scores stays about in a core's share of the cache;
+# larger blocks were slower.
+BLOCK_BYTES = 16 * 2**20
+# Matrix products run a third faster on whole vector registers of columns.
+_ALIGNED_ROWS = 64
+_EPS = 1e-12
 
 
 class GalleryDraws(NamedTuple):
@@ -44,22 +60,10 @@ class GalleryDraws(NamedTuple):
 def draw_galleries(
     subjects: ArrayLike, *, min_images: int = MIN_IMAGES, draws: int = DRAWS, seed: int = 0
 ) -> GalleryDraws:
-    """Draw one gallery image for each subject with enough images, several times.
+    """Draw one gallery image for each of the subjects `[N]` with enough images, several times.
 
     Draw number d depends on the seed, on d and on the list alone: the first five of ten draws are
     the five draws of a shorter run.
-
-    Args:
-        subjects: Subject of each image, `[N]`: names or numbers.
-        min_images: Subjects with fewer images are left out.
-        draws: Number of draws.
-        seed: Seed.
-
-    Returns:
-        The images that take part and the galleries.
-
-    Raises:
-        ValueError: A number is out of range, or fewer than two subjects have enough images.
     """
     if min_images < 2 or draws < 1:
         raise ValueError(
@@ -111,15 +115,7 @@ class Identification:
     def summarise(
         self, ranks: Sequence[int] = (1, 5, 10), *, level: float = 0.95
     ) -> dict[str, Estimate]:
-        """Rates at some ranks, with mean, deviation and interval over the draws.
-
-        Args:
-            ranks: Ranks, from 1; those beyond the curve are left out.
-            level: Share of the probability the intervals are to hold.
-
-        Returns:
-            Estimates named `rank1` and the like.
-        """
+        """Rates named `rank1` and the like, at those of the ranks that the curve reaches."""
         within = [rank for rank in ranks if rank <= self.cmc.shape[1]]
         return {f"rank{rank}": estimate(self.cmc[:, rank - 1], level=level) for rank in within}
 
@@ -132,7 +128,7 @@ def identify(
     min_images: int = MIN_IMAGES,
     draws: int = DRAWS,
     seed: int = 0,
-    max_rank: int = 20,
+    max_rank: int = MAX_RANK,
 ) -> Identification:
     """Rank-1 and CMC after the paper's Table 2.
 
@@ -143,7 +139,7 @@ def identify(
     Args:
         gallery: Embeddings of all images as gallery, `[N, D]`.
         probes: Embeddings of the same images as probes, `[N, D]`.
-        subjects: Subject of each image, `[N]`.
+        subjects: Subject of each image, `[N]`: names or numbers.
         min_images: Subjects with fewer images are left out.
         draws: Number of draws.
         seed: Seed.
@@ -153,7 +149,8 @@ def identify(
         The curves of the draws.
 
     Raises:
-        ValueError: Shapes do not fit, an embedding is not finite, or see `draw_galleries`.
+        ValueError: Shapes do not fit, an embedding is not finite, a number is out of range, or
+            fewer than two subjects have enough images.
     """
     drawn = draw_galleries(subjects, min_images=min_images, draws=draws, seed=seed)
     enrolled, searched = _both(gallery, probes, len(np.asarray(subjects)), drawn.images)
@@ -191,14 +188,7 @@ class OpenSet:
     n_non_mated: Ints
 
     def summarise(self, *, level: float = 0.95) -> dict[str, Estimate]:
-        """TPIR at each FPIR, with mean, deviation and interval over the draws.
-
-        Args:
-            level: Share of the probability the intervals are to hold.
-
-        Returns:
-            Estimates named `tpir@fpir=0.01` and the like.
-        """
+        """TPIR at each FPIR, named `tpir@fpir=0.01` and the like."""
         return {
             f"tpir@fpir={target:g}": estimate(self.tpir[:, place], level=level)
             for place, target in enumerate(self.fpir)
@@ -226,7 +216,7 @@ def identify_open_set(
     Args:
         gallery: Embeddings of all images as gallery, `[N, D]`.
         probes: Embeddings of the same images as probes, `[N, D]`.
-        subjects: Subject of each image, `[N]`.
+        subjects: Subject of each image, `[N]`: names or numbers.
         fpir: False positive identification rates aimed at.
         enrolled_share: Share of the subjects with enough images that is enrolled, in (0, 1).
         min_images: Subjects with fewer images are never enrolled.
@@ -237,8 +227,8 @@ def identify_open_set(
         The rates and thresholds.
 
     Raises:
-        ValueError: Shapes do not fit, an embedding is not finite, nobody is left out, or see
-            `draw_galleries`.
+        ValueError: Shapes do not fit, an embedding is not finite, a number is out of range, or
+            nobody is enrolled or left out.
     """
     labels = np.asarray(subjects)
     drawn = draw_galleries(labels, min_images=min_images, draws=draws, seed=seed)
@@ -289,13 +279,13 @@ def _both(
     """Normalised embeddings of some images as gallery and as probes."""
     sides = []
     for name, embeddings in (("gallery", gallery), ("probe", probes)):
-        side = as_tensor(embeddings).cpu()
+        side = _as_tensor(embeddings).cpu()
         if side.ndim != 2 or len(side) != count:
             raise ValueError(
                 f"{name} embeddings must be [{count}, D], one for each subject label, got "
                 f"{list(side.shape)}"
             )
-        sides.append(normalised(side, name)[places])
+        sides.append(_normalised(side, name)[places])
     if sides[0].shape != sides[1].shape:
         raise ValueError(
             f"gallery and probe embeddings differ in width: {sides[0].shape[1]} and "
@@ -322,32 +312,17 @@ def _score_blocks(
             yield part, draw, scores.index_select(1, pick)
 
 
-MAX_RANK = 20
-RANKS = (1, 5, 10, 20)
-# QMUL-SurvFace reports TPIR within rank 20 at these rates (Cheng, Zhu, Gong 2018, section 5).
-SURVFACE_FPIR_TARGETS = (0.3, 0.2, 0.1, 0.01)
-TPIR_RANKS = (1, 20)
-
-
 def found_within(
     gallery: NDArray[np.float32],
-    gallery_labels: NDArray[np.int64],
+    gallery_labels: Ints,
     probes: NDArray[np.float32],
-    labels: NDArray[np.int64],
+    labels: Ints,
     *,
     max_rank: int = MAX_RANK,
 ) -> Bools:
-    """Whether each probe's person is among the first r images of the gallery.
+    """Whether each probe's person is among the first r images of a set's own gallery, `[P, R]`.
 
-    Args:
-        gallery: Embeddings `[G, D]`.
-        gallery_labels: Who they are, `[G]`, -1 for nobody known.
-        probes: Embeddings `[P, D]`.
-        labels: Who they are, `[P]`.
-        max_rank: Longest r; no more than G.
-
-    Returns:
-        `[P, R]`, r = 1..R.
+    Embeddings are `[G, D]` and `[P, D]`, labels `[G]` (-1 for nobody known) and `[P]`.
     """
     matches = search(gallery, probes, min(max_rank, len(gallery)))
     right = gallery_labels[matches.places.numpy()] == labels[:, None]
@@ -356,30 +331,23 @@ def found_within(
 
 
 def closed_set(
-    within: Bools, *, seed: int = 0, ranks: Sequence[int] = RANKS
+    within: Bools, *, seed: int = 0, ranks: Sequence[int] = (1, 5, 10, 20)
 ) -> tuple[dict[str, Estimate], Floats]:
-    """Rates at some ranks with bootstrap intervals over the probes, and the CMC curve.
-
-    Args:
-        within: As from `found_within`, `[P, R]`.
-        seed: Seed of the bootstrap.
-        ranks: Ranks, from 1; those beyond the curve are left out.
-
-    Returns:
-        Estimates named `rank1` and the like, and the curve `[R]`.
-    """
+    """Rates named `rank1` and the like with bootstrap intervals over probes, and the CMC `[R]`."""
     curve: Floats = within.mean(0)
-    figures = {}
-    for rank in (rank for rank in ranks if rank <= within.shape[1]):
-        figures[f"rank{rank}"] = share(curve[rank - 1], len(within), seed=seed)
+    figures = {
+        f"rank{rank}": _share(curve[rank - 1], len(within), seed)
+        for rank in ranks
+        if rank <= within.shape[1]
+    }
     return figures, curve
 
 
 def open_set(
     gallery: NDArray[np.float32],
-    gallery_labels: NDArray[np.int64],
+    gallery_labels: Ints,
     mated: NDArray[np.float32],
-    labels: NDArray[np.int64],
+    labels: Ints,
     strangers: NDArray[np.float32],
     *,
     fpir: Sequence[float] = SURVFACE_FPIR_TARGETS,
@@ -388,59 +356,30 @@ def open_set(
     """TPIR at FPIR: how many of the enrolled people are found when strangers are turned away.
 
     A mated probe counts where an image of its person is among the first r of the gallery and its
-    score exceeds the threshold that no more than the wanted share of strangers exceed.
-
-    Args:
-        gallery: Embeddings `[G, D]`.
-        gallery_labels: Who they are, `[G]`.
-        mated: Embeddings of probes of enrolled people, `[P, D]`.
-        labels: Who they are, `[P]`.
-        strangers: Embeddings of probes of others, `[S, D]`.
-        fpir: False positive identification rates aimed at.
-        seed: Seed of the bootstrap.
-
-    Returns:
-        Estimates named `tpir@fpir=0.1` (rank 1) and `tpir20@fpir=0.1`, and whether each mated probe
-        counts at the first of the rates and rank 1, `[P]`.
+    score exceeds the threshold that no more than the wanted share of strangers exceed. Gives
+    `tpir@fpir=0.1` (rank 1), `tpir20@fpir=0.1` and so on, and whether each mated probe counts at
+    the first of the rates and rank 1, `[P]`.
     """
     best = search(gallery, strangers, 1).scores[:, 0].numpy()
+    thresholds = {target: rejecting_threshold(best, target) for target in fpir}
     matches = search(gallery, mated, min(max(TPIR_RANKS), len(gallery)))
     right = gallery_labels[matches.places.numpy()] == labels[:, None]
     # the best score of the own person within the first r
     own = np.maximum.accumulate(np.where(right, matches.scores.numpy(), -np.inf), axis=1)
     figures: dict[str, Estimate] = {}
     for rank in (rank for rank in TPIR_RANKS if rank <= own.shape[1]):
-        for target in fpir:
-            passed = own[:, rank - 1] > rejecting_threshold(best, target)
+        for target, threshold in thresholds.items():
             name = f"tpir{'' if rank == 1 else rank}@fpir={target:g}"
-            figures[name] = share(float(passed.mean()), len(mated), seed=seed)
-    correct: Bools = own[:, 0] > rejecting_threshold(best, fpir[0])
+            passed = own[:, rank - 1] > threshold
+            figures[name] = _share(float(passed.mean()), len(mated), seed)
+    correct: Bools = own[:, 0] > thresholds[fpir[0]]
     return figures, correct
 
 
-def share(value: float, count: int, *, seed: int) -> Estimate:
-    """A share of so many probes, with its bootstrap interval.
-
-    Args:
-        value: The share, in [0, 1].
-        count: How many it is a share of.
-        seed: Seed of the bootstrap.
-
-    Returns:
-        The estimate.
-    """
+def _share(value: float, count: int, seed: int) -> Estimate:
+    """A share of so many probes, with its bootstrap interval."""
     drawn = np.random.default_rng(seed).binomial(count, value, BOOTSTRAP_DRAWS) / count
     return estimate([value], resampled=drawn)
-
-
-# PyTorch, not FAISS: in the same memory FAISS's exact search takes as long, and three times as long
-# for few probes; with memory as it likes it saves a fifth (examples/benchmarks sets them side by
-# side). A block of 512-d embeddings and its scores stays about in a core's share of the cache;
-# larger blocks were slower.
-BLOCK_BYTES = 16 * 2**20
-# Matrix products run a third faster on whole vector registers of columns.
-_ALIGNED_ROWS = 64
-_EPS = 1e-12
 
 
 class Matches(NamedTuple):
@@ -482,7 +421,7 @@ def search(
             `block_bytes` is not positive.
     """
     source = gallery if isinstance(gallery, Tensor) else np.asanyarray(gallery)
-    searched = as_tensor(probes)
+    searched = _as_tensor(probes)
     if source.ndim != 2 or searched.ndim != 2 or source.shape[1] != searched.shape[1]:
         raise ValueError(
             f"gallery and probes must be [G, D] and [P, D] with one D, got {list(source.shape)} "
@@ -503,8 +442,7 @@ def search(
         rows -= rows % _ALIGNED_ROWS
     rows = max(1, min(size, rows))
     answers = [
-        _search_block(source, searched[start : start + n_probes], k, rows)
-        for start in range(0, len(searched), n_probes)
+        _search_block(source, block, k, rows) for block in searched.split(n_probes) if len(block)
     ]
     if not answers:
         return Matches(searched.new_zeros(0, k).float(), searched.new_zeros(0, k).long())
@@ -512,13 +450,13 @@ def search(
 
 
 def _search_block(source: Tensor | NDArray[Any], probes: Tensor, k: int, rows: int) -> Matches:
-    searched = normalised(probes, "probe")
+    searched = _normalised(probes, "probe")
     scores = searched.new_full((len(searched), k), -torch.inf)
     places = torch.zeros(scores.shape, dtype=torch.int64, device=searched.device)
     for start in range(0, len(source), rows):
-        part = as_tensor(source[start : start + rows]).to(searched.device, torch.float32)
+        part = _as_tensor(source[start : start + rows]).to(searched.device, torch.float32)
         # cheaper than to normalise the rows where probes are fewer than features
-        found = (searched @ part.T).div_(norms_of(part, "gallery", start))
+        found = (searched @ part.T).div_(_norms_of(part, "gallery", start))
         # a maximum costs a fraction of a top k, and few blocks hold anything better
         better = (found.amax(1) > scores[:, -1]).nonzero().squeeze(1)
         if len(better):
@@ -529,7 +467,7 @@ def _search_block(source: Tensor | NDArray[Any], probes: Tensor, k: int, rows: i
     return Matches(scores, places)
 
 
-def as_tensor(values: ArrayLike | Tensor) -> Tensor:
+def _as_tensor(values: ArrayLike | Tensor) -> Tensor:
     """Embeddings as a tensor, without their history; copied only where they are read-only."""
     if isinstance(values, Tensor):
         return values.detach()
@@ -537,20 +475,8 @@ def as_tensor(values: ArrayLike | Tensor) -> Tensor:
     return torch.from_numpy(np.require(values, requirements="W"))
 
 
-def norms_of(embeddings: Tensor, what: str, start: int = 0) -> Tensor:
-    """Norms of embeddings.
-
-    Args:
-        embeddings: `[B, D]`.
-        what: Whose they are, for messages.
-        start: Number of the first, for messages.
-
-    Returns:
-        `[B]`, never quite zero.
-
-    Raises:
-        ValueError: One is not finite.
-    """
+def _norms_of(embeddings: Tensor, what: str, start: int = 0) -> Tensor:
+    """Norms `[B]` of embeddings `[B, D]`, never quite zero; `start` is the first one's number."""
     norms: Tensor = torch.linalg.vector_norm(embeddings, dim=1)
     if not norms.isfinite().all():
         row = start + int(norms.isfinite().logical_not().nonzero()[0])
@@ -558,7 +484,6 @@ def norms_of(embeddings: Tensor, what: str, start: int = 0) -> Tensor:
     return norms.clamp_(min=_EPS)
 
 
-def normalised(embeddings: Tensor, what: str) -> Tensor:
-    """Embeddings of length one in float32; see `norms_of`."""
+def _normalised(embeddings: Tensor, what: str) -> Tensor:
     exact = embeddings.float()
-    return exact / norms_of(exact, what)[:, None]
+    return exact / _norms_of(exact, what)[:, None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +33,7 @@ from idloss.evaluation.results import (
     Cell,
     Results,
     Task,
+    markdown_table,
     metric_title,
     pretty_size,
 )
@@ -148,7 +149,7 @@ def paper_table(
             if hr:
                 line.append(text_of(hr[fnet]) if place == 0 and fnet in hr else "")
             lines.append(line)
-    return _markdown(lines)
+    return markdown_table(lines)
 
 
 def _columns(cells: Iterable[Cell], *, pair: bool) -> list[list[tuple[int, int]]]:
@@ -163,18 +164,6 @@ def _columns(cells: Iterable[Cell], *, pair: bool) -> list[list[tuple[int, int]]
         else:
             columns.append([size])
     return columns
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-
-    def row(cells: Sequence[str]) -> str:
-        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        return f"| {' | '.join(padded)} |"
-
-    # names to the left, figures to the right
-    rule = ["-" * width if c < 2 else "-" * (width - 1) + ":" for c, width in enumerate(widths)]
-    return "\n".join([row(lines[0]), row(rule), *(row(line) for line in lines[1:])]) + "\n"
 
 
 def write_figures(results: Results, folder: str | os.PathLike[str]) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Results of a run: tidy rows, all that is needed to run it again, and the paper's tables.
+"""Results of a run: tidy rows, what they were made of, and all that is needed to run it again.
 
 A run is kept as three files of one stem: `run.json` (rows and circumstances), `run.csv` (the rows,
 for a spreadsheet) and `run.npz` (scores of each pair, figures of each draw), so that
@@ -14,19 +14,23 @@ import json
 import math
 import os
 import platform
+import tempfile
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from idloss import __version__
+from idloss.errors import did_you_mean
 from idloss.evaluation.statistics import Estimate
 from idloss.weights.files import written_whole
 
@@ -36,6 +40,30 @@ HR = "hr"
 LR = "lr"
 
 Task = Literal["verification", "identification", "open_set"]
+
+# Arrays of a run take a quarter of their size on disk; a small file that unpacks to this is no run.
+_MOST_BYTES = 1 << 30
+_MOST_PACKED = 100
+# Spreadsheets take a cell that begins so for a formula, and would run it.
+_FORMULA = ("=", "+", "-", "@")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "huggingface-hub",
+    "opencv-python",
+    "opencv-python-headless",
+)
+
+
+def read_task(name: str) -> Task:
+    """A task by its name, `open-set` or `open_set` alike; `ValueError` where there is none."""
+    if (task := str(name).replace("-", "_")) not in get_args(Task):
+        raise ValueError(did_you_mean("task", str(name), get_args(Task)))
+    return cast("Task", task)
 
 
 @dataclass(frozen=True, order=True)
@@ -55,6 +83,14 @@ class Cell:
     srnet: str
     height: int
     width: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "task", read_task(self.task))
+        _require_printable("an FNet", self.fnet)
+        _require_printable("an SRNet", self.srnet)
+        for side in (self.height, self.width):
+            if not isinstance(side, int) or side < 1:
+                raise ValueError(f"probes have whole rows and columns, got {side!r}")
 
     @property
     def size(self) -> str:
@@ -81,6 +117,9 @@ class Record:
     metric: str
     estimate: Estimate
 
+    def __post_init__(self) -> None:
+        _require_printable("a metric", self.metric)
+
     def row(self) -> dict[str, Any]:
         """The record as one flat row."""
         return {**asdict(self.cell), "metric": self.metric, **asdict(self.estimate)}
@@ -91,54 +130,25 @@ _ESTIMATE_COLUMNS = tuple(column.name for column in fields(Estimate))
 COLUMNS = (*_CELL_COLUMNS, "metric", *_ESTIMATE_COLUMNS)
 
 
-_PACKAGES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "numpy",
-    "pillow",
-    "safetensors",
-    "huggingface-hub",
-    "opencv-python",
-    "opencv-python-headless",
-)
-
-
 def environment() -> dict[str, Any]:
-    """Versions and hardware of this process, as plain values.
-
-    Returns:
-        idloss, Python, packages, system, processor, threads and GPU.
-    """
-    versions = {name: version for name in _PACKAGES if (version := _version(name))}
+    """Versions and hardware of this process, as plain values."""
+    versions = {}
+    for name in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     gpu = torch.cuda.is_available()
     return {
         "idloss": __version__,
         "python": platform.python_version(),
         "packages": versions,
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": platform.processor() or platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if gpu else None,
         "cuda": torch.version.cuda if gpu else None,
     }
-
-
-def _version(package: str) -> str | None:
-    with suppress(metadata.PackageNotFoundError):
-        return metadata.version(package)
-    return None
-
-
-def _processor() -> str:
-    """The processor's name; `platform.processor()` is empty on most Linux systems."""
-    listing = Path("/proc/cpuinfo")
-    if listing.is_file():
-        for line in listing.read_text("utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 @dataclass
@@ -189,37 +199,20 @@ class Results:
         if arrays:
             self.arrays[cell] = dict(arrays)
 
-    def cells(self, task: Task | None = None) -> list[Cell]:
-        """The cells, in the order they were added.
-
-        Args:
-            task: Only those of one task.
-
-        Returns:
-            Each cell once.
-        """
+    def cells(self, task: str | None = None) -> list[Cell]:
+        """The cells, each once, in the order they were added; of one task or of all."""
+        wanted = task and read_task(task)
         cells = dict.fromkeys(record.cell for record in self.records)
-        return [cell for cell in cells if task in (None, cell.task)]
+        return [cell for cell in cells if wanted in (None, cell.task)]
 
     def value(self, cell: Cell, metric: str) -> float:
-        """One figure.
-
-        Args:
-            cell: What was measured.
-            metric: The metric.
-
-        Returns:
-            Its value.
-
-        Raises:
-            KeyError: There is no such row.
-        """
+        """One figure; `KeyError` where there is no such row."""
         for record in self.records:
             if record.cell == cell and record.metric == metric:
                 return record.estimate.value
         raise KeyError(f"no {metric} for {cell.label}")
 
-    def select(self, task: Task, metric: str | None = None) -> list[Record]:
+    def select(self, task: str, metric: str | None = None) -> list[Record]:
         """The rows of one task and metric.
 
         Args:
@@ -232,17 +225,20 @@ class Results:
         Raises:
             ValueError: There are none; says what there is.
         """
-        records = [record for record in self.records if record.cell.task == task]
+        wanted = read_task(task)
+        records = [record for record in self.records if record.cell.task == wanted]
         known = list(dict.fromkeys(record.metric for record in records))
         if not known:
-            raise ValueError(f"the run has no {task} results")
+            raise ValueError(f"the run has no {wanted} results")
         metric = metric or next((m for m in ("accuracy", "rank1") if m in known), known[0])
         if metric not in known:
-            raise ValueError(f"the run has no {metric!r} for {task}; it has {', '.join(known)}")
+            raise ValueError(f"the run has no {metric!r} for {wanted}; it has {', '.join(known)}")
         return [record for record in records if record.metric == metric]
 
     def save(self, path: str | os.PathLike[str]) -> list[Path]:
-        """Write `.json`, `.csv` and `.npz` beside each other, each whole or not at all.
+        """Write `.json`, `.csv` and `.npz` beside each other, all of them or none.
+
+        Where the disk refuses, they are kept in a temporary folder, so that no work is lost.
 
         Args:
             path: Where the JSON is to be; the others take its stem.
@@ -251,18 +247,41 @@ class Results:
             The files written, the JSON first.
 
         Raises:
-            OSError: The folder cannot be written to.
-            TypeError: `run` holds something that JSON does not know.
+            OSError: The folder cannot be written to; says where the files are instead.
+            TypeError: `run` or an array holds something that cannot be written.
         """
-        main = _json_path(path)
-        table, sidecar = main.with_suffix(".csv"), main.with_suffix(".npz")
+        given = Path(path)
+        main = given if given.suffix == ".json" else given.with_name(given.name + ".json")
+        contents = self._contents(main.name)
+        try:
+            return _write_together(main.parent, contents)
+        except OSError as error:
+            reason = error.strerror or error
+            advice = "free space, or name another folder"
+            with suppress(OSError):
+                spare = Path(tempfile.mkdtemp(prefix="idloss-results-"))
+                _write_together(spare, contents)
+                advice = f"they are kept in {spare}; move them, or name another folder"
+            raise OSError(
+                f"results cannot be written to {main.parent} ({reason}); {advice}"
+            ) from error
+
+    def _contents(self, name: str) -> dict[str, bytes]:
+        """All files by name, made before any is written; the JSON, which vouches for them, first.
+
+        A value that JSON does not know costs no older result.
+        """
+        sidecar = Path(name).with_suffix(".npz").name
         flat = {
-            f"{place}/{name}": array
+            f"{place}/{key}": np.asarray(array)
             for place, arrays in enumerate(self.arrays.values())
-            for name, array in arrays.items()
+            for key, array in arrays.items()
         }
+        if strange := [key for key, array in flat.items() if array.dtype.hasobject]:
+            raise TypeError(f"arrays of Python objects cannot be written: {', '.join(strange)}")
+        # numpy before 2.2 has no allow_pickle here, and takes it for one more array
         packed = io.BytesIO()
-        np.savez_compressed(packed, allow_pickle=False, **flat)
+        np.savez_compressed(packed, **cast("dict[str, Any]", flat))
         blob = packed.getvalue()
         document = {
             "schema": SCHEMA,
@@ -271,30 +290,27 @@ class Results:
             "environment": self.environment,
             "records": [_plain(record.row()) for record in self.records],
             "arrays": {
-                "file": sidecar.name,
+                "file": sidecar,
                 "sha256": hashlib.sha256(blob).hexdigest(),
                 "cells": [asdict(cell) for cell in self.arrays],
             },
         }
-        # everything is made before anything is written, so that a value that JSON does not know
-        # costs no older result; the JSON comes last: where it is, the others are
-        text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-        contents = {
+        return {
+            name: (json.dumps(document, indent=1, allow_nan=False) + "\n").encode(),
+            Path(name).with_suffix(".csv").name: self.to_csv().encode(),
             sidecar: blob,
-            table: self.to_csv().encode(),
-            main: text.encode(),
         }
-        for file, content in contents.items():
-            with written_whole(file) as temporary:
-                temporary.write_bytes(content)
-        return [main, table, sidecar]
 
     def to_csv(self) -> str:
-        """The rows as CSV, one a line, with a header."""
+        """The rows as CSV, one a line, with a header; a name that looks like a formula quoted."""
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(_plain(record.row()) for record in self.records)
+        for record in self.records:
+            row = _plain(record.row())
+            for key in ("fnet", "srnet", "metric"):
+                row[key] = f"'{row[key]}" if row[key].startswith(_FORMULA) else row[key]
+            writer.writerow(row)
         return text.getvalue()
 
     @classmethod
@@ -309,30 +325,34 @@ class Results:
 
         Raises:
             FileNotFoundError: There is no such file, or its `.npz` is missing.
-            ValueError: It is not a result file, is of another version, or the `.npz` is not the
-                one it was written with.
+            ValueError: It is not a result file, is of another version, is damaged, or the `.npz`
+                is not the one it was written with.
         """
         main = Path(path)
         if not main.is_file():
             raise FileNotFoundError(f"no result file at {main}; give the .json of a run")
         try:
-            document = json.loads(main.read_text("utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            document = json.loads(main.read_text("utf-8"), parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{main} is not a result file: {error}") from error
-        if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-            seen = document.get("schema") if isinstance(document, dict) else None
+        seen = document.get("schema") if isinstance(document, dict) else None
+        if seen != SCHEMA:
             raise ValueError(
-                f"{main} has result schema {seen}, this version of idloss reads {SCHEMA}; run the "
-                "evaluation again"
+                f"{main} is of result schema {str(seen)[:20]}, this version of idloss reads "
+                f"{SCHEMA}; run the evaluation again"
             )
         try:
-            records = [_record(row) for row in document["records"]]
-            arrays = _load_arrays(main, document["arrays"])
-            return cls(
-                document["run"], records, arrays, document["environment"], document["created"]
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{main} is damaged: {type(error).__name__} {error}") from error
+            run, found = _of_type(dict, document, "run"), _of_type(dict, document, "environment")
+            created = _of_type(str, document, "created")
+            records = [_record(row) for row in _of_type(list, document, "records")]
+            if len({(record.cell, record.metric) for record in records}) < len(records):
+                raise ValueError("a row stands there twice")  # noqa: TRY301
+            index = _of_type(dict, document, "arrays")
+            cells = [Cell(**cell) for cell in _of_type(list, index, "cells")]
+            name, pin = _of_type(str, index, "file"), _of_type(str, index, "sha256")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{main} is damaged: {error}; run the evaluation again") from error
+        return cls(run, records, _load_arrays(main, name, pin, cells), found, created)
 
 
 def metric_title(metric: str) -> str:
@@ -349,9 +369,32 @@ def pretty_size(size: Sequence[int]) -> str:
     return f"{size[0]}\N{MULTIPLICATION SIGN}{size[1]}"
 
 
-def _json_path(path: str | os.PathLike[str]) -> Path:
-    given = Path(path)
-    return given if given.suffix == ".json" else given.with_name(given.name + ".json")
+def markdown_table(lines: Sequence[Sequence[str]], *, left: Sequence[int] = (0, 1)) -> str:
+    """Lines of cells as Markdown, padded to be read as it is; all but some columns to the right."""
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = [
+        "-" * (width - (c not in left)) + ":" * (c not in left) for c, width in enumerate(widths)
+    ]
+    rows = [
+        " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        for line in (lines[0], rule, *lines[1:])
+    ]
+    return "".join(f"| {row} |\n" for row in rows)
+
+
+def _require_printable(what: str, name: object) -> None:
+    """Line breaks and escapes would forge rows of tables and reach the terminal."""
+    if not isinstance(name, str) or not name.strip() or not name.isprintable():
+        raise ValueError(f"{str(name)[:80]!r} cannot be the name of {what}; use printable letters")
+
+
+def _write_together(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
+    with ExitStack() as stack:
+        # the first is entered first and left last: where it is, the others are
+        for name, content in contents.items():
+            stack.enter_context(written_whole(folder / name)).write_bytes(content)
+    return [folder / name for name in contents]
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -362,30 +405,58 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _record(row: Mapping[str, Any]) -> Record:
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}")
+
+
+def _of_type(kind: type, values: Mapping[str, Any], key: str) -> Any:
+    if not isinstance(values.get(key), kind):
+        raise TypeError(f"{key!r} is {str(values.get(key))[:40]!r}, no {kind.__name__}")
+    return values[key]
+
+
+def _record(row: Any) -> Record:
+    if not isinstance(row, dict) or set(row) != set(COLUMNS):
+        raise TypeError(f"a row is {str(row)[:80]!r}, not of {', '.join(COLUMNS)}")
     figures = {name: row[name] for name in _ESTIMATE_COLUMNS}
     for name in ("low", "high"):
         figures[name] = math.nan if figures[name] is None else figures[name]
+    for name, figure in figures.items():
+        optional = figure is None and name.startswith("boot_")
+        if not optional and (type(figure) not in (int, float) or math.isinf(figure)):
+            raise TypeError(f"{name!r} is {str(figure)[:40]!r}, no number")
     cell = Cell(**{name: row[name] for name in _CELL_COLUMNS})
     return Record(cell, row["metric"], Estimate(**figures))
 
 
-def _load_arrays(main: Path, index: Mapping[str, Any]) -> dict[Cell, dict[str, NDArray[Any]]]:
+def _load_arrays(
+    main: Path, name: str, pin: str, cells: Sequence[Cell]
+) -> dict[Cell, dict[str, NDArray[Any]]]:
     # a renamed run keeps its files together: the stem is the JSON's, wherever that was moved
-    beside = [main.with_name(Path(index["file"]).name), main.with_suffix(".npz")]
+    beside = [main.with_name(Path(name).name or main.stem), main.with_suffix(".npz")]
     sidecar = next((path for path in beside if path.is_file()), None)
     if sidecar is None:
         raise FileNotFoundError(f"{main} needs {beside[0].name} beside it; copy both")
     blob = sidecar.read_bytes()
-    if (seen := hashlib.sha256(blob).hexdigest()) != index["sha256"]:
+    if (seen := hashlib.sha256(blob).hexdigest()) != pin:
         raise ValueError(
             f"{sidecar} is not the file that {main.name} was written with: its SHA-256 is {seen}, "
-            f"not {index['sha256']}; copy both from one run"
+            f"not {pin[:64]!r}; copy both from one run"
         )
-    cells = [Cell(**cell) for cell in index["cells"]]
     arrays: dict[Cell, dict[str, NDArray[Any]]] = {cell: {} for cell in cells}
-    with np.load(io.BytesIO(blob), allow_pickle=False) as stored:
-        for key in stored.files:
-            place, name = key.split("/", 1)
-            arrays[cells[int(place)]][name] = stored[key]
+    try:
+        with zipfile.ZipFile(io.BytesIO(blob)) as packed:
+            size = sum(member.file_size for member in packed.infolist())
+        if size > max(_MOST_BYTES, _MOST_PACKED * len(blob)):
+            raise ValueError(f"{len(blob):,} bytes unpack to {size:,}")
+        with np.load(io.BytesIO(blob), allow_pickle=False) as stored:
+            for key in stored.files:
+                place, slash, kind = key.partition("/")
+                if slash:  # numpy before 2.2 wrote its argument allow_pickle as an array
+                    arrays[cells[int(place)]][kind] = stored[key]
+    except (
+        *(zipfile.BadZipFile, zlib.error, EOFError, IndexError, KeyError, MemoryError),
+        *(NotImplementedError, RuntimeError, TypeError, ValueError),
+    ) as error:
+        raise ValueError(f"{sidecar} is damaged: {error}; run the evaluation again") from error
     return arrays

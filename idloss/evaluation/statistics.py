@@ -1,4 +1,8 @@
-"""How sure a figure is: an estimate with its intervals, and the tests behind them."""
+"""How sure a figure is: an estimate with its intervals, and paired tests.
+
+Student's and the binomial distribution are scipy's, which comes with the extra `eval` and is
+imported when the first of them is asked for.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 
 NOT_FINITE = "look for a network that overflowed (fp16?) or an image that failed to load"
-"""What to do about a number that is not finite."""
-
-
-def require_finite(values: Floats, what: str) -> None:
-    """Raise `ValueError`, saying which `what` it is, where a number is not finite."""
-    finite = np.isfinite(values)
-    if not finite.all():
-        place = np.unravel_index(int(finite.argmin()), values.shape)
-        index = ", ".join(str(int(axis)) for axis in place)
-        raise ValueError(f"{what} [{index}] is {values[place]}; {NOT_FINITE}")
-
-
-# Lentz's continued fraction gains about a digit a step here; it has always settled long before.
-_STEPS = 1000
-_TINY = 1e-300
-_CLOSE = 1e-15
 
 
 @dataclass(frozen=True)
@@ -65,35 +53,25 @@ def estimate(
     level: float = 0.95,
     resampled: NDArray[Any] | None = None,
 ) -> Estimate:
-    """Sum up a figure's repeats: mean, deviation, Student's interval and bootstrap percentiles.
+    """Sum up a figure `[R]` of R folds or draws, and the same on bootstrap samples, `[B]`.
 
     Folds share their training pairs and draws share their images, so the repeats are not
-    independent and Student's interval is a little too narrow.
-
-    Args:
-        repeats: The figure in each fold or draw, `[R]`.
-        value: The figure on all the data; None for the mean of the repeats.
-        level: Share of the probability the intervals are to hold, in (0, 1).
-        resampled: The figure on each bootstrap sample, `[B]`.
-
-    Returns:
-        The estimate.
-
-    Raises:
-        ValueError: There are no repeats, or the level is not in (0, 1).
+    independent and Student's interval is a little too narrow. `value` is the figure on all the
+    data; None for the mean of the repeats.
     """
     figures = np.asarray(repeats, dtype=np.float64)
     if figures.ndim != 1 or not figures.size:
         raise ValueError(f"repeats must be [R] with R >= 1, got shape {list(figures.shape)}")
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie in (0, 1), got {level}; 0.95 is usual")
     mean = float(figures.mean())
     reach = math.nan
     if figures.size > 1:
         error = float(figures.std(ddof=1)) / math.sqrt(figures.size)
-        reach = student_t_quantile(level, figures.size - 1) * error
+        reach = float(require_scipy().t.ppf((1 + level) / 2, figures.size - 1)) * error
     boot_low = boot_high = None
     if resampled is not None:
-        tails = ((1 - level) / 2, (1 + level) / 2)
-        boot_low, boot_high = (float(end) for end in np.quantile(resampled, tails))
+        boot_low, boot_high = np.quantile(resampled, ((1 - level) / 2, (1 + level) / 2)).tolist()
     return Estimate(
         value=mean if value is None else float(value),
         mean=mean,
@@ -106,97 +84,66 @@ def estimate(
     )
 
 
-def student_t_two_sided(t: float, degrees: float) -> float:
-    """Probability that Student's t is at least as far from zero as `t`.
-
-    Args:
-        t: The statistic.
-        degrees: Degrees of freedom, > 0.
-
-    Returns:
-        The two-sided p-value in [0, 1], with full relative precision in the tail.
-
-    Raises:
-        ValueError: If the degrees of freedom are not positive.
-    """
-    if degrees <= 0:
-        raise ValueError(f"degrees of freedom must be > 0, got {degrees}")
-    if math.isinf(t):
-        return 0.0
-    return _incomplete_beta(degrees / 2, 0.5, degrees / (degrees + t * t))
-
-
-def student_t_quantile(level: float, degrees: float) -> float:
-    """The t that Student's |t| stays under with probability `level`.
-
-    Args:
-        level: Probability in (0, 1), 0.95 for the usual interval.
-        degrees: Degrees of freedom, > 0.
-
-    Returns:
-        The quantile, > 0.
-
-    Raises:
-        ValueError: If the level is not in (0, 1) or the degrees of freedom are not positive.
-    """
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie in (0, 1), got {level}; 0.95 is usual")
-    low, high = 0.0, 1.0
-    while student_t_two_sided(high, degrees) > 1 - level:
-        low, high = high, 2 * high
-    while high - low > 1e-13 * high:
-        middle = (low + high) / 2
-        if student_t_two_sided(middle, degrees) > 1 - level:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
-
-
 def sign_test(wins: int, losses: int) -> float:
-    """Exact two-sided binomial test that wins and losses are equally likely; ties are left out.
-
-    With the pairs that only one of two methods gets right it is McNemar's exact test.
-
-    Args:
-        wins: How often the one was better.
-        losses: How often the other was.
-
-    Returns:
-        The p-value in (0, 1]; 1 where neither ever was.
-
-    Raises:
-        ValueError: If a count is negative.
-    """
+    """Exact two-sided p-value that wins and losses are equally likely; ties are left out."""
     if min(wins, losses) < 0:
         raise ValueError(f"counts must not be negative, got {wins} wins and {losses} losses")
-    trials = wins + losses
-    # whole numbers all the way: no rounding until the one division
-    ways = term = 1
-    for taken in range(min(wins, losses)):
-        term = term * (trials - taken) // (taken + 1)
-        ways += term
-    return min(1.0, float(2 * ways / 2**trials))
+    if not wins + losses:
+        return 1.0
+    return float(require_scipy().binomtest(wins, wins + losses).pvalue)
 
 
-def _incomplete_beta(a: float, b: float, x: float) -> float:
-    """Regularised incomplete beta function I_x(a, b), by its continued fraction (DLMF 8.17.22)."""
-    if x <= 0 or x >= 1:
-        return float(x > 0)
-    if x > (a + 1) / (a + b + 2):  # the fraction settles quickly on the other side only
-        return 1 - _incomplete_beta(b, a, 1 - x)
-    front = math.exp(
-        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    )
-    fraction = upper = 1.0
-    lower = 0.0
-    for step in range(1, _STEPS):
-        half = step // 2
-        scale = x / ((a + step - 1) * (a + step))
-        term = scale * (-(a + half) * (a + b + half) if step % 2 else half * (b - half))
-        lower = 1 / ((1 + term * lower) or _TINY)
-        upper = (1 + term / upper) or _TINY
-        fraction *= upper * lower
-        if abs(upper * lower - 1) < _CLOSE:
-            break
-    return front / (a * fraction)
+def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> tuple[int, int, float]:
+    """McNemar's exact test on the same pairs `[N]` judged twice, rightly or not.
+
+    Gives the pairs that only the first got right, that only the second did, and the p-value.
+    """
+    first, second = (side.astype(bool) for side in _same_shape(correct_a, correct_b))
+    only_a, only_b = int((first & ~second).sum()), int((~first & second).sum())
+    return only_a, only_b, sign_test(only_a, only_b)
+
+
+def paired_t(a: ArrayLike, b: ArrayLike) -> float:
+    """Student's paired t-test of figures `[R]` in the same draws, two-sided.
+
+    Its p-value is 1 where all draws are equal, and 0 where all differ by the same amount.
+    """
+    first, second = _same_shape(a, b)
+    if first.size < 2:
+        raise ValueError(f"a paired t-test needs two draws or more, got {first.size}")
+    difference = second - first
+    mean, error = abs(float(difference.mean())), difference.std(ddof=1) / math.sqrt(first.size)
+    # differences that are equal but for rounding have no spread to test against
+    if error <= 1e-12 * max(1.0, mean):
+        return 1.0 if mean <= 1e-12 else 0.0
+    return float(require_scipy().ttest_rel(first, second).pvalue)
+
+
+def require_finite(values: Floats, what: str) -> None:
+    """Raise `ValueError`, saying which `what` it is, where a number is not finite."""
+    finite = np.isfinite(values)
+    if not finite.all():
+        place = np.unravel_index(int(finite.argmin()), values.shape)
+        index = ", ".join(str(int(axis)) for axis in place)
+        raise ValueError(f"{what} [{index}] is {values[place]}; {NOT_FINITE}")
+
+
+def require_scipy() -> Any:
+    """`scipy.stats`; raises `ModuleNotFoundError`, naming the extra, where it is missing."""
+    try:
+        from scipy import stats
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "intervals and tests need scipy, which comes with the extra: pip install 'idloss[eval]'"
+        ) from error
+    return stats
+
+
+def _same_shape(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
+    first, second = np.asarray(a), np.asarray(b)
+    if first.ndim != 1 or first.shape != second.shape:
+        raise ValueError(
+            f"paired tests need two [N] of one length, got {list(first.shape)} and "
+            f"{list(second.shape)}"
+        )
+    return first, second

@@ -1,6 +1,7 @@
 """Face verification from ready embeddings: k-fold accuracy, ROC, and how sure each figure is.
 
-A score is a similarity: larger means the same person.
+Arrays in, arrays out: nothing here knows of images or networks. A score is a similarity, larger
+meaning the same person, but for the squared Euclidean distance of the `standard` rule.
 """
 
 from __future__ import annotations
@@ -15,95 +16,18 @@ from numpy.typing import ArrayLike, NDArray
 from idloss.data.folds import FOLDS, Remainder, contiguous_folds
 from idloss.evaluation.statistics import Bools, Estimate, Floats, Ints, estimate, require_finite
 
+FAR_TARGETS = (1e-1, 1e-2, 1e-3, 1e-4)
+BOOTSTRAP_DRAWS = 1000
+BLOCK_BYTES = 64 * 2**20
 # The norm under which an embedding counts as zero (torch.nn.CosineSimilarity's default, which the
 # released code uses).
 _EPS = 1e-8
+# Room for rounding when a share is compared with a target such as 0.1.
+_UP = 1 + 1e-12
+# The same for scores that float32 carried out of their range.
+_ROOM = 1e-3
 
-
-def pair_scores(
-    left: ArrayLike,
-    right: ArrayLike,
-    measure: Literal["cosine", "squared_euclidean"] = "cosine",
-) -> Floats:
-    """Compare the two embeddings of each pair, in float64.
-
-    Args:
-        left: Embeddings `[N, D]`.
-        right: Embeddings `[N, D]`.
-        measure: `"cosine"` in [-1, 1], or `"squared_euclidean"` of the normalised embeddings, in
-            [0, 4].
-
-    Returns:
-        Scores `[N]`; the cosine with a zero embedding is 0.
-
-    Raises:
-        ValueError: The shapes differ, or an embedding is not finite.
-    """
-    first, second = _embedding_pairs(left, right)
-    first, second = _normalised(first), _normalised(second)
-    if measure == "cosine":
-        return _dot(first, second)
-    difference = first - second
-    return _dot(difference, difference)
-
-
-def centred_scores(left: ArrayLike, right: ArrayLike, folds: ArrayLike) -> Floats:
-    """Cosines after the mean embedding of the other folds was subtracted, for each fold.
-
-    SphereFace's evaluation. All folds are one matrix product: with the mean `m` of a fold's
-    training pairs, `(a - m)(b - m) = ab - am - bm + mm`.
-
-    Args:
-        left: Embeddings `[N, D]`.
-        right: Embeddings `[N, D]`.
-        folds: Fold of each pair, `[N]`.
-
-    Returns:
-        Scores `[F, N]`: row f holds all pairs as fold f's training set sees them.
-
-    Raises:
-        ValueError: The shapes differ, or an embedding is not finite.
-    """
-    first, second = _embedding_pairs(left, right)
-    fold_of = np.asarray(folds)
-    # Shifting everything by one vector changes nothing in exact arithmetic, and here spares the
-    # digits that would cancel when all embeddings lie close together, as those of 7x6 probes do.
-    centre = (first.mean(0) + second.mean(0)) / 2
-    first, second = first - centre, second - centre
-    held_out = np.arange(fold_of.max() + 1)[:, None] == fold_of
-    training = ~held_out
-    means = training @ (first + second) / (2 * training.sum(1, keepdims=True))
-
-    first_mean, second_mean = means @ first.T, means @ second.T
-    mean_mean = _dot(means, means)[:, None]
-    product = _dot(first, second) - first_mean - second_mean + mean_mean
-    first_norm = np.sqrt(np.maximum(_dot(first, first) - 2 * first_mean + mean_mean, 0))
-    second_norm = np.sqrt(np.maximum(_dot(second, second) - 2 * second_mean + mean_mean, 0))
-    scores: Floats = product / np.maximum(first_norm * second_norm, _EPS)
-    return scores
-
-
-def _embedding_pairs(left: ArrayLike, right: ArrayLike) -> tuple[Floats, Floats]:
-    first, second = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
-    if first.ndim != 2 or first.shape != second.shape:
-        raise ValueError(
-            f"embeddings must be two [N, D] of one shape, got {list(first.shape)} and "
-            f"{list(second.shape)}"
-        )
-    for name, side in (("left", first), ("right", second)):
-        require_finite(side, f"{name} embedding")
-    return first, second
-
-
-def _normalised(embeddings: Floats) -> Floats:
-    norms = np.sqrt(_dot(embeddings, embeddings))[:, None]
-    scaled: Floats = embeddings / np.maximum(norms, _EPS)
-    return scaled
-
-
-def _dot(first: Floats, second: Floats) -> Floats:
-    product: Floats = np.einsum("nd,nd->n", first, second)
-    return product
+Measure = Literal["cosine", "centred_cosine", "squared_euclidean"]
 
 
 @dataclass(frozen=True)
@@ -124,7 +48,7 @@ class ThresholdRule:
     """
 
     name: str
-    measure: Literal["cosine", "centred_cosine", "squared_euclidean"]
+    measure: Measure
     grid: Callable[[], Floats]
     pick: Literal["first", "last", "mean"]
     same: Literal["above", "below"] = "above"
@@ -158,6 +82,56 @@ STANDARD_RULE = ThresholdRule(
 )
 
 
+def pair_scores(left: ArrayLike, right: ArrayLike, measure: Measure = "cosine") -> Floats:
+    """Compare the two embeddings of each pair, in float64.
+
+    Args:
+        left: Embeddings `[N, D]`.
+        right: Embeddings `[N, D]`.
+        measure: `"cosine"` in [-1, 1], or `"squared_euclidean"` of the normalised embeddings, in
+            [0, 4]; for `"centred_cosine"` there is `verify`.
+
+    Returns:
+        Scores `[N]`; the cosine with a zero embedding is 0.
+
+    Raises:
+        ValueError: The shapes differ, or an embedding is not finite.
+    """
+    if measure == "centred_cosine":
+        raise ValueError("centred cosines differ from fold to fold; call verify")
+    first, second = (
+        side / np.maximum(np.sqrt(_dot(side, side))[:, None], _EPS)
+        for side in _embedding_pairs(left, right)
+    )
+    if measure == "cosine":
+        return _dot(first, second)
+    return _dot(first - second, first - second)
+
+
+def centred_scores(left: ArrayLike, right: ArrayLike, folds: ArrayLike) -> Floats:
+    """Cosines `[F, N]` after the mean embedding of each fold's training pairs was subtracted.
+
+    SphereFace's evaluation. All folds are one matrix product: with the mean `m` of a fold's
+    training pairs, `(a - m)(b - m) = ab - am - bm + mm`.
+    """
+    first, second = _embedding_pairs(left, right)
+    fold_of = np.asarray(folds)
+    # Shifting everything by one vector changes nothing in exact arithmetic, and here spares the
+    # digits that would cancel when all embeddings lie close together, as those of 7x6 probes do.
+    centre = (first.mean(0) + second.mean(0)) / 2
+    first, second = first - centre, second - centre
+    training = np.arange(fold_of.max() + 1)[:, None] != fold_of
+    means = training @ (first + second) / (2 * training.sum(1, keepdims=True))
+
+    first_mean, second_mean = means @ first.T, means @ second.T
+    mean_mean = _dot(means, means)[:, None]
+    product = _dot(first, second) - first_mean - second_mean + mean_mean
+    first_norm = np.sqrt(np.maximum(_dot(first, first) - 2 * first_mean + mean_mean, 0))
+    second_norm = np.sqrt(np.maximum(_dot(second, second) - 2 * second_mean + mean_mean, 0))
+    scores: Floats = product / np.maximum(first_norm * second_norm, _EPS)
+    return scores
+
+
 @dataclass(frozen=True)
 class FoldResult:
     """Accuracy of each fold at the threshold its training folds chose.
@@ -180,6 +154,40 @@ class FoldResult:
         return float(self.accuracies.mean())
 
 
+def verify(
+    left: ArrayLike,
+    right: ArrayLike,
+    same: ArrayLike,
+    rule: ThresholdRule = PAPER_RULE,
+    *,
+    folds: ArrayLike | None = None,
+    n_folds: int = FOLDS,
+) -> FoldResult:
+    """K-fold accuracy from embeddings, in whatever measure the rule asks for.
+
+    Args:
+        left: Embeddings of each pair's first image, `[N, D]`.
+        right: Embeddings of each pair's second image, `[N, D]`.
+        same: Whether each pair is of one person, `[N]`, bool or 0/1.
+        rule: The threshold rule.
+        folds: Fold of each pair, `[N]` in 0..F-1; None for contiguous ones.
+        n_folds: Number of contiguous folds.
+
+    Returns:
+        The accuracies, thresholds and right answers.
+
+    Raises:
+        ValueError: Shapes do not fit, an embedding is not finite, a label is not 0 or 1, or a fold
+            is empty.
+    """
+    fold_of = _folds(folds, len(np.asarray(same)), n_folds, rule.remainder)
+    if rule.measure == "centred_cosine":
+        scores = centred_scores(left, right, fold_of)
+    else:
+        scores = pair_scores(left, right, rule.measure)
+    return kfold(scores, same, rule, folds=fold_of)
+
+
 def kfold(
     scores: ArrayLike,
     same: ArrayLike,
@@ -196,7 +204,7 @@ def kfold(
 
     Args:
         scores: Scores `[N]`, in the rule's measure; or `[F, N]` where each fold has its own, as
-            from `centred_scores`.
+            centred cosines do.
         same: Whether each pair is of one person, `[N]`, bool or 0/1.
         rule: The threshold rule.
         folds: Fold of each pair, `[N]` in 0..F-1; None for contiguous ones.
@@ -206,10 +214,10 @@ def kfold(
         The accuracies, thresholds and right answers.
 
     Raises:
-        ValueError: Shapes do not fit, a score is not finite, a label is not 0 or 1, or a fold is
-            empty.
+        ValueError: Shapes do not fit, a score is not finite or of another measure, a label is not
+            0 or 1, or a fold is empty.
     """
-    truth = read_labels(same)
+    truth = _labels(same)
     values = np.asarray(scores, dtype=np.float64)
     fold_of = _folds(folds, truth.size, n_folds, rule.remainder)
     n = int(fold_of.max()) + 1
@@ -218,51 +226,28 @@ def kfold(
             f"scores must be [{truth.size}] or [{n}, {truth.size}], got {list(values.shape)}"
         )
     require_finite(values, "score")
+    low, high = (0, 4) if rule.measure == "squared_euclidean" else (-1, 1)
+    if values.min() < low - _ROOM or values.max() > high + _ROOM:
+        raise ValueError(
+            f"scores from {values.min():.4g} to {values.max():.4g} are no {rule.measure}, which "
+            f"the rule {rule.name!r} judges and which lies in [{low}, {high}]"
+        )
     rows = np.atleast_2d(values)
 
     grid = rule.grid()
     training = np.arange(n)[:, None] != fold_of
     right = _right_answers(rows, truth, training, grid, rule)
-    thresholds = _pick(grid, right == right.max(1, keepdims=True), rule.pick)
+    best = right == right.max(1, keepdims=True)
+    if rule.pick == "mean":
+        thresholds = np.array([grid[places].mean() for places in best])
+    else:
+        end = 0 if rule.pick == "first" else -1
+        thresholds = np.array([grid[places][end] for places in best])
 
     own = rows[fold_of, np.arange(truth.size)] if len(rows) > 1 else rows[0]
     correct = _correct(own, truth, thresholds[fold_of], rule)
-    sizes = np.bincount(fold_of, minlength=n)
-    accuracies = np.bincount(fold_of, weights=correct, minlength=n) / sizes
+    accuracies = np.bincount(fold_of, weights=correct, minlength=n) / np.bincount(fold_of)
     return FoldResult(accuracies, thresholds, correct, fold_of)
-
-
-def verify(
-    left: ArrayLike,
-    right: ArrayLike,
-    same: ArrayLike,
-    rule: ThresholdRule = PAPER_RULE,
-    *,
-    folds: ArrayLike | None = None,
-    n_folds: int = FOLDS,
-) -> FoldResult:
-    """K-fold accuracy from embeddings, in whatever measure the rule asks for.
-
-    Args:
-        left: Embeddings of each pair's first image, `[N, D]`.
-        right: Embeddings of each pair's second image, `[N, D]`.
-        same: Whether each pair is of one person, `[N]`.
-        rule: The threshold rule.
-        folds: Fold of each pair, `[N]`; None for contiguous ones.
-        n_folds: Number of contiguous folds.
-
-    Returns:
-        The accuracies, thresholds and right answers.
-
-    Raises:
-        ValueError: See `kfold` and `pair_scores`.
-    """
-    fold_of = _folds(folds, len(np.asarray(same)), n_folds, rule.remainder)
-    if rule.measure == "centred_cosine":
-        scores = centred_scores(left, right, fold_of)
-    else:
-        scores = pair_scores(left, right, rule.measure)
-    return kfold(scores, same, rule, folds=fold_of)
 
 
 def _right_answers(
@@ -290,13 +275,6 @@ def _right_answers(
     return right
 
 
-def _pick(grid: Floats, best: Bools, pick: Literal["first", "last", "mean"]) -> Floats:
-    if pick == "mean":
-        return np.array([grid[places].mean() for places in best])
-    place = 0 if pick == "first" else -1
-    return np.array([grid[places][place] for places in best])
-
-
 def _correct(scores: Floats, truth: Bools, thresholds: Floats, rule: ThresholdRule) -> Bools:
     called_same = scores > thresholds if rule.same == "above" else scores < thresholds
     correct: Bools = called_same == truth
@@ -318,11 +296,6 @@ def _folds(folds: ArrayLike | None, count: int, n_folds: int, remainder: Remaind
     return given
 
 
-FAR_TARGETS = (1e-1, 1e-2, 1e-3, 1e-4)
-UP = 1 + 1e-12
-"""Room for rounding when a share is compared with a target such as 0.1."""
-
-
 @dataclass(frozen=True)
 class Roc:
     """Operating points, from the strictest threshold to the laxest.
@@ -341,16 +314,16 @@ class Roc:
     @property
     def auc(self) -> float:
         """Area under the curve."""
-        return float(area(self.far, self.tar))
+        return float(_area(self.far, self.tar))
 
     @property
     def eer(self) -> float:
         """Error rate where false accepts and false rejects are equally frequent."""
-        return float(equal_error(self.far, self.tar))
+        return float(_equal_error(self.far, self.tar))
 
     def tar_at(self, far: float) -> float:
         """TAR at the laxest threshold whose FAR does not pass `far`; no interpolation."""
-        return float(self.tar[np.count_nonzero(self.far <= far * UP) - 1])
+        return float(self.tar[np.count_nonzero(self.far <= far * _UP) - 1])
 
 
 def roc(scores: ArrayLike, same: ArrayLike) -> Roc:
@@ -366,47 +339,28 @@ def roc(scores: ArrayLike, same: ArrayLike) -> Roc:
     Raises:
         ValueError: Shapes do not fit, a score is not finite, or one of the classes is empty.
     """
-    ranked = Ranked(scores, same)
+    ranked = _Ranked(*_scored(scores, same))
     far = np.concatenate(([0], np.cumsum(ranked.different)[ranked.ends])) / ranked.n_different
     tar = np.concatenate(([0], np.cumsum(ranked.same)[ranked.ends])) / ranked.n_same
     return Roc(far, tar, np.concatenate(([np.inf], ranked.scores[ranked.ends])))
 
 
 def rejecting_threshold(scores: NDArray[Any], share: float) -> float:
-    """The lowest of the scores that no more than a share of them exceed.
-
-    Args:
-        scores: Scores of those to reject, `[N]`.
-        share: Share that may exceed it, in [0, 1].
-
-    Returns:
-        The threshold; minus infinity where all may exceed it.
-    """
-    allowed = int(share * len(scores) * UP)
+    """The lowest of the scores `[N]` that no more than a share exceed; -inf where all may."""
+    allowed = int(share * len(scores) * _UP)
     if allowed >= len(scores):
         return -np.inf
     place = len(scores) - 1 - allowed
     return float(np.partition(scores, place)[place])
 
 
-def tar_name(far: float) -> str:
-    """What TAR at a FAR is called, `tar@far=0.001` and the like."""
-    return f"tar@far={far:g}"
+class _Ranked:
+    """Pairs sorted by falling score, with the last place of each run of equal scores."""
 
-
-class Ranked:
-    """Pairs sorted by falling score, with the last place of each run of equal scores.
-
-    Args:
-        scores: Similarities `[N]`.
-        same: Whether each pair is of one person, `[N]`.
-    """
-
-    def __init__(self, scores: ArrayLike, same: ArrayLike) -> None:
-        values, truth = read_scored(scores, same)
-        order = np.argsort(-values, kind="stable")
-        self.scores = values[order]
-        self.same = truth[order]
+    def __init__(self, scores: Floats, same: Bools) -> None:
+        order = np.argsort(-scores, kind="stable")
+        self.scores = scores[order]
+        self.same = same[order]
         self.different = ~self.same
         self.ends = np.flatnonzero(np.append(np.diff(self.scores) != 0, True))
         self.n_same = int(self.same.sum())
@@ -422,21 +376,13 @@ class Ranked:
         return np.concatenate((np.zeros((draws, 1), dtype=sums.dtype), sums), axis=1)
 
 
-def area(far: Floats, tar: Floats) -> Any:
+def _area(far: Floats, tar: Floats) -> Any:
     """Area under curves of operating points, `[..., G + 1]` each."""
     return (np.diff(far) * (tar[..., 1:] + tar[..., :-1]) / 2).sum(-1)
 
 
-def equal_error(far: Floats, tar: Floats) -> Any:
-    """Where FAR meets 1 - TAR, on the straight line between the operating points round it.
-
-    Args:
-        far: `[..., G + 1]`, rising.
-        tar: `[..., G + 1]`, rising.
-
-    Returns:
-        The rate of each curve, `[...]`.
-    """
+def _equal_error(far: Floats, tar: Floats) -> Any:
+    """Where FAR meets 1 - TAR, `[...]`, on the line between the operating points round it."""
     excess = far - (1 - tar)
     after = (excess >= 0).argmax(-1)[..., None]
 
@@ -448,10 +394,6 @@ def equal_error(far: Floats, tar: Floats) -> Any:
     return start + (end - start) * -low / (high - low)
 
 
-BOOTSTRAP_DRAWS = 1000
-BLOCK_BYTES = 64 * 2**20
-
-
 def bootstrap(
     scores: ArrayLike,
     same: ArrayLike,
@@ -461,26 +403,13 @@ def bootstrap(
     seed: int = 0,
     block_bytes: int = BLOCK_BYTES,
 ) -> dict[str, Floats]:
-    """The ROC figures on bootstrap samples of the pairs, same and different drawn separately.
+    """AUC, EER and TAR@FAR, `[draws]` each, on samples of the pairs, drawn for each class apart.
 
-    Pairs are sorted once; a sample is a vector of counts, and its curve two cumulative sums.
-
-    Args:
-        scores: Similarities `[N]`.
-        same: Whether each pair is of one person, `[N]`.
-        far_targets: False accept rates for TAR@FAR.
-        draws: Number of samples.
-        seed: Seed; the samples do not depend on `block_bytes`.
-        block_bytes: Memory for the samples that are worked on at once.
-
-    Returns:
-        `auc`, `eer` and `tar@far=...`, each `[draws]`.
-
-    Raises:
-        ValueError: Shapes do not fit, a score is not finite, or one of the classes is empty.
+    Pairs are sorted once; a sample is a vector of counts, and its curve two cumulative sums. The
+    samples do not depend on `block_bytes`, the memory for those that are worked on at once.
     """
-    ranked = Ranked(scores, same)
-    names = ("auc", "eer", *map(tar_name, far_targets))
+    ranked = _Ranked(*_scored(scores, same))
+    names = ("auc", "eer", *map(_tar_name, far_targets))
     figures = {name: np.empty(draws) for name in names}
     # an index, two counts, two sums and two shares of 8 bytes for each pair and sample
     block = max(1, block_bytes // (7 * 8 * ranked.same.size))
@@ -490,29 +419,21 @@ def bootstrap(
         size = part.stop - part.start
         tar = ranked.accepted(ranked.same, size, genuine) / ranked.n_same
         far = ranked.accepted(ranked.different, size, strangers) / ranked.n_different
-        figures["auc"][part] = area(far, tar)
-        figures["eer"][part] = equal_error(far, tar)
+        figures["auc"][part] = _area(far, tar)
+        figures["eer"][part] = _equal_error(far, tar)
         for target in far_targets:
-            place = np.count_nonzero(far <= target * UP, axis=1) - 1
-            figures[tar_name(target)][part] = tar[np.arange(size), place]
+            place = np.count_nonzero(far <= target * _UP, axis=1) - 1
+            figures[_tar_name(target)][part] = tar[np.arange(size), place]
     return figures
 
 
 def bootstrap_accuracy(
     result: FoldResult, *, draws: int = BOOTSTRAP_DRAWS, seed: int = 0
 ) -> Floats:
-    """The mean accuracy on bootstrap samples of each fold's pairs, thresholds held.
+    """The mean accuracy on samples of each fold's pairs, `[draws]`, thresholds held.
 
     Drawing n answers with replacement from answers of which a share p is right gives a binomial
     number of right ones, so that is what is drawn.
-
-    Args:
-        result: The k-fold accuracy.
-        draws: Number of samples.
-        seed: Seed.
-
-    Returns:
-        Mean accuracies, `[draws]`.
     """
     sizes = np.bincount(result.folds)
     right = np.random.default_rng(seed).binomial(sizes, result.accuracies, size=(draws, len(sizes)))
@@ -550,54 +471,42 @@ def summarise(
 
     Raises:
         ValueError: Shapes do not fit, a score is not finite, or a fold lacks one of the classes.
+        ModuleNotFoundError: scipy is missing.
     """
-    values, truth = read_scored(scores, same)
+    values, truth = _scored(scores, same)
     if result.folds.shape != truth.shape:
         raise ValueError(f"the result is of {result.folds.size} pairs, the scores of {truth.size}")
-    names = ("auc", "eer", *map(tar_name, far_targets))
-    fold_figures: dict[str, list[float]] = {name: [] for name in names}
+    fold_figures: dict[str, list[float]] = {"accuracy": result.accuracies.tolist()}
     for fold in range(len(result.accuracies)):
         held_out = result.folds == fold
         own = roc(values[held_out], truth[held_out])
-        fold_figures["auc"].append(own.auc)
-        fold_figures["eer"].append(own.eer)
-        genuine = values[held_out & truth]
+        found = {"auc": own.auc, "eer": own.eer}
         strangers = values[~held_out & ~truth]
         for target in far_targets:
-            threshold = rejecting_threshold(strangers, target)
-            fold_figures[tar_name(target)].append(float((genuine > threshold).mean()))
+            passed = values[held_out & truth] > rejecting_threshold(strangers, target)
+            found[_tar_name(target)] = float(passed.mean())
+        for name, value in found.items():
+            fold_figures.setdefault(name, []).append(value)
 
     whole = roc(values, truth)
-    figures = {"auc": whole.auc, "eer": whole.eer}
-    figures |= {tar_name(target): whole.tar_at(target) for target in far_targets}
+    figures = {"accuracy": result.accuracy, "auc": whole.auc, "eer": whole.eer}
+    figures |= {_tar_name(target): whole.tar_at(target) for target in far_targets}
     resampled: dict[str, Floats] = {}
     if draws:
         resampled = bootstrap(values, truth, far_targets=far_targets, draws=draws, seed=seed)
         resampled["accuracy"] = bootstrap_accuracy(result, draws=draws, seed=seed)
-    summary = {
-        "accuracy": estimate(
-            result.accuracies, result.accuracy, level=level, resampled=resampled.get("accuracy")
-        )
+    return {
+        name: estimate(fold_figures[name], value, level=level, resampled=resampled.get(name))
+        for name, value in figures.items()
     }
-    for name, value in figures.items():
-        summary[name] = estimate(
-            fold_figures[name], value, level=level, resampled=resampled.get(name)
-        )
-    return summary
 
 
-def read_labels(same: ArrayLike) -> Bools:
-    """Labels of pairs as truth values.
+def _tar_name(far: float) -> str:
+    return f"tar@far={far:g}"
 
-    Args:
-        same: Whether each pair is of one person, `[N]`, bool or 0/1.
 
-    Returns:
-        The same, bool.
-
-    Raises:
-        ValueError: There are none, or one is neither 0 nor 1.
-    """
+def _labels(same: ArrayLike) -> Bools:
+    """Labels of pairs `[N]` as truth values."""
     labels = np.asarray(same)
     if labels.ndim != 1 or not labels.size:
         raise ValueError(f"same must be [N] with N >= 1, got shape {list(labels.shape)}")
@@ -611,20 +520,9 @@ def read_labels(same: ArrayLike) -> Bools:
     return labels.astype(bool)
 
 
-def read_scored(scores: ArrayLike, same: ArrayLike) -> tuple[Floats, Bools]:
-    """Scores of pairs of both kinds, with their labels.
-
-    Args:
-        scores: Similarities `[N]`.
-        same: Whether each pair is of one person, `[N]`.
-
-    Returns:
-        Scores in float64 and labels.
-
-    Raises:
-        ValueError: Shapes do not fit, a score is not finite, or one of the classes is empty.
-    """
-    truth = read_labels(same)
+def _scored(scores: ArrayLike, same: ArrayLike) -> tuple[Floats, Bools]:
+    """Finite scores in float64 and labels, `[N]` each, of pairs of both kinds."""
+    truth = _labels(same)
     values = np.asarray(scores, dtype=np.float64)
     if values.shape != truth.shape:
         raise ValueError(f"scores are {list(values.shape)}, same is {list(truth.shape)}")
@@ -635,3 +533,20 @@ def read_scored(scores: ArrayLike, same: ArrayLike) -> tuple[Floats, Bools]:
             "of one person and pairs of two"
         )
     return values, truth
+
+
+def _embedding_pairs(left: ArrayLike, right: ArrayLike) -> tuple[Floats, Floats]:
+    first, second = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
+    if first.ndim != 2 or first.shape != second.shape:
+        raise ValueError(
+            f"embeddings must be two [N, D] of one shape, got {list(first.shape)} and "
+            f"{list(second.shape)}"
+        )
+    for name, side in (("left", first), ("right", second)):
+        require_finite(side, f"{name} embedding")
+    return first, second
+
+
+def _dot(first: Floats, second: Floats) -> Floats:
+    product: Floats = np.einsum("nd,nd->n", first, second)
+    return product

@@ -214,14 +214,14 @@ def test_search_stays_within_its_memory(tmp_path, monkeypatch):
     np.save(path, np.random.default_rng(0).standard_normal((20000, 32), dtype=np.float32))
     gallery = np.load(path, mmap_mode="r")
     taken = []
-    norms = identification.norms_of
+    norms = identification._norms_of
 
     def watched(embeddings, what, start=0):
         if what == "gallery":
             taken.append(embeddings.numel())
         return norms(embeddings, what, start)
 
-    monkeypatch.setattr(identification, "norms_of", watched)
+    monkeypatch.setattr(identification, "_norms_of", watched)
     probes = torch.from_numpy(gallery[::2000].copy())
     found = search(gallery, probes, 1, block_bytes=2**18)
     assert found.places.squeeze(1).tolist() == list(range(0, 20000, 2000))

@@ -5,13 +5,12 @@ import json
 import numpy as np
 import pytest
 from scipy import stats
-from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from idloss.evaluation.compare import compare, comparison_table, mcnemar, paired_t
+from idloss.evaluation.compare import compare, comparison_table
 from idloss.evaluation.report import paper_table
 from idloss.evaluation.results import COLUMNS, HR, Cell, Results, environment
-from idloss.evaluation.statistics import estimate
+from idloss.evaluation.statistics import estimate, mcnemar
 
 # Table 1 of the paper, SFace
 TABLE_1 = {
@@ -118,7 +117,7 @@ def test_damaged_results_are_refused(tmp_path):
         Results.load(main)
     del document["records"][0]["metric"]
     main.write_text(json.dumps(document))
-    with pytest.raises(ValueError, match="is damaged: KeyError 'metric'"):
+    with pytest.raises(ValueError, match=r"is damaged: a row is .*metric"):
         Results.load(main)
 
 
@@ -185,29 +184,6 @@ def test_table_shows_what_is_missing():
         paper_table(results, "open_set")
     with pytest.raises(ValueError, match="no 'eer' for verification; it has accuracy"):
         paper_table(results, metric="eer")
-
-
-@pytest.mark.parametrize("rates", [(0.8, 0.8), (0.8, 0.83), (0.99, 0.5), (1, 1)])
-def test_mcnemar_equals_statsmodels(rates):
-    rng = np.random.default_rng(0)
-    a, b = (rng.random(3000) < rate for rate in rates)
-    only_a, only_b, p = mcnemar(a, b)
-    table = [[(a & b).sum(), only_a], [only_b, (~a & ~b).sum()]]
-    expected = reference_mcnemar(table, exact=True).pvalue if only_a + only_b else 1
-    assert p == pytest.approx(expected, rel=1e-9, abs=1e-300)
-    assert (only_a, only_b) == ((a & ~b).sum(), (~a & b).sum())
-
-
-def test_paired_t_equals_scipy():
-    rng = np.random.default_rng(0)
-    a = rng.random(10)
-    for shift in (0, 0.01, 0.5):
-        b = a + shift + 0.02 * rng.standard_normal(10)
-        assert paired_t(a, b) == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-9)
-    assert paired_t(a, a) == 1
-    assert paired_t(a, a + 0.1) == 0
-    with pytest.raises(ValueError, match="two draws"):
-        paired_t([0.1], [0.2])
 
 
 def test_compare_pairs_two_runs_by_cell(tmp_path):

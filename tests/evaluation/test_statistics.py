@@ -1,25 +1,25 @@
+import sys
+
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 
-from idloss.evaluation.statistics import (
-    estimate,
-    sign_test,
-    student_t_quantile,
-    student_t_two_sided,
+from idloss.evaluation.statistics import estimate, mcnemar, paired_t, sign_test
+
+
+@pytest.mark.parametrize(
+    ("level", "count", "t"),
+    # the usual printed table of Student's t (Fisher and Yates, Table III)
+    [(0.95, 2, 12.7062), (0.95, 10, 2.2622), (0.9, 31, 1.6973), (0.99, 6, 4.0321)],
 )
-
-
-@pytest.mark.parametrize("degrees", [1, 2, 3.5, 9, 120])
-def test_student_t_equals_scipy(degrees):
-    for t in (0.0, 0.3, 1.0, 2.5, 12.0, 500.0):
-        assert student_t_two_sided(t, degrees) == pytest.approx(
-            2 * stats.t.sf(t, degrees), rel=1e-10
-        )
-    for level in (0.5, 0.9, 0.95, 0.999):
-        assert student_t_quantile(level, degrees) == pytest.approx(
-            stats.t.ppf((1 + level) / 2, degrees), rel=1e-9
-        )
+def test_interval_is_students(level, count, t):
+    repeats = np.random.default_rng(0).random(count)
+    found = estimate(repeats, level=level)
+    reach = t * repeats.std(ddof=1) / np.sqrt(count)
+    assert (found.low, found.high) == pytest.approx(
+        (repeats.mean() - reach, repeats.mean() + reach), abs=1e-4
+    )
 
 
 def test_sign_test_equals_scipy():
@@ -36,3 +36,32 @@ def test_estimate_of_one_repeat_has_no_interval():
         estimate([0.1, 0.2], level=95)
     with pytest.raises(ValueError, match="R >= 1"):
         estimate([])
+
+
+@pytest.mark.parametrize("rates", [(0.8, 0.8), (0.8, 0.83), (0.99, 0.5), (1, 1)])
+def test_mcnemar_equals_statsmodels(rates):
+    rng = np.random.default_rng(0)
+    a, b = (rng.random(3000) < rate for rate in rates)
+    only_a, only_b, p = mcnemar(a, b)
+    table = [[(a & b).sum(), only_a], [only_b, (~a & ~b).sum()]]
+    expected = reference_mcnemar(table, exact=True).pvalue if only_a + only_b else 1
+    assert p == pytest.approx(expected, rel=1e-9, abs=1e-300)
+    assert (only_a, only_b) == ((a & ~b).sum(), (~a & b).sum())
+
+
+def test_paired_t_equals_scipy():
+    rng = np.random.default_rng(0)
+    a = rng.random(10)
+    for shift in (0, 0.01, 0.5):
+        b = a + shift + 0.02 * rng.standard_normal(10)
+        assert paired_t(a, b) == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-9)
+    assert paired_t(a, a) == 1
+    assert paired_t(a, a + 0.1) == 0
+    with pytest.raises(ValueError, match="two draws"):
+        paired_t([0.1], [0.2])
+
+
+def test_missing_scipy_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'idloss\[eval\]'"):
+        estimate([0.1, 0.2])
