@@ -261,7 +261,7 @@ class _Run:
             judge = self._drawn_galleries(task, lost)
         else:
             judge = self._own_gallery(task, _without(self.data.gallery, lost), lost)
-        count = len(self.fnets) * len(self.cells(task, ""))
+        count = sum(len(self.cells(task, fnet)) for fnet in self.fnets)
         what = task.replace("_", " ")
         with tqdm(total=count, desc=what, unit="cell", delay=2, disable=not self.progress) as bar:
             for fnet in self.fnets:
