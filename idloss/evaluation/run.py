@@ -32,7 +32,7 @@ from idloss.evaluation.identification import (
 )
 from idloss.evaluation.protocols import Protocol, get_protocol
 from idloss.evaluation.results import HR, LR, Cell, Results, Task
-from idloss.evaluation.statistics import Estimate
+from idloss.evaluation.statistics import Estimate, require_scipy
 from idloss.evaluation.verification import pair_scores, summarise, verify
 from idloss.geometry import get_template
 from idloss.resample import Size
@@ -102,6 +102,7 @@ def evaluate(
         for value in given:
             if value not in get_args(known):
                 raise ValueError(did_you_mean(kind, value, get_args(known)))
+    require_scipy()  # for the intervals: say so before hours are spent
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
     fixed = get_protocol(protocol)
