@@ -9,24 +9,25 @@ below are our own choices, set by eye: persons that differ, photos of one person
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from idloss.geometry import fit_similarity
 
-Factors = Mapping[str, Tensor]
-"""Values `[B, 1, 1]` by name."""
+
+class Factors(dict[str, Tensor]):
+    """Values `[B, 1, 1]` of a person and of a photo by name; attributes too."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self[name]
 
 
 def _ranges(table: str) -> dict[str, tuple[float, float]]:
-    """Lowest and highest value by name."""
-    words = iter(table.split())
-    return {
-        name: (float(low), float(high)) for name, low, high in zip(words, words, words, strict=True)
-    }
+    words = table.split()
+    bounds = zip(map(float, words[1::3]), map(float, words[2::3]), strict=True)
+    return dict(zip(words[::3], bounds, strict=True))
 
 
 IDENTITY = _ranges("""
@@ -71,21 +72,22 @@ _IRIS = ((0.36, 0.52, 0.68), (0.38, 0.46, 0.28), (0.26, 0.14, 0.07))
 
 @dataclass(frozen=True)
 class _Canvas:
-    """The picture so far, and where on the frontal face each of its pixels lies.
-
-    `light_x` and `light_y` are the light's direction times what relief it shows, `[B, 1, 1]`.
-    """
+    """The picture so far, where on the frontal face its pixels lie, and how the light falls."""
 
     image: Tensor  # RGB [B, 3, h, w], painted in place
+    height: Tensor  # of each row in the 112x96 crop, [h]
     x: Tensor  # [B, h, w]
     y: Tensor
-    light_x: Tensor
+    inside: Tensor  # how much of a pixel the head covers, [B, h, w]
+    light_x: Tensor  # the light's direction times what relief it shows, [B, 1, 1]
     light_y: Tensor
 
-    def rows(self, part: slice) -> _Canvas:
+    def rows(self, low: float, high: float) -> _Canvas:
         """A band of the picture, painted in place: features need not look at every pixel."""
-        return _Canvas(
-            self.image[:, :, part], self.x[:, part], self.y[:, part], self.light_x, self.light_y
+        band = slice(int((self.height < low).sum()), int((self.height <= high).sum()))
+        x, y, inside = self.x[:, band], self.y[:, band], self.inside[:, band]
+        return replace(
+            self, image=self.image[:, :, band], height=self.height[band], x=x, y=y, inside=inside
         )
 
     def paint(self, colour: Tensor, cover: Tensor) -> None:
@@ -97,57 +99,49 @@ class _Canvas:
         self.image.mul_(gain[:, None])
 
 
-def place_points(person: Factors, photo: Factors, jitter: Tensor) -> tuple[Tensor, Tensor]:
+def place_points(face: Factors, jitter: Tensor) -> tuple[Tensor, Tensor]:
     """Find and align the five points, as a detector and the released fit do.
 
     From standard normal errors `[B, 5, 2]`, the similarity from the picture plane to the 112x96
     crop, `[B, 2, 3]`, and the points in the crop, `[B, 5, 2]`, all float64.
     """
-    detected = _project(person, photo, _frontal_points(person, photo)) + POINT_NOISE * jitter
+    detected = _project(face, _frontal_points(face)) + POINT_NOISE * jitter
     matrix = fit_similarity(detected, "sphereface")
     return matrix, detected @ matrix[:, :, :2].transpose(1, 2) + matrix[:, :, 2][:, None]
 
 
-def draw_portraits(
-    person: Factors, photo: Factors, marks: Tensor, matrix: Tensor, grid: Tensor
-) -> Tensor:
+def draw_portraits(face: Factors, marks: Tensor, matrix: Tensor, grid: Tensor) -> Tensor:
     """Draw a batch of faces, noise excepted: RGB in [0, 1], `[B, 3, h, w]`.
 
     `marks` are places of freckles in [0, 1], `[B, MARKS, 2]`, `matrix` is that of `place_points`,
     and `grid` the picture's pixel centres in 112x96 coordinates, `[2, h, w]`, rows level.
     """
-    back = torch.linalg.inv(matrix[:, :, :2]).float()
-    u, v = torch.einsum(
-        "bij,bjhw->bihw", back, grid - matrix[:, :, 2].float()[..., None, None]
-    ).unbind(1)
-    x, y, depth, inside = _unproject(person, photo, u, v)
+    back, shift = torch.linalg.inv(matrix[:, :, :2]).float(), matrix[:, :, 2].float()
+    u, v = torch.einsum("bij,bjhw->bihw", back, grid - shift[..., None, None]).unbind(1)
+    x, y, depth, inside = _unproject(face, u, v)
     canvas = _Canvas(
-        image=_background(photo, u, v),
-        x=x * person["head_width"],
-        y=y * person["head_height"] + _centre(person),
-        light_x=photo["light_x"] * (1 - photo["ambient"]),
-        light_y=photo["light_y"] * (1 - photo["ambient"]),
+        image=_background(face, u, v),
+        height=grid[1, :, 0],
+        x=x * face.head_width,
+        y=y * face.head_height + _centre(face),
+        inside=inside,
+        light_x=face.light_x * (1 - face.ambient),
+        light_y=face.light_y * (1 - face.ambient),
     )
-    _back_hair(canvas, person, u, v)
-    _neck(canvas, person, photo, u, v)
-    _skin(canvas, person, photo, inside, (u, v, depth))
-    row = grid[1, :, 0]
-    _marks(canvas.rows(_band(row, 34, 112)), person, marks)
-    _nose(canvas.rows(_band(row, 36, 92)), person, photo)
-    _mouth(canvas.rows(_band(row, 70, 112)), person, photo)
-    band = _band(row, 60, 112)
-    _beard(canvas.rows(band), person, photo, inside[:, band])
-    _eyes(canvas.rows(_band(row, 38, 66)), person, photo)
-    _brows(canvas.rows(_band(row, 24, 58)), person, photo)
-    _front_hair(canvas, person, photo, inside)
-    _glasses(canvas.rows(_band(row, 32, 74)), person)
-    canvas.image.mul_(_light_colour(photo)).clamp_(1e-4, 1)
-    return canvas.image.pow_(photo["gamma"][:, None])
-
-
-def _band(row: Tensor, low: float, high: float) -> slice:
-    """The rows whose y lies between two heights of the 112x96 crop."""
-    return slice(int((row < low).sum()), int((row <= high).sum()))
+    _back_hair(canvas, face, u, v)
+    _neck(canvas, face, u, v)
+    _skin(canvas, face, (u, v, depth))
+    _marks(canvas.rows(34, 112), face, marks)
+    _nose(canvas.rows(36, 92), face)
+    _mouth(canvas.rows(70, 112), face)
+    _beard(canvas.rows(60, 112), face)
+    _eyes(canvas.rows(38, 66), face)
+    _brows(canvas.rows(24, 58), face)
+    _front_hair(canvas, face)
+    _glasses(canvas.rows(32, 74), face)
+    warm, tint = face.warmth * 0.12, face.tint * 0.05
+    light = face.exposure[:, None] * _colour(1 + warm, 1 + tint, 1 - warm)
+    return canvas.image.mul_(light).clamp_(1e-4, 1).pow_(face.gamma[:, None])
 
 
 def _cover(distance: Tensor, soft: float = 0.6) -> Tensor:
@@ -166,9 +160,8 @@ def _hill(square: Tensor) -> Tensor:
 
 def _oval(x: Tensor, y: Tensor, width: Tensor | float, height: Tensor | float) -> Tensor:
     """Distance to an ellipse, exact on it and good near it."""
-    return (torch.sqrt((x / width) ** 2 + (y / height) ** 2) - 1) * torch.minimum(
-        torch.as_tensor(width), torch.as_tensor(height)
-    )
+    radius = torch.minimum(torch.as_tensor(width), torch.as_tensor(height))
+    return (torch.sqrt((x / width) ** 2 + (y / height) ** 2) - 1) * radius
 
 
 def _colour(*channels: Tensor) -> Tensor:
@@ -186,160 +179,140 @@ def _between(stops: tuple[tuple[float, float, float], ...], place: Tensor) -> Te
     return torch.where(at < 1, first.lerp(middle, at.clamp(max=1)), middle.lerp(last, at - 1))
 
 
-def _skin_colour(person: Factors) -> Tensor:
-    red = person["skin_red"] * 0.04
-    return _between(_SKIN, person["skin"]) + _colour(red, -0.4 * red, -red)
+def _skin_colour(face: Factors) -> Tensor:
+    red = face.skin_red * 0.04
+    return _between(_SKIN, face.skin) + _colour(red, -0.4 * red, -red)
 
 
-def _hair_colour(person: Factors) -> Tensor:
+def _hair_colour(face: Factors) -> Tensor:
     # fair hair on dark skin is rare, and colour must not give the person away too easily
-    place = (person["hair"] + 0.5 * person["skin"]).clamp(0, 1)
+    place = (face.hair + 0.5 * face.skin).clamp(0, 1)
     colour = _between(_HAIR, place)
-    red = person["hair_red"] ** 3 * (1 - place)
+    red = face.hair_red**3 * (1 - place)
     colour = colour + _colour(0.18 * red, -0.08 * red, -0.1 * red)
-    return colour.lerp(torch.full_like(colour, 0.68), person["hair_grey"].clamp(0, 1)[:, None] ** 2)
+    return colour.lerp(torch.full_like(colour, 0.68), face.hair_grey.clamp(0, 1)[:, None] ** 2)
 
 
-def _light_colour(photo: Factors) -> Tensor:
-    warm, tint = photo["warmth"] * 0.12, photo["tint"] * 0.05
-    return photo["exposure"][:, None] * _colour(1 + warm, 1 + tint, 1 - warm)
-
-
-def _centre(person: Factors) -> Tensor:
+def _centre(face: Factors) -> Tensor:
     """Height of the head's middle: the eyes lie a sixth of its half-height above it."""
-    return 0.17 * person["head_height"]
+    return 0.17 * face.head_height
 
 
-def _mouth_shape(person: Factors, photo: Factors) -> tuple[Tensor, Tensor]:
+def _mouth_shape(face: Factors) -> tuple[Tensor, Tensor]:
     """Half-width of the mouth and height of its corners, both moved by a smile."""
-    smile = photo["smile"]
-    return person["mouth_width"] * (1 + 0.16 * smile), person["mouth_down"] - 1.8 * smile
+    smile = face.smile
+    return face.mouth_width * (1 + 0.16 * smile), face.mouth_down - 1.8 * smile
 
 
-def _frontal_points(person: Factors, photo: Factors) -> Tensor:
+def _frontal_points(face: Factors) -> Tensor:
     """The five points on the frontal face, with the nose's height above the head: `[B, 5, 3]`."""
-    zero = torch.zeros_like(person["eye_gap"])
-    width, down = _mouth_shape(person, photo)
+    zero = torch.zeros_like(face.eye_gap)
+    width, down = _mouth_shape(face)
     places = (
-        (-person["eye_gap"], zero, zero),
-        (person["eye_gap"], zero, zero),
-        (zero, person["nose_length"], zero + NOSE_HEIGHT),
+        (-face.eye_gap, zero, zero),
+        (face.eye_gap, zero, zero),
+        (zero, face.nose_length, zero + NOSE_HEIGHT),
         (-width, down, zero),
         (width, down, zero),
     )
     return torch.stack([torch.cat(place, 2)[:, 0] for place in places], 1).double()
 
 
-def _turns(photo: Factors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    yaw, pitch = photo["yaw"], photo["pitch"]
+def _turns(face: Factors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    yaw, pitch = face.yaw, face.pitch
     return yaw.cos(), yaw.sin(), pitch.cos(), pitch.sin()
 
 
-def _narrowing(person: Factors, below: Tensor) -> Tensor:
+def _narrowing(face: Factors, below: Tensor) -> Tensor:
     """Width of the head, relative to the cheeks', at a height in head radii below its middle."""
-    return 1 - person["jaw"] * below.clamp(0, 1) ** 2
+    return 1 - face.jaw * below.clamp(0, 1) ** 2
 
 
-def _project(person: Factors, photo: Factors, points: Tensor) -> Tensor:
+def _project(face: Factors, points: Tensor) -> Tensor:
     """Points of the frontal face to the picture plane, `[B, 5, 2]`."""
-    x = points[..., 0:1] / person["head_width"]
-    y = (points[..., 1:2] - _centre(person)) / person["head_height"]
+    x = points[..., 0:1] / face.head_width
+    y = (points[..., 1:2] - _centre(face)) / face.head_height
     z = (1 - x**2 - y**2).clamp(min=0).sqrt() + points[..., 2:3]
-    cos, sin, cos_pitch, sin_pitch = _turns(photo)
+    cos, sin, cos_pitch, sin_pitch = _turns(face)
     x, z = x * cos + z * sin, z * cos - x * sin
     y, z = y * cos_pitch + z * sin_pitch, z * cos_pitch - y * sin_pitch
-    u = x * _narrowing(person, y) * person["head_width"]
-    v = y * person["head_height"] + _centre(person)
+    u = x * _narrowing(face, y) * face.head_width
+    v = y * face.head_height + _centre(face)
     return torch.cat([u, v], 2)
 
 
-def _unproject(
-    person: Factors, photo: Factors, u: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _unproject(face: Factors, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The picture plane to the frontal face in head radii, with depth and the head's coverage."""
-    y = (v - _centre(person)) / person["head_height"]
-    x = u / (person["head_width"] * _narrowing(person, y))
+    y = (v - _centre(face)) / face.head_height
+    x = u / (face.head_width * _narrowing(face, y))
     radius = torch.sqrt(x**2 + y**2)
-    inside = _cover((radius - 1) * person["head_width"], 1.0)
+    inside = _cover((radius - 1) * face.head_width, 1.0)
     depth = (1 - radius**2).clamp(min=0.0).sqrt()
-    cos, sin, cos_pitch, sin_pitch = _turns(photo)
+    cos, sin, cos_pitch, sin_pitch = _turns(face)
     y, z = y * cos_pitch - depth * sin_pitch, depth * cos_pitch + y * sin_pitch
     return x * cos - z * sin, y, depth, inside
 
 
-def _background(photo: Factors, u: Tensor, v: Tensor) -> Tensor:
-    base = _colour(photo["back_red"], photo["back_green"], photo["back_blue"])
+def _background(face: Factors, u: Tensor, v: Tensor) -> Tensor:
+    base = _colour(face.back_red, face.back_green, face.back_blue)
     base = base.lerp(base.mean(1, keepdim=True), 0.6)
-    light = photo["back_slope"] * u / 48 + photo["back_blob"] * _bump(
-        u - photo["back_x"], v - photo["back_y"], 24.0, 24.0
-    )
+    blob = _bump(u - face.back_x, v - face.back_y, 24.0, 24.0)
+    light = face.back_slope * u / 48 + face.back_blob * blob
     return (base + light[:, None]).clamp_(0, 1).contiguous()
 
 
-def _strands(canvas: _Canvas, person: Factors) -> Tensor:
+def _strands(canvas: _Canvas, face: Factors) -> Tensor:
     """Hair colour a pixel, `[B, 3, h, w]`: strands, lit from the light's side."""
-    wave = person["hair_wave"]
+    wave = face.hair_wave
     bent = canvas.x + 3 * torch.sin(canvas.y * wave * 0.4)
-    gain = (
-        0.8
-        + 0.07 * torch.sin(bent * 2.3)
-        + 0.07 * torch.sin(bent * 0.9 + 1)
-        - 0.006 * canvas.light_y * canvas.y
-        + 0.01 * canvas.light_x * canvas.x
-    )
-    return _hair_colour(person) * gain.clamp_(0.35, 1.4)[:, None]
+    gain = 0.8 + 0.07 * torch.sin(bent * 2.3) + 0.07 * torch.sin(bent * 0.9 + 1)
+    gain = gain - 0.006 * canvas.light_y * canvas.y + 0.01 * canvas.light_x * canvas.x
+    return _hair_colour(face) * gain.clamp_(0.35, 1.4)[:, None]
 
 
-def _back_hair(canvas: _Canvas, person: Factors, u: Tensor, v: Tensor) -> None:
-    volume = person["hair_volume"]
-    wide, high = person["head_width"] * (volume + 0.04), person["head_height"] * volume
-    below = v - _centre(person)
+def _back_hair(canvas: _Canvas, face: Factors, u: Tensor, v: Tensor) -> None:
+    volume = face.hair_volume
+    wide, high = face.head_width * (volume + 0.04), face.head_height * volume
+    below = v - _centre(face)
     # an arch: round above the head's middle, straight down the sides below it
     arch = _oval(u, below.clamp(max=0), wide, high)
-    taper = 1.2 * (u.abs() - person["head_width"] * 0.95).clamp(min=0)
-    cover = _cover(torch.maximum(arch, v - person["hair_length"] + taper), 1.5)
-    canvas.paint(_strands(canvas, person) * 0.8, cover)
+    taper = 1.2 * (u.abs() - face.head_width * 0.95).clamp(min=0)
+    cover = _cover(torch.maximum(arch, v - face.hair_length + taper), 1.5)
+    canvas.paint(_strands(canvas, face) * 0.8, cover)
 
 
-def _neck(canvas: _Canvas, person: Factors, photo: Factors, u: Tensor, v: Tensor) -> None:
-    below = v - _centre(person) - 0.55 * person["head_height"]
-    neck = torch.maximum(u.abs() - 0.66 * person["head_width"], -below)
-    canvas.paint(_skin_colour(person) * (photo["ambient"] * 0.75)[:, None], _cover(neck, 1.5))
+def _neck(canvas: _Canvas, face: Factors, u: Tensor, v: Tensor) -> None:
+    below = v - _centre(face) - 0.55 * face.head_height
+    neck = torch.maximum(u.abs() - 0.66 * face.head_width, -below)
+    canvas.paint(_skin_colour(face) * (face.ambient * 0.75)[:, None], _cover(neck, 1.5))
 
 
-def _skin(
-    canvas: _Canvas,
-    person: Factors,
-    photo: Factors,
-    inside: Tensor,
-    plane: tuple[Tensor, Tensor, Tensor],
-) -> None:
+def _skin(canvas: _Canvas, face: Factors, plane: tuple[Tensor, Tensor, Tensor]) -> None:
     u, v, depth = plane
-    across = u / person["head_width"]
-    down = (v - _centre(person)) / person["head_height"]
-    facing = across * photo["light_x"] + down * photo["light_y"] + depth * 0.75
-    gain = photo["ambient"] + (1 - photo["ambient"]) * 1.15 * facing.clamp(min=0)
+    across = u / face.head_width
+    down = (v - _centre(face)) / face.head_height
+    facing = across * face.light_x + down * face.light_y + depth * 0.75
+    gain = face.ambient + (1 - face.ambient) * 1.15 * facing.clamp(min=0)
     x, y, side = canvas.x, canvas.y, canvas.x.abs()
-    gain = gain - 0.1 * person["eye_socket"] * _bump(
-        side - person["eye_gap"], y + 2.5, person["eye_width"] + 2, 6.0
-    )
+    socket = _bump(side - face.eye_gap, y + 2.5, face.eye_width + 2, 6.0)
+    gain = gain - 0.1 * face.eye_socket * socket
     # cheeks, and the folds from the nose to the mouth that a smile deepens
     cheek = _bump(side - 24, y - 22, 11.0, 9.0)
-    width, corner = _mouth_shape(person, photo)
-    fold_line = side - (person["nose_width"] + 3 + (y - 18).clamp(min=0) * (width / 40))
+    width, corner = _mouth_shape(face)
+    fold_line = side - (face.nose_width + 3 + (y - 18).clamp(min=0) * (width / 40))
     fold = _bump(fold_line, y - (corner + 20) / 2, 1.6, 10.0)
-    depth_of_fold = person["fold"] * (0.35 + 0.65 * photo["smile"].clamp(min=0))
+    depth_of_fold = face.fold * (0.35 + 0.65 * face.smile.clamp(min=0))
     gain = gain - 0.16 * depth_of_fold * fold + 0.05 * cheek
     gain = gain - 0.09 * _bump(x, y - corner - 9, 9.0, 2.2)
     blush = 0.05 * cheek[:, None] * torch.tensor([1.0, -0.6, -0.5]).view(1, 3, 1, 1)
-    skin = (_skin_colour(person) + blush) * gain.clamp(0.08, 1.5)[:, None]
-    canvas.paint(skin, inside)
+    skin = (_skin_colour(face) + blush) * gain.clamp(0.08, 1.5)[:, None]
+    canvas.paint(skin, canvas.inside)
 
 
-def _marks(canvas: _Canvas, person: Factors, marks: Tensor) -> None:
-    mole = _bump(canvas.x - person["mole_x"], canvas.y - person["mole_y"], 1.1, 1.1)
-    canvas.shade(1 - 0.6 * person["mole"].clamp(min=0).sqrt() * mole)
-    freckled = person["freckles"].clamp(min=0).sqrt() * 0.3
+def _marks(canvas: _Canvas, face: Factors, marks: Tensor) -> None:
+    mole = _bump(canvas.x - face.mole_x, canvas.y - face.mole_y, 1.1, 1.1)
+    canvas.shade(1 - 0.6 * face.mole.clamp(min=0).sqrt() * mole)
+    freckled = face.freckles.clamp(min=0).sqrt() * 0.3
     some = (freckled.flatten() > 0).nonzero().flatten()
     if not len(some):
         return
@@ -351,18 +324,18 @@ def _marks(canvas: _Canvas, person: Factors, marks: Tensor) -> None:
     canvas.image[some] *= (1 - freckled[some] * spots.clamp_(max=1))[:, None]
 
 
-def _nose(canvas: _Canvas, person: Factors, photo: Factors) -> None:
+def _nose(canvas: _Canvas, face: Factors) -> None:
     # the nose stands out: what is drawn on the face shifts against it as the head turns
-    lift = NOSE_HEIGHT * person["head_width"]
-    rise = (canvas.y / person["nose_length"]).clamp(0, 1)
-    x = canvas.x - lift * photo["yaw"].tan() * rise
-    y = canvas.y - lift * photo["pitch"].tan() * rise - person["nose_length"]
-    length, width = person["nose_length"], person["nose_width"]
-    spread = person["nose_bridge"] + (width * 0.62 - person["nose_bridge"]) * rise**2
+    lift = NOSE_HEIGHT * face.head_width
+    rise = (canvas.y / face.nose_length).clamp(0, 1)
+    x = canvas.x - lift * face.yaw.tan() * rise
+    y = canvas.y - lift * face.pitch.tan() * rise - face.nose_length
+    length, width = face.nose_length, face.nose_width
+    spread = face.nose_bridge + (width * 0.62 - face.nose_bridge) * rise**2
     ridge = _hill((x / spread) ** 2) * _cover(-y - length * 0.9, 5.0) * _cover(y - 3, 2.5)
     # relief: the slope of the ridge against the light, a sheen along it, shade under the tip
     gain = 1 + (1.3 * canvas.light_x * (x / spread) + 0.13) * ridge
-    gain += 0.22 * person["nose_tip"] * _bump(x, y + 1.5, width * 0.38, 2.8)
+    gain += 0.22 * face.nose_tip * _bump(x, y + 1.5, width * 0.38, 2.8)
     gain -= 0.3 * _bump(x, y - 5.0, width * 0.9, 2.0)
     side = x.abs()
     wing = _oval(side - width * 0.74, y - 1.0, width * 0.3, 3.2).abs()
@@ -372,24 +345,23 @@ def _nose(canvas: _Canvas, person: Factors, photo: Factors) -> None:
     canvas.shade(1 - 0.66 * nostril)
 
 
-def _mouth(canvas: _Canvas, person: Factors, photo: Factors) -> None:
-    width, corner = _mouth_shape(person, photo)
-    smile, gape = photo["smile"], photo["open"].clamp(min=0) * 5.0
+def _mouth(canvas: _Canvas, face: Factors) -> None:
+    width, corner = _mouth_shape(face)
+    smile, gape = face.smile, face.open.clamp(min=0) * 5.0
     across = canvas.x / width
     bend = (1 - across**2).clamp(min=0)
     # the line between the lips sags in a smile, and splits when the mouth opens
     line = canvas.y - corner - 3.4 * smile * bend
     upper, lower = line + 0.35 * gape * bend, line - 0.65 * gape * bend
-    bow = 1 - person["lip_bow"] * 0.45 * _hill((across / 0.16) ** 2)
-    top = -person["lip_upper"] * (bend**0.6) * bow - upper
-    bottom = lower - person["lip_lower"] * bend**0.75
+    bow = 1 - face.lip_bow * 0.45 * _hill((across / 0.16) ** 2)
+    top = -face.lip_upper * (bend**0.6) * bow - upper
+    bottom = lower - face.lip_lower * bend**0.75
     ends = (canvas.x.abs() - width) * 0.8
-    red = person["lip_red"]
-    lip = _skin_colour(person) * _colour(0.86 + 0.04 * red, 0.72 - 0.22 * red, 0.74 - 0.2 * red)
-    lit = 1 + 0.12 * _hill(((lower - person["lip_lower"] * 0.5) / 1.2) ** 2) * bend
-    lit = (lit - 0.12 * (upper < 0)) * (
-        0.82 + 0.25 * canvas.light_x * across - 0.2 * canvas.light_y
-    )
+    red = face.lip_red
+    lip = _skin_colour(face) * _colour(0.86 + 0.04 * red, 0.72 - 0.22 * red, 0.74 - 0.2 * red)
+    lit = 1 + 0.12 * _hill(((lower - face.lip_lower * 0.5) / 1.2) ** 2) * bend
+    side = 0.82 + 0.25 * canvas.light_x * across - 0.2 * canvas.light_y
+    lit = (lit - 0.12 * (upper < 0)) * side
     whole = torch.maximum(torch.maximum(top, bottom), ends)
     canvas.paint(lip * lit[:, None], _cover(whole, 0.9))
     gap = torch.maximum(torch.maximum(-upper, lower), ends)
@@ -398,26 +370,26 @@ def _mouth(canvas: _Canvas, person: Factors, photo: Factors) -> None:
     canvas.paint(_rgb(0.88, 0.86, 0.8), _cover(teeth, 0.6))
 
 
-def _beard(canvas: _Canvas, person: Factors, photo: Factors, inside: Tensor) -> None:
-    width, corner = _mouth_shape(person, photo)
+def _beard(canvas: _Canvas, face: Factors) -> None:
+    width, corner = _mouth_shape(face)
     side = canvas.x.abs()
     jaw = _cover(corner - 6 - canvas.y + (30 - side).clamp(min=0) * 0.55, 5.0)
     lips = _cover(_oval(canvas.x, canvas.y - corner - 1, width * 1.08, 6.5), 1.5)
-    hair = person["beard"].clamp(min=0).sqrt() * jaw * (1 - lips)
+    hair = face.beard.clamp(min=0).sqrt() * jaw * (1 - lips)
     # two wings that hang from below the nose to the corners of the mouth
     along = side / (width * 1.1)
-    middle = corner - 4.6 - person["lip_upper"] * 0.5 + 3.4 * along**2
+    middle = corner - 4.6 - face.lip_upper * 0.5 + 3.4 * along**2
     wings = (canvas.y - middle).abs() - 2.6 * (1 - along**2).clamp(min=0) - 0.2
     strip = torch.maximum(wings, (along - 1) * 8)
-    hair = torch.maximum(hair, person["moustache"].clamp(min=0).sqrt() * _cover(strip, 1.0))
-    canvas.paint(_strands(canvas, person) * 0.9, hair * 0.85 * inside)
+    hair = torch.maximum(hair, face.moustache.clamp(min=0).sqrt() * _cover(strip, 1.0))
+    canvas.paint(_strands(canvas, face) * 0.9, hair * 0.85 * canvas.inside)
 
 
-def _eyes(canvas: _Canvas, person: Factors, photo: Factors) -> None:
-    outward = canvas.x.abs() - person["eye_gap"]
-    y = canvas.y + person["eye_tilt"] * outward
-    width = person["eye_width"]
-    height = person["eye_height"] * photo["eye_open"] * (1 - 0.18 * photo["smile"].clamp(min=0))
+def _eyes(canvas: _Canvas, face: Factors) -> None:
+    outward = canvas.x.abs() - face.eye_gap
+    y = canvas.y + face.eye_tilt * outward
+    width = face.eye_width
+    height = face.eye_height * face.eye_open * (1 - 0.18 * face.smile.clamp(min=0))
     bend = (1 - (outward / width) ** 2).clamp(min=0)
     upper = -y - height * 1.15 * bend**0.7
     lower = y - height * 0.75 * bend**0.9
@@ -425,59 +397,56 @@ def _eyes(canvas: _Canvas, person: Factors, photo: Factors) -> None:
     opening = _cover(torch.maximum(torch.maximum(upper, lower), ends))
     canvas.paint(_rgb(0.86, 0.84, 0.82), opening)
     right = torch.sign(canvas.x)
-    gaze_x = outward - right * (photo["gaze_x"] - photo["yaw"] * 2) * 1.3
-    gaze_y = y - photo["gaze_y"]
+    gaze_x = outward - right * (face.gaze_x - face.yaw * 2) * 1.3
+    gaze_y = y - face.gaze_y
     away = torch.sqrt(gaze_x**2 + gaze_y**2)
-    iris = _between(_IRIS, (person["iris_hue"] + 0.6 * person["skin"]).clamp(0, 1))
-    canvas.paint(iris, _cover(away - person["iris"]) * opening)
-    canvas.paint(_rgb(0.03, 0.03, 0.03), _cover(away - person["iris"] * 0.42) * opening)
+    iris = _between(_IRIS, (face.iris_hue + 0.6 * face.skin).clamp(0, 1))
+    canvas.paint(iris, _cover(away - face.iris) * opening)
+    canvas.paint(_rgb(0.03, 0.03, 0.03), _cover(away - face.iris * 0.42) * opening)
     glint = _bump(gaze_x * right - 0.9, gaze_y + 0.9, 0.7, 0.7) * opening
     canvas.paint(_rgb(1.0, 1.0, 1.0), 0.85 * glint)
     lash = _cover((upper + 0.2).abs() - 0.55, 0.6) * _cover(ends - 0.5)
     canvas.shade(1 - 0.72 * lash)
     crease = _cover((upper - 2.0).abs() - 0.3, 0.9) * _cover(ends - 0.5)
-    canvas.shade(
-        (1 - 0.22 * crease) * (1 - 0.12 * _cover((lower - 0.8).abs() - 0.3, 0.9) * _cover(ends))
-    )
+    bag = _cover((lower - 0.8).abs() - 0.3, 0.9) * _cover(ends)
+    canvas.shade((1 - 0.22 * crease) * (1 - 0.12 * bag))
 
 
-def _brows(canvas: _Canvas, person: Factors, photo: Factors) -> None:
-    outward = canvas.x.abs() - person["eye_gap"] - 0.8
-    along = outward / person["brow_length"]
-    height = person["brow_height"] + photo["brow_raise"]
-    middle = -height - person["brow_arch"] * (1 - along**2) + person["brow_slope"] * outward
+def _brows(canvas: _Canvas, face: Factors) -> None:
+    outward = canvas.x.abs() - face.eye_gap - 0.8
+    along = outward / face.brow_length
+    height = face.brow_height + face.brow_raise
+    middle = -height - face.brow_arch * (1 - along**2) + face.brow_slope * outward
     # thick at the inner end, thin at the outer
-    thickness = person["brow_thickness"] * (1.1 - 0.45 * along)
+    thickness = face.brow_thickness * (1.1 - 0.45 * along)
     cover = _cover(torch.maximum((canvas.y - middle).abs() - thickness, (along.abs() - 1) * 4), 0.8)
-    canvas.paint(_hair_colour(person) * 0.75, cover * person["brow_dark"])
+    canvas.paint(_hair_colour(face) * 0.75, cover * face.brow_dark)
 
 
-def _front_hair(canvas: _Canvas, person: Factors, photo: Factors, inside: Tensor) -> None:
-    x = canvas.x - person["hair_part"] - photo["hair_part_shift"]
-    line = person["hairline"] + photo["hair_up"]
+def _front_hair(canvas: _Canvas, face: Factors) -> None:
+    x = canvas.x - face.hair_part - face.hair_part_shift
+    line = face.hairline + face.hair_up
     # rises to the parting, falls to the temples
-    edge = line + person["hairline_peak"] * (1 - (x / 26) ** 2) + 0.022 * canvas.x**2
-    wave = 1.2 * torch.sin(canvas.x * person["hair_wave"])
-    sides = person["head_width"] * 0.93 - canvas.x.abs()
-    below = canvas.y - person["hair_length"]
+    edge = line + face.hairline_peak * (1 - (x / 26) ** 2) + 0.022 * canvas.x**2
+    wave = 1.2 * torch.sin(canvas.x * face.hair_wave)
+    sides = face.head_width * 0.93 - canvas.x.abs()
+    below = canvas.y - face.hair_length
     cover = torch.minimum(canvas.y - edge - wave, torch.maximum(sides, below))
     # a little over the head's edge, or a rim of skin shows between front and back hair
-    canvas.paint(_strands(canvas, person), _cover(cover, 1.3) * (2 * inside).clamp(max=1))
+    canvas.paint(_strands(canvas, face), _cover(cover, 1.3) * (2 * canvas.inside).clamp(max=1))
 
 
-def _glasses(canvas: _Canvas, person: Factors) -> None:
-    worn = (person["glasses"].flatten() > 0).nonzero().flatten()
+def _glasses(canvas: _Canvas, face: Factors) -> None:
+    worn = (face.glasses.flatten() > 0).nonzero().flatten()
     if not len(worn):
         return
-    some = {name: person[name][worn] for name in IDENTITY if name.startswith(("glasses", "eye"))}
+    face = Factors({name: value[worn] for name, value in face.items()})
     x, y = canvas.x[worn], canvas.y[worn] - 1.0
-    outward = x.abs() - some["eye_gap"] - 0.5
-    power = some["glasses_round"]
-    corner = (outward / some["glasses_width"]).abs() ** power
-    radius = (corner + (y / some["glasses_height"]).abs() ** power + 1e-9) ** (1 / power)
-    rim = ((radius - 1) * some["glasses_height"]).abs() - 0.9
-    bridge = torch.maximum((y + 2.5).abs() - 0.8, x.abs() - some["eye_gap"] + some["glasses_width"])
+    outward, power = x.abs() - face.eye_gap - 0.5, face.glasses_round
+    corner = (outward / face.glasses_width).abs() ** power
+    radius = (corner + (y / face.glasses_height).abs() ** power + 1e-9) ** (1 / power)
+    rim = ((radius - 1) * face.glasses_height).abs() - 0.9
+    bridge = torch.maximum((y + 2.5).abs() - 0.8, x.abs() - face.eye_gap + face.glasses_width)
     frame = _cover(torch.minimum(rim, bridge), 0.7)[:, None]
-    dark = some["glasses_dark"][:, None]
-    colour = _rgb(0.08, 0.07, 0.07).lerp(_rgb(0.55, 0.38, 0.2), dark)
+    colour = _rgb(0.08, 0.07, 0.07).lerp(_rgb(0.55, 0.38, 0.2), face.glasses_dark[:, None])
     canvas.image[worn] = canvas.image[worn].lerp(colour.expand_as(canvas.image[worn]), frame)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 import torch
 from huggingface_hub.utils.tqdm import tqdm
-from numpy.typing import NDArray
 from torch import Tensor
 
-from idloss.data.faces import AlignedFaces, convert_crops, map_ahead
+from idloss.data.faces import AlignedFaces, convert_crops, map_ahead, positions, select_labels
 from idloss.data.files import Fault
 from idloss.data.portrait import IDENTITY, MARKS, PHOTO, Factors, draw_portraits, place_points
 from idloss.geometry import Template, fit_similarity, get_template
@@ -65,10 +64,8 @@ class SyntheticFaces:
         self.size = size
         self.crop = get_template(crop).name
         persons = range(first_identity, first_identity + identities)
-        self.identities = tuple(str(person) for person in persons)
-        self.names = tuple(
-            f"{person}/{photo}" for person in persons for photo in range(per_identity)
-        )
+        self.identities = tuple(map(str, persons))
+        self.names = tuple(f"{who}/{photo}" for who in persons for photo in range(per_identity))
         self.labels = torch.arange(identities).repeat_interleave(per_identity)
         self.skipped: tuple[Fault, ...] = ()
         self._grid, self._back = _geometry(self.size, self.crop)
@@ -81,8 +78,8 @@ class SyntheticFaces:
         """Five points of every picture as a detector would report them, float64 `[N, 5, 2]`."""
         found = []
         for part in torch.arange(len(self)).split(BATCH):
-            person, photo, _, normal = self._values(part.tolist())
-            found.append(place_points(person, photo, normal)[1])
+            face, _, normal = self._factors(part.tolist())
+            found.append(place_points(face, normal)[1])
         return torch.cat(found) @ self._back[:, :2].T + self._back[:, 2]
 
     @cached_property
@@ -108,88 +105,75 @@ class SyntheticFaces:
     ) -> Tensor:
         """Draw some of the faces, `[B, 3, H, W]`; without `crop` in the size they have."""
         wanted = torch.as_tensor(indices).tolist()
-        person, photo, marks, normal = self._values(wanted)
-        matrix, _ = place_points(person, photo, normal)
-        image = draw_portraits(person, photo, marks, matrix, self._grid)
+        face, marks, normal = self._factors(wanted)
+        image = draw_portraits(face, marks, place_points(face, normal)[0], self._grid)
         # uniform noise of the deviation asked for: bytes are the cheapest random numbers there are
         shape = image[0].shape
         grain = np.stack([self._photo_rng(i, 1).integers(0, 256, shape, "uint8") for i in wanted])
-        scale = photo["noise"][:, None] * 12**0.5
-        image += (torch.from_numpy(grain).float() / 255 - 0.5) * scale
+        image += (torch.from_numpy(grain).float() / 255 - 0.5) * (face.noise[:, None] * 12**0.5)
         crops = to_uint8(image)
         return crops if crop is None else convert_crops(crops, self.crop, crop)
 
     def select(self, keep: Tensor) -> AlignedFaces:
         """Some of the faces, drawn into memory."""
-        return self.render(progress=False).select(keep)
+        return self.render(keep, progress=False)
 
-    def render(self, *, threads: int | None = None, progress: bool = True) -> AlignedFaces:
-        """Draw all faces.
+    def render(
+        self, keep: Tensor | None = None, *, threads: int | None = None, progress: bool = True
+    ) -> AlignedFaces:
+        """Draw faces into memory.
 
         Args:
+            keep: Positions or mask of those wanted; None for all.
             threads: Drawing threads; None for one a core, eight at most.
             progress: Show a progress bar when it takes more than two seconds.
 
         Returns:
             The crops with labels and names.
         """
-        crops = torch.empty(len(self), 3, *self.size, dtype=torch.uint8)
+        kept = torch.arange(len(self)) if keep is None else positions(keep)
+        crops = torch.empty(len(kept), 3, *self.size, dtype=torch.uint8)
+        starts = range(0, len(kept), BATCH)
+        drawn = map_ahead(lambda at: self.crops_at(kept[at : at + BATCH]), starts, threads)
+        for at in tqdm(starts, "drawing", unit="batch", delay=2, disable=not progress):
+            crops[at : at + BATCH] = next(drawn)
+        names = tuple(self.names[i] for i in kept.tolist())
+        labels, identities = select_labels(self.labels, self.identities, kept)
+        return AlignedFaces(crops, names, labels, identities, self.crop)
 
-        def draw(indices: Tensor) -> int:
-            crops[indices] = self.crops_at(indices)
-            return len(indices)
-
-        done = map_ahead(draw, torch.arange(len(self)).split(BATCH), threads)
-        with tqdm(
-            total=len(self), desc="drawing", unit="face", delay=2, disable=not progress
-        ) as bar:
-            for count in done:
-                bar.update(count)
-        return AlignedFaces(crops, self.names, self.labels, self.identities, self.crop)
+    def _person(self, index: int) -> int:
+        return int(self.identities[index // self.per_identity])
 
     def _photo_rng(self, index: int, stream: int) -> np.random.Generator:
-        person = int(self.identities[index // self.per_identity])
-        return np.random.default_rng([self.seed, person, index % self.per_identity, stream])
+        photo = index % self.per_identity
+        return np.random.default_rng([self.seed, self._person(index), photo, stream])
 
-    def _values(self, indices: Sequence[int]) -> tuple[Factors, Factors, Tensor, Tensor]:
-        """Persons, photos, places of freckles, and errors of the points."""
+    def _factors(self, indices: Sequence[int]) -> tuple[Factors, Tensor, Tensor]:
+        """What faces are drawn from, places of their freckles, and errors of the points."""
         persons, marks, photos, normals = [], [], [], []
         for index in indices:
-            number = int(self.identities[index // self.per_identity])
-            rng = np.random.default_rng([self.seed, number])
+            rng = np.random.default_rng([self.seed, self._person(index)])
             persons.append(rng.random(len(IDENTITY)))
             marks.append(rng.random((MARKS, 2)))
             rng = self._photo_rng(index, 0)
             photos.append(rng.random(len(PHOTO)))
             normals.append(rng.standard_normal((5, 2)))
-        return (
-            _scaled(IDENTITY, np.stack(persons)),
-            _scaled(PHOTO, np.stack(photos)),
-            torch.from_numpy(np.stack(marks)).float(),
-            torch.from_numpy(np.stack(normals)),
-        )
-
-
-def _scaled(ranges: Mapping[str, tuple[float, float]], uniform: NDArray[np.float64]) -> Factors:
-    columns = torch.from_numpy(uniform).float()[:, :, None, None].unbind(1)
-    return {
-        name: low + (high - low) * column
-        for (name, (low, high)), column in zip(ranges.items(), columns, strict=True)
-    }
+        uniform = torch.from_numpy(np.hstack([persons, photos])).float()[:, :, None, None]
+        ranges = zip((IDENTITY | PHOTO).items(), uniform.unbind(1), strict=True)
+        face = Factors({name: low + (high - low) * one for (name, (low, high)), one in ranges})
+        return face, torch.from_numpy(np.stack(marks)).float(), torch.from_numpy(np.stack(normals))
 
 
 def _geometry(size: tuple[int, int], crop: str) -> tuple[Tensor, Tensor]:
     """Pixel centres in 112x96 coordinates `[2, H, W]`, and the map `[2, 3]` back to pixels."""
     template = get_template(crop)
-    per_pixel = torch.tensor(
-        [template.size[1] / size[1], template.size[0] / size[0]], dtype=torch.float64
-    )
+    ratios = (template.size[1] / size[1], template.size[0] / size[0])
+    per_pixel = torch.tensor(ratios, dtype=torch.float64)
     points = torch.as_tensor(template.points, dtype=torch.float64)
     to_face = fit_similarity(points[None], "sphereface")[0]
     y, x = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
     pixels = torch.stack([x, y], -1).double()
-    in_crop = (pixels + 0.5) * per_pixel - 0.5
-    grid = in_crop @ to_face[:, :2].T + to_face[:, 2]
+    grid = ((pixels + 0.5) * per_pixel - 0.5) @ to_face[:, :2].T + to_face[:, 2]
     turn = torch.linalg.inv(to_face[:, :2])
     shift = -turn @ to_face[:, 2]
     to_pixels = torch.cat([turn, (shift + 0.5)[:, None]], 1) / per_pixel[:, None]
