@@ -109,7 +109,7 @@ class FaceEncoder(nn.Module):
         own: Any = net.crop
         self.fnet_crop: Template | None = get_template(own) if own is not None else None
         self._watch = ImageWatch(value_range)
-
+        self._is_quick = False
         # One affine map takes value_range to [0, 1] and on to the FNet's normalisation.
         span, lines = high - low, list(zip(cfg["mean"], cfg["std"], strict=True))
         self._affine = (
@@ -148,14 +148,7 @@ class FaceEncoder(nn.Module):
         return self
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Bring crops to what the FNet takes.
-
-        Args:
-            images: Face crops `[B, 3, H, W]` of any size, floating point, in `value_range`.
-
-        Returns:
-            The normalised RGB input of the FNet, `[B, 3, *input_size]`, in the FNet's precision.
-        """
+        """Crops `[B, 3, H, W]` to normalised RGB `[B, 3, *input_size]` in the FNet's precision."""
         check_images(images)
         if self.crop is not None and self.fnet_crop not in (None, self.crop):
             images = self._resized(images, self.crop.size)
@@ -195,8 +188,12 @@ class FaceEncoder(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """`forward` for images `[B, 3, H, W]` whose range somebody else watches."""
-        if not torch.compiler.is_compiling() and self.fnet.training:
-            _freeze(self.fnet)  # somebody reached for encoder.fnet
+        if not torch.compiler.is_compiling():
+            if self.fnet.training:
+                _freeze(self.fnet)  # somebody reached for encoder.fnet
+            if not self._is_quick and images.requires_grad and torch.is_grad_enabled():
+                _quicken(self.fnet)
+                self._is_quick = True
         inputs = self.preprocess(images)
         if not self.flip:
             return self._embeddings(inputs)
@@ -220,29 +217,23 @@ class FaceEncoder(nn.Module):
         check_gradient(self.fnet, image, f"FNet {type(self.fnet).__name__}")
 
     @torch.no_grad()
-    def steadiness(self, images: Tensor) -> float:
-        """Mean cosine of the embeddings of images `[B, 3, H, W]` and of slight re-crops of them.
-
-        Recognisers are steady on faces that lie where they expect them; see `_STEADY`.
-        """
-        inputs = self.preprocess(images)
-        straight = self.fnet(inputs).float()
-        total = 0.0
-        for zoom, right, down in _RECROPS:
-            line = inputs.new_tensor([[zoom, 0, right], [0, zoom, down]], dtype=torch.float32)
-            grid = F.affine_grid(
-                line.expand(len(inputs), 2, 3), list(inputs.shape), align_corners=False
-            )
-            moved = F.grid_sample(inputs.float(), grid, padding_mode="border", align_corners=False)
-            other = self.fnet(moved.to(inputs.dtype)).float()
-            total += float(F.cosine_similarity(straight, other).mean())
-        return total / len(_RECROPS)
-
     def alignment_complaint(self, images: Tensor) -> str | None:
-        """Doubt that faces `[B, 3, H, W]` lie where the FNet expects them, with the evidence."""
+        """Doubt that faces `[B, 3, H, W]` lie where the FNet expects them, with the evidence.
+
+        Embeddings of faces that do change little when the faces are cut a little differently.
+        """
         if len(images) < _ENOUGH_FACES or self.fnet_crop is None:
             return None
-        steady = self.steadiness(images[:_MOST_FACES])
+        inputs = self.preprocess(images[:_MOST_FACES])
+        straight, cosines = self.fnet(inputs).float(), []
+        for zoom, right, down in _RECROPS:
+            line = inputs.new_tensor([[zoom, 0, right], [0, zoom, down]], dtype=torch.float32)
+            lines = line.expand(len(inputs), 2, 3)
+            grid = F.affine_grid(lines, list(inputs.shape), align_corners=False)
+            moved = F.grid_sample(inputs.float(), grid, padding_mode="border", align_corners=False)
+            other = self.fnet(moved.to(inputs.dtype)).float()
+            cosines.append(F.cosine_similarity(straight, other).mean())
+        steady = float(torch.stack(cosines).mean())
         if not steady < _STEADY:
             return None
         crop = self.crop or self.fnet_crop
@@ -253,11 +244,8 @@ class FaceEncoder(nn.Module):
         )
 
     def stretches(self, height: int, width: int) -> bool:
-        """Whether images of this size would lose their proportions on the way to the FNet.
-
-        An FNet without a crop of its own (VGG-Face in the paper) is meant to stretch them.
-        """
-        if self.fnet_crop is None:
+        """Whether images of this size would lose their proportions on the way to the FNet."""
+        if self.fnet_crop is None:  # as VGG-Face, which is meant to stretch them (paper)
             return False
         rows, columns = self.input_size if self.crop is None else self.crop.size
         return abs(height * columns / (width * rows) - 1) > 0.05  # 5 %: rounding at 7x6 is below
@@ -318,6 +306,57 @@ def _freeze(net: nn.Module) -> nn.Module:
     return net
 
 
+class FrozenPReLU(nn.PReLU):
+    """`torch.nn.PReLU`, quicker to go back through where its slopes are frozen.
+
+    torch's own works out the gradient of the slopes whether anybody wants it or not: on a CPU that
+    was a third of an identity loss. Values and gradients are the same to the last bit.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale what is negative in `[B, C, ...]`."""
+        if self.weight.requires_grad or not torch.is_grad_enabled():
+            return F.prelu(x, self.weight)
+        scaled: Tensor = _FrozenPReLU.apply(x, self.weight)
+        return scaled
+
+
+class _FrozenPReLU(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return F.prelu(x, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, weight = ctx.saved_tensors
+        positive = torch.ops.aten.threshold_backward(grad, x, 0)  # the gradient where x is
+        return torch.addcmul(positive, grad - positive, _slopes(weight, grad)), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
+        x, weight = ctx.saved_tensors
+        return torch.where(x > 0, tangent, tangent * _slopes(weight, tangent))
+
+
+def _slopes(weight: Tensor, like: Tensor) -> Tensor:
+    """One slope per channel, to meet `[B, C, ...]`."""
+    return weight.to(like.dtype).view(-1, *[1] * (like.ndim - 2))
+
+
+def _quicken(net: nn.Module) -> None:
+    """Let all PReLUs of a frozen network go back quicker; without gradients torch's own is best."""
+    for module in net.modules():
+        if type(module) is nn.PReLU:
+            module.__class__ = FrozenPReLU
+
+
 def _reference(net: nn.Module) -> Tensor:
     """A tensor of the device and floating-point type that a network's input is to have."""
     tensors = [*net.parameters(), *net.buffers()]
@@ -345,18 +384,11 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
 
 @torch.no_grad()
 def fold_batch_norm(net: nn.Module, input_size: tuple[int, int, int]) -> nn.Module:
-    """A copy of a network with its batch norms folded into convolutions, where that is exact.
+    """A copy of a network with its batch norms folded into convolutions; itself if that changes it.
 
     Pairs are found by watching one image go through: a batch norm is folded when it is given the
     very tensor that a convolution returned. Whether nothing else used that tensor cannot be seen,
     so the copy is compared with the original, and given up where they differ.
-
-    Args:
-        net: A network in eval mode.
-        input_size: `(3, H, W)` of its input.
-
-    Returns:
-        The copy, or the network itself where there is nothing to fold or folding changed it.
     """
     reference = next(net.parameters(), torch.empty(0))
     generator = torch.Generator().manual_seed(0)

@@ -139,6 +139,14 @@ class ImageWatch:
             return None
         return self._judge(least, most, name, settled=drawn_yet or calls >= 64)
 
+    def refuse(self, lr: Tensor, channels: int | None = 3) -> None:
+        """Refuse what an SRNet for [0, 1] was surely not meant to get; NaN is for who trains."""
+        check_images(lr, "lr", channels)
+        complaint = self.complaint(lr, "lr")
+        if complaint is not None and "spans" in complaint:
+            seen = complaint.partition(" and value_range")[0]
+            raise ValueError(f"{seen} and this network takes [0, 1]: divide by what white is")
+
     def _judge(self, least: float, most: float, name: str, *, settled: bool) -> str | None:
         low, high = self.value_range
         if not math.isfinite(least + most):

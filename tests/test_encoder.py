@@ -10,7 +10,7 @@ from nets import faces, tiny_fnet
 from torch import nn
 
 from idloss import FaceEncoder, create_fnet, geometry
-from idloss.encoder import resolve_device
+from idloss.encoder import FrozenPReLU, resolve_device
 from idloss.geometry import Template, align, convert_crop, register_template
 from idloss.registry import fnet_crop, register_fnet
 from idloss.resample import to_float
@@ -411,6 +411,38 @@ def test_weights_in_half_precision_beside_float32_buffers(encoder):
     encoder.to(torch.bfloat16)
     assert encoder.scale.dtype == torch.float32
     assert encoder(faces().bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prelu_is_torchs_own_but_for_the_gradient_of_frozen_slopes(dtype, memory_format):
+    torch.manual_seed(0)
+    ours, theirs = FrozenPReLU(5).requires_grad_(False), nn.PReLU(5)
+    ours.weight.copy_(torch.rand(5))
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 5, 7, 6).contiguous(memory_format=memory_format)
+    x[0, 0, 0] = 0
+    outcome = []
+    for act in (ours, theirs):
+        leaf = x.to(dtype).requires_grad_()
+        y = act.to(dtype)(leaf)
+        y.backward(torch.linspace(-1, 1, y.numel()).to(dtype).view(y.shape))
+        outcome.append((y.detach(), leaf.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*outcome, strict=True))
+    assert ours.weight.grad is None
+    trained = FrozenPReLU(5)
+    trained(x).sum().backward()
+    assert trained.weight.grad.abs().sum() > 0
+
+
+def test_prelus_are_quick_where_a_gradient_is_wanted():
+    net = nn.Sequential(nn.PReLU(3), nn.Flatten(), nn.Linear(3 * 28 * 24, 4))
+    encoder, x = FaceEncoder(net, **INPUT), faces()
+    straight = encoder(x)
+    assert type(encoder.fnet[0]) is nn.PReLU
+    assert torch.equal(encoder(x.requires_grad_()), straight)
+    assert type(encoder.fnet[0]) is FrozenPReLU
+    assert type(net[0]) is nn.PReLU
 
 
 # --- alignment -----------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from idloss import FaceEncoder, HallucinationLoss, IdentityPreservedLoss
-from idloss.fnets.base import PReLU
+from idloss.geometry import align
 from idloss.losses import DISTANCES, register_distance, register_image_loss
+from idloss.resample import resize, to_float
 
 
 @pytest.fixture
@@ -392,12 +393,26 @@ def test_range_is_judged_by_what_is_settled(net):
         stored(sr, hr * 255, target_features=features)
 
 
+@pytest.mark.parametrize(("crop", "aligned"), [("arcface", True), ("facenet", False)])
+def test_hr_that_does_not_look_aligned_is_named(golden, shared, crop, aligned):
+    """Crops of FaceNet's template, said to be ArcFace's."""
+    photos = to_float(torch.from_numpy(golden["raw_bgr"]).permute(0, 3, 1, 2).flip(1))
+    hr = resize(align(photos, torch.from_numpy(golden["landmarks"]), crop), (112, 112))
+    loss = loss_of(f"local-dir:{shared('weights/edgeface_xxs')}")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            loss(resize(hr, (56, 56)).requires_grad_(), hr)
+    doubts = [one for one in seen if "hr does not look aligned to 'arcface'" in str(one.message)]
+    assert len(doubts) == (0 if aligned else 1)
+
+
 # --- transforms ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def prelu_loss():
-    net = nn.Sequential(PReLU(3), nn.Conv2d(3, 4, 3, stride=2), PReLU(4), nn.Flatten())
+    net = nn.Sequential(nn.PReLU(3), nn.Conv2d(3, 4, 3, stride=2), nn.PReLU(4), nn.Flatten())
     shape = {"input_size": (3, 28, 24), "mean": (0.4,) * 3, "std": (0.5,) * 3}
     return IdentityPreservedLoss(net, reduction="none", **shape)
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -146,50 +142,3 @@ def downsampled(img_size: tuple[int, int], times: int) -> tuple[int, int]:
     for _ in range(times):
         height, width = (height + 1) // 2, (width + 1) // 2
     return height, width
-
-
-class PReLU(nn.PReLU):
-    """`torch.nn.PReLU`, quicker to go back through where its slopes are frozen.
-
-    torch's own backward pass works out the gradient of the slopes whether anybody wants it or not:
-    on a CPU that was a third of an identity loss. Values and gradients are the same to the last
-    bit.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scale what is negative in `[B, C, ...]`."""
-        if self.weight.requires_grad or not torch.is_grad_enabled():
-            return super().forward(x)
-        scaled: Tensor = _Frozen.apply(x, self.weight)
-        return scaled
-
-
-class _Frozen(torch.autograd.Function):
-    """PReLU with a gradient for its input alone."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return F.prelu(x, weight)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        x, weight = ctx.saved_tensors
-        positive = torch.ops.aten.threshold_backward(grad, x, 0)  # the gradient where x is
-        return torch.addcmul(positive, grad - positive, _slopes(weight, grad)), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
-        x, weight = ctx.saved_tensors
-        return torch.where(x > 0, tangent, tangent * _slopes(weight, tangent))
-
-
-def _slopes(weight: Tensor, like: Tensor) -> Tensor:
-    """One slope per channel, to meet `[B, C, ...]`."""
-    return weight.to(like.dtype).view(-1, *[1] * (like.ndim - 2))

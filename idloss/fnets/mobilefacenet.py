@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from idloss.errors import did_you_mean
-from idloss.fnets.base import FNet, PReLU, downsampled
+from idloss.fnets.base import FNet, downsampled
 from idloss.registry import register_fnet
 from idloss.weights import GitHubBlob, Weights, build_model, register_weights
 from idloss.weights.loading import NORM, StateDict, layer_keys, rename_keys
@@ -28,7 +28,7 @@ BOTTLENECKS = (
 
 _Activation = Callable[[int], nn.Module]
 
-ACTIVATIONS: dict[str, _Activation] = {"prelu": PReLU, "relu6": lambda _: nn.ReLU6()}
+ACTIVATIONS: dict[str, _Activation] = {"prelu": nn.PReLU, "relu6": lambda _: nn.ReLU6()}
 """Activations by name, each made for a number of channels."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from idloss.fnets.base import FNet, PReLU, downsampled
+from idloss.fnets.base import FNet, downsampled
 from idloss.registry import register_fnet
 from idloss.weights import GitHubBlob, Weights, build_model, register_weights
 from idloss.weights.loading import StateDict, layer_keys, rename_keys, reverse_input
@@ -70,7 +70,7 @@ class _Stage(nn.Module):
     def __init__(self, in_channels: int, width: int, depth: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, width, 3, stride=2, padding=1)
-        self.act = PReLU(width)
+        self.act = nn.PReLU(width)
         self.blocks = nn.Sequential(*(_Unit(width) for _ in range(depth)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,9 +84,9 @@ class _Unit(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.act1 = PReLU(width)
+        self.act1 = nn.PReLU(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.act2 = PReLU(width)
+        self.act2 = nn.PReLU(width)
 
     def forward(self, x: Tensor) -> Tensor:
         residual: Tensor = self.act2(self.conv2(self.act1(self.conv1(x))))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from idloss.registry import register_srnet
-from idloss.resample import ImageWatch, check_images
+from idloss.resample import ImageWatch
 from idloss.weights import (
     GitHubBlob,
     HubFile,
@@ -119,10 +119,7 @@ class EDSR(nn.Module):
             TypeError: If `x` is not floating point.
             ValueError: If `x` is of another shape, or found to be in another range, as 0 to 255.
         """
-        check_images(x, "lr", self.in_chans)
-        complaint = self._watch.complaint(x, "lr")
-        if complaint is not None and "spans" in complaint:  # NaN is for who trains
-            raise ValueError(f"{complaint}; EDSR takes [0, 1]")
+        self._watch.refuse(x, self.in_chans)
         mean, std = _to_meet(x, self.mean), _to_meet(x, self.std)
         x = self.head((x - mean) / std)
         if self.grad_checkpointing:

@@ -8,7 +8,7 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from idloss.registry import register_srnet
-from idloss.resample import resize
+from idloss.resample import ImageWatch, resize
 from idloss.weights import build_model
 
 
@@ -37,6 +37,7 @@ class Interpolation(nn.Module):
         # What timm's tools ask of any model: no classifier, and a width.
         self.num_classes = 0
         self.num_features = in_chans
+        self._watch = ImageWatch(margin=1.0)  # noise may leave [0, 1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Up-sample a batch.
@@ -46,7 +47,12 @@ class Interpolation(nn.Module):
 
         Returns:
             RGB `[B, 3, *size]` or `[B, 3, scale * H, scale * W]`; bicubic may leave [0, 1].
+
+        Raises:
+            TypeError: If `x` is not floating point.
+            ValueError: If `x` is no batch, or found to be in another range, as 0 to 255.
         """
+        self._watch.refuse(x, channels=None)
         height, width = x.shape[-2:]
         size = self.size or (round(height * self.scale), round(width * self.scale))
         return resize(x, size, mode=self.mode)

@@ -10,7 +10,6 @@ from timm.models import get_arch_pretrained_cfgs, model_entrypoint, save_for_hf
 
 from idloss import create_fnet, list_fnets
 from idloss.fnets import FNet, MobileFaceNet, SphereFace, VGGFace
-from idloss.fnets.base import PReLU
 from idloss.fnets.vggface import LAYERS
 from idloss.weights import ManualFile
 from idloss.weights.loading import get_weights
@@ -268,25 +267,3 @@ def test_mobilefacenet_size():
 def test_mobilefacenet_activation_unknown():
     with pytest.raises(ValueError, match="Did you mean 'relu6'"):
         MobileFaceNet(act="relu")
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_prelu_is_torchs_own_but_for_the_gradient_of_frozen_slopes(dtype, memory_format):
-    torch.manual_seed(0)
-    ours, theirs = PReLU(5).requires_grad_(False), torch.nn.PReLU(5)
-    ours.weight.copy_(torch.rand(5))
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 5, 7, 6).contiguous(memory_format=memory_format)
-    x[0, 0, 0] = 0
-    outcome = []
-    for act in (ours, theirs):
-        leaf = x.to(dtype).requires_grad_()
-        y = act.to(dtype)(leaf)
-        y.backward(torch.linspace(-1, 1, y.numel()).to(dtype).view(y.shape))
-        outcome.append((y.detach(), leaf.grad))
-    assert all(torch.equal(a, b) for a, b in zip(*outcome, strict=True))
-    assert ours.weight.grad is None
-    trained = PReLU(5)
-    trained(x).sum().backward()
-    assert trained.weight.grad.abs().sum() > 0

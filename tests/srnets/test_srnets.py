@@ -245,10 +245,16 @@ def test_edsr_survives_the_meta_device_and_mixed_precision(options):
     ("x", "error", "says"),
     [
         (torch.zeros(1, 3, 8, 6, dtype=torch.uint8), TypeError, "to_float"),
-        (torch.rand(1, 3, 8, 6) * 255, ValueError, r"EDSR takes \[0, 1\]"),
-        (torch.rand(1, 4, 8, 6), ValueError, "3, H, W"),
+        (torch.rand(1, 3, 8, 6) * 255, ValueError, r"lr spans .* takes \[0, 1\]"),
+        (torch.rand(3, 8, 6), ValueError, r"lr must be \[B, \w, H, W\]"),
     ],
 )
-def test_edsr_refuses_images_of_another_kind(x, error, says):
+@pytest.mark.parametrize("make", [lambda: EDSR(depth=1, width=4), Interpolation])
+def test_refuses_images_of_another_kind(make, x, error, says):
     with pytest.raises(error, match=says):
-        EDSR(depth=1, width=4)(x)
+        make()(x)
+
+
+def test_edsr_refuses_other_channels():
+    with pytest.raises(ValueError, match="3, H, W"):
+        EDSR(depth=1, width=4)(torch.rand(1, 4, 8, 6))
