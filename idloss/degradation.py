@@ -15,6 +15,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
@@ -29,19 +30,15 @@ from idloss.plugins import load_plugins
 from idloss.resample import Convention, Mode, resize, to_float
 
 __all__ = [
-    "BatchDraw",
     "BicubicDegradation",
     "Degradation",
     "RealWorldDegradation",
-    "draw_batch",
     "get_degradation",
     "list_degradations",
-    "mirror",
     "register_degradation",
-    "sizes_of",
 ]
 
-Range = Sequence[float]
+Range: TypeAlias = tuple[float, float]
 _Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 _BATCH_PURPOSE = 0  # sets a batch's numbers apart from others that are drawn from the same seed
@@ -60,6 +57,14 @@ _METHODS: tuple[tuple[Mode, Convention], ...] = (
     ("bilinear", "antialias"),
     ("bicubic", "antialias"),
 )
+_LIMITS = {
+    "blur_sigma": (0.05, 5.0),
+    "blur_shape": (0.1, 10.0),
+    "gaussian_noise": (0.0, _LEVELS),
+    "shot_noise": (0.0, _LEVELS**0.5),
+    "jpeg_quality": (1, 100),
+    "sinc_cutoff": (0.1, math.pi),
+}
 _BLUR_SIZE = 15
 _SINC_SIZE = 7  # Real-ESRGAN's smallest, for images that are as small as that
 _NOT_GAUSSIAN = 0.3  # of the kernels; Real-ESRGAN's generalised and plateau-shaped ones together
@@ -78,7 +83,12 @@ class Degradation(Protocol):
                 on it alone, not on the rest of the batch or the device.
 
         Returns:
-            LR, float32 RGB `[B, 3, *size]` in [0, 1], on the device of `hr`.
+            LR, float32 RGB `[B, 3, *size]` in [0, 1], on the device of `hr`; those of this package
+            are multiples of 1/255.
+
+        Raises:
+            TypeError: The faces are not uint8.
+            ValueError: Shapes, size or seeds do not fit.
         """
 
 
@@ -110,11 +120,7 @@ def register_degradation(name: str) -> Callable[[_Kind], _Kind]:
 
 
 def list_degradations() -> list[str]:
-    """Names of the registered degradations, plug-ins included.
-
-    Returns:
-        The names, sorted.
-    """
+    """Names of the registered degradations, plug-ins included, sorted."""
     load_plugins()
     return sorted(_degradations)
 
@@ -148,26 +154,13 @@ class BicubicDegradation:
     """OpenCV's bicubic down-sampling of 8-bit images to 8 bits (paper, section 4.1)."""
 
     def __call__(self, hr: Tensor, size: tuple[int, int], *, seeds: Sequence[int]) -> Tensor:
-        """Make faces small, on their device; nothing is left to chance: seeds do not matter.
-
-        Args:
-            hr: uint8 RGB `[B, 3, H, W]`.
-            size: Rows and columns of LR.
-            seeds: A whole number from 0 to 2^64 - 1 for each face.
-
-        Returns:
-            LR, float32 RGB `[B, 3, *size]` in [0, 1], multiples of 1/255, on the device of `hr`.
-
-        Raises:
-            TypeError: The faces are not uint8.
-            ValueError: They are not `[B, 3, H, W]`, the seeds do not fit, or the size is not two
-                positive numbers.
-        """
+        """Make faces small, as `Degradation` says; nothing is left to chance."""
         _check(hr, seeds)
         return to_float(resize(hr, size))
 
 
 @register_degradation("real_world")
+@dataclass(kw_only=True, eq=False)
 class RealWorldDegradation:
     """Blur, resize, add noise, compress; again; then reduce to the size asked for.
 
@@ -208,58 +201,42 @@ class RealWorldDegradation:
         ValueError: An option is out of range.
     """
 
-    def __init__(
-        self,
-        *,
-        blur_sigma: Range = (0.2, 3.0),
-        blur_probability: float = 0.8,
-        anisotropic_probability: float = 0.31,
-        blur_shape: Range = (0.5, 4.0),
-        gaussian_noise: Range = (0.0, 15.0),
-        shot_noise: Range = (0.0, 1.5),
-        shot_probability: float = 0.5,
-        grey_probability: float = 0.4,
-        jpeg_quality: Range = (40, 95),
-        full_chroma_probability: float = 0.2,
-        late_jpeg_probability: float = 0.2,
-        sinc_probability: float = 0.2,
-        sinc_cutoff: Range = (2 * math.pi / 3, math.pi),
-    ) -> None:
-        self.blur_sigma = _range("blur_sigma", blur_sigma, 0.05, 5.0)
-        self.blur_probability = _probability("blur_probability", blur_probability)
-        self.anisotropic_probability = _probability(
-            "anisotropic_probability", anisotropic_probability
-        )
-        self.blur_shape = _range("blur_shape", blur_shape, 0.1, 10.0)
-        self.gaussian_noise = _range("gaussian_noise", gaussian_noise, 0.0, _LEVELS)
-        self.shot_noise = _range("shot_noise", shot_noise, 0.0, _LEVELS**0.5)
-        self.shot_probability = _probability("shot_probability", shot_probability)
-        self.grey_probability = _probability("grey_probability", grey_probability)
-        self.jpeg_quality = _range("jpeg_quality", jpeg_quality, 1, 100)
-        if not all(quality.is_integer() for quality in self.jpeg_quality):
-            raise ValueError(f"jpeg_quality must be two whole numbers, got {jpeg_quality!r}")
-        self.full_chroma_probability = _probability(
-            "full_chroma_probability", full_chroma_probability
-        )
-        self.late_jpeg_probability = _probability("late_jpeg_probability", late_jpeg_probability)
-        self.sinc_probability = _probability("sinc_probability", sinc_probability)
-        self.sinc_cutoff = _range("sinc_cutoff", sinc_cutoff, 0.1, math.pi)
+    blur_sigma: Range = (0.2, 3.0)
+    blur_probability: float = 0.8
+    anisotropic_probability: float = 0.31
+    blur_shape: Range = (0.5, 4.0)
+    gaussian_noise: Range = (0.0, 15.0)
+    shot_noise: Range = (0.0, 1.5)
+    shot_probability: float = 0.5
+    grey_probability: float = 0.4
+    jpeg_quality: Range = (40, 95)
+    full_chroma_probability: float = 0.2
+    late_jpeg_probability: float = 0.2
+    sinc_probability: float = 0.2
+    sinc_cutoff: Range = (2 * math.pi / 3, math.pi)
+
+    def __post_init__(self) -> None:
+        for name, value in list(vars(self).items()):
+            if name not in _LIMITS:
+                if not 0 <= value <= 1:
+                    raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
+                continue
+            least, most = _LIMITS[name]
+            try:
+                low, high = (float(one) for one in value)
+            except (TypeError, ValueError):
+                low = high = math.nan
+            if not least <= low <= high <= most:
+                raise ValueError(
+                    f"{name} must be two numbers, low and high, from {least:g} to {most:g}, got "
+                    f"{value!r}"
+                )
+            if name == "jpeg_quality" and not (low.is_integer() and high.is_integer()):
+                raise ValueError(f"jpeg_quality must be two whole numbers, got {value!r}")
+            setattr(self, name, (low, high))  # from lists too, as YAML gives them
 
     def __call__(self, hr: Tensor, size: tuple[int, int], *, seeds: Sequence[int]) -> Tensor:
-        """Make faces small, and worse.
-
-        Args:
-            hr: uint8 RGB `[B, 3, H, W]`.
-            size: Rows and columns of LR, not more than those of `hr`.
-            seeds: A whole number from 0 to 2^64 - 1 for each face.
-
-        Returns:
-            LR, float32 RGB `[B, 3, *size]` in [0, 1], multiples of 1/255, on the device of `hr`.
-
-        Raises:
-            TypeError: The faces are not uint8.
-            ValueError: They are not `[B, 3, H, W]`, the seeds do not fit, or LR would be larger.
-        """
+        """Make faces small, and worse, as `Degradation` says; LR is not to be larger than HR."""
         _check(hr, seeds)
         height, width = hr.shape[-2:]
         if not (1 <= size[0] <= height and 1 <= size[1] <= width):
@@ -288,7 +265,9 @@ class RealWorldDegradation:
                 place = rng.uniform(0, place)
             elif direction < shrink + grow:
                 place = rng.uniform(place, 1)
-            face = _resize(rng, face, _between(size, hr_size, place))
+            # from LR (0) to HR (1), equal ratios for equal steps
+            between = [round(lr * (hr / lr) ** place) for lr, hr in zip(size, hr_size, strict=True)]
+            face = _resize(rng, face, between)
             face = self._add_noise(rng, normals, face)
             if not (late and number == len(_ROUNDS)):
                 face = self._compress(rng, face)
@@ -384,37 +363,19 @@ def jpeg(
 
 
 class BatchDraw(NamedTuple):
-    """What is left to chance in a batch.
-
-    Attributes:
-        size: Rows and columns of LR, one size for all.
-        mirrored: Which faces are flipped, bool `[count]`.
-        seeds: Of each face's degradation, from 0 to 2^64 - 1.
-    """
+    """What is left to chance in a batch: its LR size, and of each face the flip and the seed."""
 
     size: tuple[int, int]
-    mirrored: Tensor
+    mirrored: Tensor  # bool [count]
     seeds: tuple[int, ...]
 
 
 def draw_batch(step: int, count: int, *, seed: int, sizes: Sequence[tuple[int, int]]) -> BatchDraw:
-    """Draw a batch's size, mirrorings and seeds.
+    """Draw a step's size, one as likely as another, and mirrorings (one half) and seeds of `count`.
 
     They depend on the arguments alone, so that a resumed run and any number of processes see the
     same. Seed and step are hashed together by numpy's SeedSequence, the step as its spawn key:
     neighbouring steps and seeds have nothing in common.
-
-    Args:
-        step: Which, not negative.
-        count: Faces of the whole batch, over all processes.
-        seed: Of the run, not negative.
-        sizes: To choose from, each as likely.
-
-    Returns:
-        The draw; a face is mirrored with probability 0.5, as in the paper's released code.
-
-    Raises:
-        ValueError: There are no sizes, or a number is negative.
     """
     if not sizes:
         raise ValueError("sizes is empty: give at least one, such as (28, 24)")
@@ -429,36 +390,14 @@ def draw_batch(step: int, count: int, *, seed: int, sizes: Sequence[tuple[int, i
 
 
 def mirror(hr: Tensor, flags: Tensor) -> Tensor:
-    """Flip some faces from left to right.
-
-    Args:
-        hr: Images `[B, C, H, W]`.
-        flags: Which to flip, bool `[B]`, on the same device.
-
-    Returns:
-        Images `[B, C, H, W]`.
-
-    Raises:
-        ValueError: There is not one flag for each face.
-    """
+    """Flip those of images `[B, C, H, W]` from left to right whose flags `[B]` are true."""
     if flags.shape != hr.shape[:1]:
         raise ValueError(f"flags must be [{len(hr)}], one for each face, got {list(flags.shape)}")
     return torch.where(flags[:, None, None, None], hr.flip(-1), hr)
 
 
 def sizes_of(factors: Sequence[int], hr_size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-    """LR sizes for down-sampling factors.
-
-    Args:
-        factors: Above zero, each a divisor of both sides.
-        hr_size: Rows and columns of HR.
-
-    Returns:
-        Rows and columns for each factor.
-
-    Raises:
-        ValueError: A factor does not divide the crop.
-    """
+    """LR sizes for down-sampling factors, each a divisor of both sides of HR."""
     height, width = hr_size
     for factor in factors:
         if factor < 1 or height % factor or width % factor:
@@ -470,7 +409,6 @@ def sizes_of(factors: Sequence[int], hr_size: tuple[int, int]) -> tuple[tuple[in
 
 
 def _check(faces: Tensor, seeds: Sequence[int]) -> None:
-    """Refuse what is not a batch of 8-bit colour images with a seed for each."""
     if faces.dtype != torch.uint8:
         raise TypeError(
             f"faces must be uint8, got {faces.dtype}; idloss.resample.to_uint8 makes them so"
@@ -484,31 +422,7 @@ def _check(faces: Tensor, seeds: Sequence[int]) -> None:
             raise ValueError(f"a seed must be from 0 to 2^64 - 1, got {seed}")
 
 
-def _range(name: str, value: Range, least: float, most: float) -> tuple[float, float]:
-    try:
-        low, high = (float(one) for one in value)
-    except (TypeError, ValueError):
-        low = high = math.nan
-    if not least <= low <= high <= most:
-        raise ValueError(
-            f"{name} must be two numbers, low and high, from {least:g} to {most:g}, got {value!r}"
-        )
-    return low, high
-
-
-def _probability(name: str, value: float) -> float:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
-    return value
-
-
-def _between(lr: tuple[int, int], hr: tuple[int, int], place: float) -> tuple[int, int]:
-    """The size at a place between LR (0) and HR (1), equal ratios for equal steps."""
-    height, width = (round(low * (high / low) ** place) for low, high in zip(lr, hr, strict=True))
-    return height, width
-
-
-def _resize(rng: np.random.Generator, face: Tensor, size: tuple[int, int]) -> Tensor:
+def _resize(rng: np.random.Generator, face: Tensor, size: Sequence[int]) -> Tensor:
     mode, convention = _METHODS[rng.integers(len(_METHODS))]
     return resize(face, size, mode=mode, convention=convention)
 

@@ -98,13 +98,10 @@ TEMPLATES: Final[Mapping[str, Template]] = MappingProxyType(_templates)
 
 
 def register_template(template: Template) -> Template:
-    """Let a template be asked for by its name wherever a `crop` is.
+    """Let a template be asked for by its name wherever a `crop` is, and give it back.
 
     Args:
         template: The template.
-
-    Returns:
-        The template.
 
     Raises:
         ValueError: Another template has that name.
@@ -138,17 +135,7 @@ for _template in (
 
 
 def get_template(crop: str | Template) -> Template:
-    """Look a template up.
-
-    Args:
-        crop: A name in `TEMPLATES`, or a template, which is given back.
-
-    Returns:
-        The template.
-
-    Raises:
-        ValueError: There is no such name; the message says which one was probably meant.
-    """
+    """A template by its name, or a template, which is given back."""
     if isinstance(crop, Template):
         return crop
     if crop not in TEMPLATES:
@@ -197,23 +184,10 @@ def fit_similarity_forward(
     names: Sequence[str] | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Fit photos to a template the usual way: from the photo to the template.
+    """`fit_similarity` the usual way, from the photo to the template.
 
     This is what scikit-image's `SimilarityTransform` and insightface compute (Umeyama 1991, for
     points that are not mirrored); the residual is measured in the crop.
-
-    Args:
-        landmarks: Five points in pixels of the photos, `[B, 5, 2]`, any real type.
-        crop: Template to fit to.
-        names: One name per photo, for messages; its index otherwise.
-        image_size: Rows and columns of the photos; when given, landmarks far outside are refused.
-
-    Returns:
-        Matrices `[B, 2, 3]` in float64 that take photo coordinates to template coordinates.
-
-    Raises:
-        TypeError: The landmarks are not real numbers.
-        ValueError: As for `fit_similarity`.
     """
     wanted = get_template(crop)
     points = _check_landmarks(landmarks, names, image_size)
@@ -424,7 +398,6 @@ def _solve(source: _Points, target: _Points) -> tuple[_Number, _Number, _Number,
 
 
 def _coordinates(points: Tensor) -> _Points:
-    """Split `[B, 5, 2]` into five pairs of `[B]`."""
     return [(point[:, 0], point[:, 1]) for point in points.unbind(1)]
 
 
@@ -456,27 +429,17 @@ def _sample(
     rows, columns = images.shape[-2:]
     # grid_sample wants the image between -1 and 1: (2 x + 1) / columns - 1 for pixel x. Composed
     # here, in the matrices' own precision, so that the grid is computed once and rounded once.
-    right, lower = (2 / columns) * back[:, 0], (2 / rows) * back[:, 1]
     y = torch.arange(size[0], device=images.device, dtype=exact.dtype)[:, None]
     x = torch.arange(size[1], device=images.device, dtype=exact.dtype)
-    grid = torch.stack(
-        [
-            along[:, 0] * x + along[:, 1] * y + along[:, 2]
-            for along in (
-                _offset(right, 1 / columns - 1, exact.dtype),
-                _offset(lower, 1 / rows - 1, exact.dtype),
-            )
-        ],
-        dim=-1,
-    )
+    places = []
+    for axis, length in ((0, columns), (1, rows)):
+        by_column, by_row, shift = (2 / length * back[:, axis, :, None, None]).unbind(1)
+        shift = shift + (1 / length - 1)
+        by_column, by_row, shift = (one.to(exact.dtype) for one in (by_column, by_row, shift))
+        places.append(by_column * x + by_row * y + shift)
+    grid = torch.stack(places, dim=-1)
     sampled = F.grid_sample(exact, grid, mode=mode, padding_mode=padding, align_corners=False)
     return sampled.to(images.dtype)
-
-
-def _offset(line: Tensor, by: float, dtype: torch.dtype) -> Tensor:
-    """Add to the last of `[B, 3]`, then shape to `[B, 3, 1, 1]` to meet rows and columns."""
-    moved = torch.cat((line[:, :2], line[:, 2:] + by), dim=1)
-    return moved.to(dtype)[:, :, None, None]
 
 
 def _window(images: Tensor, axis: int, start: int, length: int, fill: Fill) -> Tensor:
@@ -516,29 +479,24 @@ def _refuse_degenerate(
     low, high = points.amin(1), points.amax(1)
     x, y = (points - points.mean(1, keepdim=True)).unbind(-1)
     xx, yy, xy = (x * x).sum(1), (y * y).sum(1), (x * y).sum(1)
-    # determinant over squared trace of the scatter is the squared ratio of its two spreads, nearly
-    flat = xx * yy - xy * xy < (_MIN_FLATNESS * (xx + yy)) ** 2
     faults = {
         "are not finite": ~points.isfinite().all(-1).all(-1),
         "lie within one pixel (are they in pixels of the photo?)": (high - low).amax(1)
         < _MIN_EXTENT,
-        "lie on one line": flat,
+        # determinant over squared trace of the scatter: the squared ratio of its spreads, nearly
+        "lie on one line": xx * yy - xy * xy < (_MIN_FLATNESS * (xx + yy)) ** 2,
     }
     if image_size is not None:
-        photo = points.new_tensor([image_size[1] - 1, image_size[0] - 1])
-        middle = points.mean(1)
-        lost = (middle < 0) | (middle > photo)
-        beyond = torch.maximum(-low, high - photo) > max(image_size) / 2
         rows, columns = image_size
-        faults[f"lie far outside the {rows}x{columns} photo"] = (lost | beyond).any(-1)
+        photo, middle = points.new_tensor([columns - 1, rows - 1]), points.mean(1)
+        beyond = torch.maximum(-low, high - photo) > max(image_size) / 2
+        lost = (middle < 0) | (middle > photo) | beyond
+        faults[f"lie far outside the {rows}x{columns} photo"] = lost.any(-1)
     if not torch.stack(list(faults.values())).any():
         return
-    for reason, mask in faults.items():
-        if not mask.any():
-            continue
-        first = int(mask.nonzero()[0])
-        who = f"image {first}" if names is None else f"image {names[first]!r}"
-        others = int(mask.sum()) - 1
-        more = f" (and {others} more in this batch)" if others else ""
-        seen = [[round(value, 2) for value in point] for point in points[first].tolist()]
-        raise ValueError(f"landmarks of {who} {reason}{more}: {seen}")
+    reason, mask = next((reason, mask) for reason, mask in faults.items() if mask.any())
+    first, others = int(mask.nonzero()[0]), int(mask.sum()) - 1
+    who = f"image {first}" if names is None else f"image {names[first]!r}"
+    more = f" (and {others} more in this batch)" if others else ""
+    seen = [[round(value, 2) for value in point] for point in points[first].tolist()]
+    raise ValueError(f"landmarks of {who} {reason}{more}: {seen}")

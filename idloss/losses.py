@@ -21,8 +21,9 @@ from idloss.plugins import load_plugins
 from idloss.resample import ImageWatch, check_images, resize, to_float, to_uint8
 
 Reduction = Literal["mean", "sum", "none"]
-Distance = Callable[[Tensor, Tensor], Tensor]
-ImageLoss = Callable[[Tensor, Tensor], Tensor]
+_Function = Callable[[Tensor, Tensor], Tensor]
+Distance = _Function
+ImageLoss = _Function
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -36,12 +37,9 @@ def euclidean_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def angular_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Angle between two embeddings as a share of half a turn.
-
-    Written with `atan2`, whose gradient stays finite at 0 and 180 degrees, where that of the arc
-    cosine does not.
-    """
+    """Angle between two embeddings as a share of half a turn."""
     a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
+    # its gradient stays finite at 0 and 180 degrees, where that of the arc cosine does not
     return torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1)) * (2 / math.pi)
 
 
@@ -60,9 +58,6 @@ _image_losses: dict[str, ImageLoss] = {"l1": F.l1_loss, "mse": F.mse_loss, "hube
 
 DISTANCES: Final[Mapping[str, Distance]] = MappingProxyType(_distances)
 """Distances by name."""
-
-IMAGE_LOSSES: Final[Mapping[str, ImageLoss]] = MappingProxyType(_image_losses)
-"""Image losses by name."""
 
 
 def register_distance(name: str, distance: Distance) -> None:
@@ -93,22 +88,20 @@ def register_image_loss(name: str, image_loss: ImageLoss) -> None:
 
 def get_distance(distance: str | Distance) -> Distance:
     """A distance by its name, or a callable, which is given back."""
-    found: Distance = _found("distance", _distances, distance)
-    return found
+    return _found("distance", _distances, distance)
 
 
 def get_image_loss(image_loss: str | ImageLoss) -> ImageLoss:
     """An image loss by its name, or a callable, which is given back."""
-    found: ImageLoss = _found("image loss", _image_losses, image_loss)
-    return found
+    return _found("image loss", _image_losses, image_loss)
 
 
-def _register(kind: str, known: dict[str, Any], name: str, function: Any) -> None:
+def _register(kind: str, known: dict[str, _Function], name: str, function: _Function) -> None:
     if known.setdefault(name, function) is not function:
         raise ValueError(f"there is another {kind} {name!r}: give this one its own name")
 
 
-def _found(kind: str, known: Mapping[str, Any], wanted: Any) -> Any:
+def _found(kind: str, known: Mapping[str, _Function], wanted: str | _Function) -> _Function:
     if not isinstance(wanted, str):
         return wanted
     load_plugins()
@@ -164,7 +157,13 @@ class IdentityPreservedLoss(nn.Module):
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-        weights = _fnet_weights(fnet)
+        if isinstance(fnet, Mapping):
+            pairs = list(fnet.items())
+        else:
+            nets = [fnet] if isinstance(fnet, (str, nn.Module)) else fnet
+            pairs = [(net, 1.0) for net in nets]
+        if not pairs or any(not weight > 0 for _, weight in pairs):
+            raise ValueError(f"an ensemble needs FNets with weights above zero, got {fnet!r}")
         self.encoders = nn.ModuleList(
             FaceEncoder(
                 net,
@@ -176,10 +175,10 @@ class IdentityPreservedLoss(nn.Module):
                 channel_order=channel_order,
                 **fnet_options,
             )
-            for net, _ in weights
+            for net, _ in pairs
         )
-        total = sum(weight for _, weight in weights)
-        self.fnet_weights = tuple(weight / total for _, weight in weights)
+        total = sum(weight for _, weight in pairs)
+        self.fnet_weights = tuple(weight / total for _, weight in pairs)
         self.distance = get_distance(distance)
         self.value_range = value_range
         self.reduction = reduction
@@ -200,12 +199,9 @@ class IdentityPreservedLoss(nn.Module):
         Returns:
             Embeddings `[B, num_features]`; those of an ensemble are concatenated.
         """
-        check_images(images)
+        check_images(images, "hr")
         if not torch.compiler.is_compiling():
             self._inspect("hr", images)
-        return self._embed(images)
-
-    def _embed(self, images: Tensor) -> Tensor:
         return torch.cat([encoder.embed(images) for encoder in self._encoders()], dim=1)
 
     def forward(
@@ -243,18 +239,14 @@ class IdentityPreservedLoss(nn.Module):
         if (hr is None) == (target_features is None):
             raise ValueError("give exactly one of hr and target_features")
         if hr is not None:
-            check_images(hr, "hr")
-            _check_batch(hr, batch, "hr")
+            _check_hr(hr, batch)
         if weight is not None and weight.shape != (batch,):
             raise ValueError(f"weight must be [{batch}], got {list(weight.shape)}")
         if not torch.compiler.is_compiling():
             self._inspect_gradient(sr)
             self._inspect("sr", sr)
-            if hr is not None:
-                self._inspect("hr", hr)
         if hr is not None:
-            with torch.no_grad():
-                target_features = self._embed(hr)
+            target_features = self.embed(hr)
         assert target_features is not None
         if target_features.shape != (batch, self.num_features):
             raise ValueError(
@@ -279,12 +271,12 @@ class IdentityPreservedLoss(nn.Module):
         return distances.sum() / weight.to(distances.dtype).sum().clamp_min(tiny)
 
     def _distances(self, sr: Tensor, targets: Tensor) -> Tensor:
-        encoders = self._encoders()
+        encoders, terms = self._encoders(), []
         parts = targets.split([encoder.num_features for encoder in encoders], dim=1)
-        terms = [
-            weight * self.distance(_at_least_float32(encoder.embed(sr)), _at_least_float32(part))
-            for weight, encoder, part in zip(self.fnet_weights, encoders, parts, strict=True)
-        ]
+        for weight, encoder, part in zip(self.fnet_weights, encoders, parts, strict=True):
+            # half precision turns the norm of a small embedding into zero or infinity
+            a, b = (x if x.dtype == torch.float64 else x.float() for x in (encoder.embed(sr), part))
+            terms.append(weight * self.distance(a, b))
         return torch.stack(terms).sum(dim=0)
 
     def _inspect_gradient(self, sr: Tensor) -> None:
@@ -380,15 +372,7 @@ class HallucinationLoss(nn.Module):
         self._watch = ImageWatch(value_range)
 
     def medium_resolution(self, hr: Tensor, size: tuple[int, int]) -> Tensor:
-        """Down-sample HR to MR, what SR is compared with.
-
-        Args:
-            hr: Original faces `[B, 3, H, W]` in `value_range`.
-            size: Height and width of SR, in pixels.
-
-        Returns:
-            MR `[B, 3, *size]` in [0, 1].
-        """
+        """HR `[B, 3, H, W]` to MR `[B, 3, *size]` in [0, 1], what SR is compared with."""
         low, high = self.value_range
         unit = hr if (low, high) == (0, 1) else (hr - low) / (high - low)
         # 8-bit on the way in as well: only so do ties fall as they do in the released code
@@ -414,8 +398,7 @@ class HallucinationLoss(nn.Module):
             ValueError: If shapes do not fit.
         """
         check_images(sr, "sr")
-        check_images(hr, "hr")
-        _check_batch(hr, sr.shape[0], "hr")
+        _check_hr(hr, sr.shape[0])
         if not torch.compiler.is_compiling():
             # fills MR; the identity loss may see features instead
             unseen = self.identity is None or target_features is not None
@@ -439,22 +422,10 @@ class HallucinationLoss(nn.Module):
         return total, parts
 
 
-def _fnet_weights(fnet: Any) -> list[tuple[str | nn.Module, float]]:
-    """One FNet, a sequence of them or a mapping to weights, as a list of pairs."""
-    if isinstance(fnet, Mapping):
-        pairs = [(net, float(weight)) for net, weight in fnet.items()]
-    elif isinstance(fnet, Sequence) and not isinstance(fnet, str):
-        pairs = [(net, 1.0) for net in fnet]
-    else:
-        pairs = [(fnet, 1.0)]
-    if not pairs or any(not weight > 0 for _, weight in pairs):
-        raise ValueError(f"an ensemble needs FNets with weights above zero, got {fnet!r}")
-    return pairs
-
-
-def _check_batch(images: Tensor, batch: int, name: str) -> None:
-    if images.shape[0] != batch:
-        raise ValueError(f"{name} holds {images.shape[0]} faces and sr {batch}: they go in pairs")
+def _check_hr(hr: Tensor, batch: int) -> None:
+    check_images(hr, "hr")
+    if hr.shape[0] != batch:
+        raise ValueError(f"hr holds {hr.shape[0]} faces and sr {batch}: they go in pairs")
 
 
 def _is_plain(images: Tensor) -> bool:
@@ -466,11 +437,6 @@ def _is_plain(images: Tensor) -> bool:
         and not torch._C._functorch.is_functorch_wrapped_tensor(images)
         and not is_in_torch_dispatch_mode()
     )
-
-
-def _at_least_float32(features: Tensor) -> Tensor:
-    """Half precision turns the norm of a small embedding into zero or infinity."""
-    return features if features.dtype == torch.float64 else features.float()
 
 
 def _warn(message: str) -> None:

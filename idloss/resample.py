@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ Size: TypeAlias = tuple[int, int]
 """Rows and columns."""
 
 _Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+# Neighbours of every output place and their weights, both [taps, size_out]: numpy, not tensors, so
+# that a remembered entry belongs to no device and to no trace.
+_Taps: TypeAlias = tuple[_Array, _Array]
 
 _LEVELS = 255
 # OpenCV, modules/imgproc/src/resize.cpp: INTER_RESIZE_COEF_BITS is 11, and its vertical pass drops
@@ -90,10 +93,7 @@ def resize(
 
 
 def check_images(images: Tensor, name: str = "images", channels: int | None = 3) -> None:
-    """Refuse what is not a float batch `[B, C, H, W]`, by shape and dtype alone.
-
-    It reads no pixel, so it costs nothing and compiles.
-    """
+    """Refuse what is not a float batch `[B, C, H, W]`, without a look at its pixels."""
     if not isinstance(images, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(images).__name__}")
     if not images.is_floating_point():
@@ -137,7 +137,17 @@ class ImageWatch:
             return None  # vmap, make_fx, fake and meta tensors have no values to look at
         if not isinstance(least + most, float):
             return None
-        return self._judge(least, most, name, settled=drawn_yet or calls >= 64)
+        low, high = self.value_range
+        if not math.isfinite(least + most):
+            return f"{name} holds NaN or infinity: so will the loss"
+        if not drawn_yet and calls < 64:
+            return None
+        seen = f"{name} spans [{least:.3g}, {most:.3g}] and value_range is ({low:g}, {high:g})"
+        if least < low - self.margin or most > high + self.margin:
+            return f"{seen}: pass the value_range that the images are in"
+        if high - low > 1.5 and least >= 0 and most <= 1:
+            return f"{seen}: these look like [0, 1] images"
+        return None
 
     def refuse(self, lr: Tensor, channels: int | None = 3) -> None:
         """Refuse what an SRNet for [0, 1] was surely not meant to get; NaN is for who trains."""
@@ -146,19 +156,6 @@ class ImageWatch:
         if complaint is not None and "spans" in complaint:
             seen = complaint.partition(" and value_range")[0]
             raise ValueError(f"{seen} and this network takes [0, 1]: divide by what white is")
-
-    def _judge(self, least: float, most: float, name: str, *, settled: bool) -> str | None:
-        low, high = self.value_range
-        if not math.isfinite(least + most):
-            return f"{name} holds NaN or infinity: so will the loss"
-        if not settled:
-            return None
-        seen = f"{name} spans [{least:.3g}, {most:.3g}] and value_range is ({low:g}, {high:g})"
-        if least < low - self.margin or most > high + self.margin:
-            return f"{seen}: pass the value_range that the images are in"
-        if high - low > 1.5 and least >= 0 and most <= 1:
-            return f"{seen}: these look like [0, 1] images"
-        return None
 
 
 def parse_size(text: str) -> Size:
@@ -186,7 +183,10 @@ def to_uint8(images: Tensor, *, rounding: Rounding = "nearest") -> Tensor:
     """
     if rounding not in get_args(Rounding):
         raise ValueError(did_you_mean("rounding", rounding, get_args(Rounding)))
-    levels = _require_float(images, "to_uint8") * _LEVELS
+    if not images.is_floating_point():
+        raise TypeError(f"to_uint8 takes floating point images in [0, 1], got {images.dtype}")
+    # low precision has too few bits to round 255 levels with
+    levels = (images if images.dtype == torch.float64 else images.float()) * _LEVELS
     levels = levels.round() if rounding == "nearest" else levels.floor()
     return levels.clamp(0, _LEVELS).to(torch.uint8)
 
@@ -196,13 +196,6 @@ def to_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     if images.dtype != torch.uint8:
         raise TypeError(f"to_float takes uint8 images, got {images.dtype}")
     return images.to(dtype) / _LEVELS
-
-
-def _require_float(images: Tensor, function: str) -> Tensor:
-    """Refuse integers; lift low precision, which has too few bits to round 255 levels with."""
-    if not images.is_floating_point():
-        raise TypeError(f"{function} takes floating point images in [0, 1], got {images.dtype}")
-    return images if images.dtype == torch.float64 else images.float()
 
 
 def _check(images: Tensor, size: Sequence[int], mode: str, convention: str) -> tuple[int, int]:
@@ -216,12 +209,9 @@ def _check(images: Tensor, size: Sequence[int], mode: str, convention: str) -> t
         raise TypeError(f"images must be floating point or uint8, got {images.dtype}")
     if images.ndim < 3 or 0 in images.shape[-3:]:
         raise ValueError(f"images must be [..., C, H, W] with pixels, got {list(images.shape)}")
-    if isinstance(size, int) or len(size) != 2 or min(size) < 1:
+    if isinstance(size, int) or len(size) != 2 or any(int(n) != n or n < 1 for n in size):
         raise ValueError(f"size must be (H, W), two positive whole numbers, got {size}")
-    if any(int(side) != side for side in size):
-        raise ValueError(f"size must be (H, W), two positive whole numbers, got {size}")
-    height, width = size
-    return int(height), int(width)
+    return int(size[0]), int(size[1])
 
 
 def _interpolate(images: Tensor, height: int, width: int, mode: Mode, *, antialias: bool) -> Tensor:
@@ -244,37 +234,26 @@ def _antialiased_bytes(images: Tensor, height: int, width: int, mode: Mode) -> T
 
 
 def _nearest(images: Tensor, height: int, width: int) -> Tensor:
-    rows = torch.tensor(_nearest_index(images.shape[-2], height), device=images.device)
-    columns = torch.tensor(_nearest_index(images.shape[-1], width), device=images.device)
-    return _pick(_pick(images, rows, -2), columns, -1)
-
-
-def _nearest_index(size_in: int, size_out: int) -> list[int]:
     """INTER_NEAREST's rule, with its detour over a reciprocal: it decides at exact multiples."""
-    step = 1.0 / (size_out / size_in)
-    return [min(int(place * step), size_in - 1) for place in range(size_out)]
+    for axis, size_out in ((-2, height), (-1, width)):
+        size_in = images.shape[axis]
+        step = 1.0 / (size_out / size_in)
+        index = [min(int(place * step), size_in - 1) for place in range(size_out)]
+        images = _pick(images, torch.tensor(index, device=images.device), axis)
+    return images
 
 
 def _pick(images: Tensor, index: Tensor, axis: int) -> Tensor:
-    """Take rows (axis -2) or columns (-1), where gather is several times faster on a CPU."""
     if axis == -2:
         return images.index_select(-2, index)
+    # several times faster on a CPU than selecting columns
     return images.gather(-1, index.expand(*images.shape[:-1], -1))
 
 
-class _Taps(NamedTuple):
-    """Neighbours of every output place and their weights, both `[taps, size_out]`.
-
-    numpy, not tensors, so that a remembered entry belongs to no device and to no trace.
-    """
-
-    places: _Array
-    weights: _Array
-
-
-def _around(first: _Array, count: int, size_in: int) -> _Array:
-    """`count` neighbours from `first` on, the border pixel standing in for those beyond it."""
-    return (first + np.arange(count)[:, None]).clip(0, size_in - 1).astype(np.int64)
+def _taps(first: _Array, weights: _Array, size_in: int) -> _Taps:
+    """Neighbours from `first` on, border pixels standing in for those beyond, and their weights."""
+    places = (first + np.arange(len(weights))[:, None]).clip(0, size_in - 1)
+    return places.astype(np.int64), weights
 
 
 @lru_cache(maxsize=256)
@@ -290,8 +269,8 @@ def _bilinear_taps(size_in: int, size_out: int, *, weigh_border: bool) -> _Taps:
     fraction = places - first
     if not weigh_border:
         fraction[(first < 0) | (first >= size_in - 1)] = 0
-    weight = np.rint(np.stack((1 - fraction, fraction)) * np.float32(_COEF_SCALE))
-    return _Taps(_around(first, 2, size_in), weight.astype(np.int32))
+    weights = np.rint(np.stack((1 - fraction, fraction)) * np.float32(_COEF_SCALE))
+    return _taps(first, weights.astype(np.int32), size_in)
 
 
 @lru_cache(maxsize=256)
@@ -302,14 +281,13 @@ def _bicubic_taps(size_in: int, size_out: int) -> _Taps:
     distance = np.abs(places - (first + np.arange(-1, 3)[:, None]))
     inside = ((_CUBIC + 2) * distance - (_CUBIC + 3)) * distance**2 + 1
     outside = _CUBIC * (((distance - 5) * distance + 8) * distance - 4)
-    weight = np.where(distance <= 1, inside, outside)
-    return _Taps(_around(first - 1, 4, size_in), weight.astype(np.float32))
+    weights = np.where(distance <= 1, inside, outside)
+    return _taps(first - 1, weights.astype(np.float32), size_in)
 
 
 def _products(images: Tensor, taps: _Taps, axis: int) -> tuple[Tensor, ...]:
     """Every tap's neighbours along an axis (-1 or -2), times their weights."""
-    places = torch.from_numpy(taps.places).to(images.device)
-    weights = torch.from_numpy(taps.weights).to(images.device)
+    places, weights = (torch.from_numpy(array).to(images.device) for array in taps)
     picked = _pick(images, places.flatten(), axis).unflatten(axis, places.shape)
     weighted: Tensor = picked * (weights if axis == -1 else weights[..., None])
     return weighted.unbind(axis - 1)
@@ -317,11 +295,10 @@ def _products(images: Tensor, taps: _Taps, axis: int) -> tuple[Tensor, ...]:
 
 def _bilinear_bytes(images: Tensor, height: int, width: int) -> Tensor:
     """OpenCV's uint8 bilinear in integers, columns first, its truncations included."""
-    taps = _bilinear_taps(images.shape[-1], width, weigh_border=False)
-    near, far = _products(images, taps, -1)
-    wide = (near + far) >> 4
-    taps = _bilinear_taps(images.shape[-2], height, weigh_border=True)
-    near, far = _products(wide, taps, -2)
+    columns = _bilinear_taps(images.shape[-1], width, weigh_border=False)
+    rows = _bilinear_taps(images.shape[-2], height, weigh_border=True)
+    near, far = _products(images, columns, -1)
+    near, far = _products((near + far) >> 4, rows, -2)
     return (((near >> 16) + (far >> 16) + 2) >> 2).to(torch.uint8)
 
 

@@ -96,35 +96,24 @@ def assert_same(trained, plain, **tolerance):
         torch.testing.assert_close(state[key], value, atol=1e-5, rtol=1e-4)
 
 
-def test_under_a_training_parent(plain):
-    owner = Trainer().train()
-    losses = train(owner, owner.parameters())
-    assert_same((losses, owner.srnet.state_dict()), plain, rtol=1e-6)
-
-
-def test_saved_and_reloaded(plain):
+def reloaded(owner):
     file = io.BytesIO()
-    torch.save(Trainer().state_dict(), file)
+    torch.save(owner.state_dict(), file)
     file.seek(0)
-    owner = Trainer()
     for parameter in owner.parameters():
         nn.init.zeros_(parameter)
     owner.load_state_dict(torch.load(file, weights_only=True), strict=True)
-    owner.train()
-    losses = train(owner, owner.parameters())
-    assert_same((losses, owner.srnet.state_dict()), plain, rtol=1e-6)
+    return owner
 
 
-def test_deep_copied(plain):
-    owner = copy.deepcopy(Trainer()).train()
-    losses = train(owner, owner.parameters())
-    assert_same((losses, owner.srnet.state_dict()), plain, rtol=1e-6)
-
-
-def test_compiled(plain):
-    owner = Trainer().train()
-    losses = train(torch.compile(owner, fullgraph=True), owner.parameters())
-    assert_same((losses, owner.srnet.state_dict()), plain, rtol=1e-4)
+@pytest.mark.parametrize("how", ["under a parent", "reloaded", "deep-copied", "compiled"])
+def test_training_takes_the_same_course(plain, how):
+    handled = {"reloaded": reloaded, "deep-copied": copy.deepcopy}.get(how, lambda owner: owner)
+    owner = handled(Trainer()).train()
+    step = torch.compile(owner, fullgraph=True) if how == "compiled" else owner
+    losses = train(step, owner.parameters())
+    rtol = 1e-4 if how == "compiled" else 1e-6
+    assert_same((losses, owner.srnet.state_dict()), plain, rtol=rtol)
 
 
 def test_under_bfloat16_autocast(plain):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import csv
 import math
 import os
@@ -100,6 +101,8 @@ def create_accelerator(options: RunOptions, folder: Path) -> Accelerator:
             f"{started} processes were started and on {accelerator.device} they do not join: "
             "start one, or set device=cpu"
         )
+    if started > 1:  # else gloo's threads may outlive what they use, and abort a run that is done
+        atexit.register(accelerator.state.destroy_process_group)
     if accelerator.distributed_type in _SHARDED:
         raise ValueError(
             f"weights are not sharded here ({accelerator.distributed_type.value}): launch with "
