@@ -91,8 +91,7 @@ class FaceEncoder(nn.Module):
         nowhere = torch.get_default_device().type == "meta"
         with torch.device("cpu" if nowhere else torch.get_default_device()):
             net = create_fnet(fnet, pretrained=pretrained, **fnet_options)
-        # Straight into __dict__: nn.Module.__setattr__ would make it a child, and with that a part
-        # of the parent's mode, parameters and checkpoint.
+        # past nn.Module.__setattr__, which would make it a child: its parents' to train and save
         self.__dict__["fnet"] = _freeze(net)
         cfg: dict[str, Any] = net.pretrained_cfg  # type: ignore[assignment]
         if cfg["input_size"][0] != 3:
@@ -110,7 +109,7 @@ class FaceEncoder(nn.Module):
         self.fnet_crop: Template | None = get_template(own) if own is not None else None
         self._watch = ImageWatch(value_range)
         self._is_quick = False
-        # One affine map takes value_range to [0, 1] and on to the FNet's normalisation.
+        # one affine map takes value_range to [0, 1] and on to the FNet's normalisation
         span, lines = high - low, list(zip(cfg["mean"], cfg["std"], strict=True))
         self._affine = (
             [1 / (span * std) for _, std in lines],
@@ -160,9 +159,9 @@ class FaceEncoder(nn.Module):
         return images.to(self._dtype)
 
     def _resized(self, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """Enlarge as asked for; shrink with antialiasing, so that every pixel has its say."""
         if images.shape[-2] <= size[0] and images.shape[-1] <= size[1]:
             return resize(images, size, mode=self.interpolation)
+        # shrunk with antialiasing, so that every pixel has its say
         mode = "bilinear" if self.interpolation == "nearest" else self.interpolation
         return resize(images, size, mode=mode, convention="antialias")
 
@@ -174,10 +173,6 @@ class FaceEncoder(nn.Module):
 
         Returns:
             Embeddings `[B, num_features]`, not normalised.
-
-        Raises:
-            TypeError: If the images are not floating point.
-            ValueError: If they are not `[B, 3, H, W]`, or the FNet gives no embeddings.
         """
         check_images(images)
         fresh = torch.is_grad_enabled() and images.requires_grad
@@ -402,8 +397,9 @@ def fold_batch_norm(net: nn.Module, input_size: tuple[int, int, int]) -> nn.Modu
         return net
     names = {module: name for name, module in twin.named_modules()}
     for conv, norm in pairs:
-        _replace(twin, names[conv], fuse_conv_bn_eval(conv, norm))
-        _replace(twin, names[norm], nn.Identity())
+        for old, new in ((conv, fuse_conv_bn_eval(conv, norm)), (norm, nn.Identity())):
+            owner, _, child = names[old].rpartition(".")
+            setattr(twin.get_submodule(owner), child, new)
     expected, got = net(image), twin(image)
     error = torch.linalg.vector_norm(got - expected) / torch.linalg.vector_norm(expected)
     return twin if error <= _FOLD_TOLERANCE else net
@@ -431,8 +427,3 @@ def _pairs(net: nn.Module, image: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2
         for hook in hooks:
             hook.remove()
     return [pair for pair in pairs if all(runs[module] == 1 for module in pair)]
-
-
-def _replace(net: nn.Module, name: str, module: nn.Module) -> None:
-    owner, _, child = name.rpartition(".")
-    setattr(net.get_submodule(owner), child, module)

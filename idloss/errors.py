@@ -7,16 +7,7 @@ from collections.abc import Iterable, Sequence
 
 
 def did_you_mean(kind: str, name: str, known: Iterable[str]) -> str:
-    """Word the error for an unknown name, with the nearest known ones first.
-
-    Args:
-        kind: What the name was to be, such as `"distance"`.
-        name: The name seen.
-        known: The names there are.
-
-    Returns:
-        One line: the name, its likeliest meaning, and what there is to choose from.
-    """
+    """Word the error for an unknown name of a kind, with the nearest known ones first."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(match) for match in close)}?" if close else ""

@@ -73,6 +73,14 @@ _SPHEREFACE: Final[tuple[Point, ...]] = (
     (33.5493, 92.3655),
     (62.7299, 92.2041),
 )
+# xinntao/facexlib, utils/face_restoration_helper.py: FFHQ's mean points at 512
+_FFHQ: Final[tuple[Point, ...]] = (
+    (192.98138, 239.94708),
+    (318.90277, 240.1936),
+    (256.63416, 314.01935),
+    (201.26117, 371.41043),
+    (313.08905, 371.15118),
+)
 
 
 def _moved(points: Sequence[Point], scale: float, right: float, down: float) -> tuple[Point, ...]:
@@ -91,7 +99,18 @@ _ARCFACE: Final = _moved(_SPHEREFACE, 1.0, 8.0, 0.0)
 # FNets of pSp and e4e see rows 35 to 223 and columns 32 to 220 of a 256 px face, shrunk to 112x112
 # (eladrich/pixel2style2pixel, criteria/id_loss.py); pixels have their centres at whole numbers.
 _PSP: Final = 188 / 112
-_templates: dict[str, Template] = {}
+_templates = {
+    template.name: template
+    for template in (
+        Template("sphereface", (112, 96), _SPHEREFACE),
+        # deepinsight/insightface, python-package/insightface/utils/face_align.py: + 8 px in x
+        Template("arcface", (112, 112), _ARCFACE),
+        Template("vggface", (224, 224), _moved(_SPHEREFACE, 2.433, -1.2, -44.4)),
+        Template("facenet", (160, 160), _moved(_SPHEREFACE, 1.294, 20.1, -4.0)),
+        Template("psp", (256, 256), _moved(_ARCFACE, _PSP, 31.5 + _PSP / 2, 34.5 + _PSP / 2)),
+        Template("ffhq", (512, 512), _FFHQ),
+    )
+}
 
 TEMPLATES: Final[Mapping[str, Template]] = MappingProxyType(_templates)
 """Crops by name."""
@@ -109,29 +128,6 @@ def register_template(template: Template) -> Template:
     if _templates.setdefault(template.name, template) != template:
         raise ValueError(f"there is another template {template.name!r}: give this one its own name")
     return template
-
-
-for _template in (
-    Template("sphereface", (112, 96), _SPHEREFACE),
-    # deepinsight/insightface, python-package/insightface/utils/face_align.py: + 8 px in x
-    Template("arcface", (112, 112), _ARCFACE),
-    Template("vggface", (224, 224), _moved(_SPHEREFACE, 2.433, -1.2, -44.4)),
-    Template("facenet", (160, 160), _moved(_SPHEREFACE, 1.294, 20.1, -4.0)),
-    Template("psp", (256, 256), _moved(_ARCFACE, _PSP, 31.5 + _PSP / 2, 34.5 + _PSP / 2)),
-    # xinntao/facexlib, utils/face_restoration_helper.py: FFHQ's mean points at 512
-    Template(
-        "ffhq",
-        (512, 512),
-        (
-            (192.98138, 239.94708),
-            (318.90277, 240.1936),
-            (256.63416, 314.01935),
-            (201.26117, 371.41043),
-            (313.08905, 371.15118),
-        ),
-    ),
-):
-    register_template(_template)
 
 
 def get_template(crop: str | Template) -> Template:
@@ -311,7 +307,13 @@ def convert_crop(
     if 0 in images.shape[1:]:
         raise ValueError(f"images must be [B, C, H, W] with pixels, got {list(images.shape)}")
     height, width = images.shape[-2:]
-    _check_aspect(old, height, width)
+    rows, columns = old.size
+    off = min(abs(width - columns * height / rows), abs(height - rows * width / columns))
+    if off > _ASPECT_SLACK:
+        raise ValueError(
+            f"a {old.name!r} crop is {rows}x{columns} or of the same aspect, got "
+            f"{height}x{width}; resize it to {old.size} first if it was squashed"
+        )
     if old == new:
         return images
     if (height, width) == old.size:
@@ -329,16 +331,6 @@ def convert_crop(
     if fill == "edge":
         return _sample(images, back, size, mode="bicubic", padding="border")
     return _sample(images - fill, back, size, mode="bicubic", padding="zeros") + fill
-
-
-def _check_aspect(template: Template, height: int, width: int) -> None:
-    rows, columns = template.size
-    down, across = height / rows, width / columns
-    if abs(width - columns * down) > _ASPECT_SLACK and abs(height - rows * across) > _ASPECT_SLACK:
-        raise ValueError(
-            f"a {template.name!r} crop is {rows}x{columns} or of the same aspect, got "
-            f"{height}x{width}; resize it to {template.size} first if it was squashed"
-        )
 
 
 # a constant to a compiler: with free numbers, torch.compile(dynamic=True) took a quarter of an hour
@@ -468,14 +460,8 @@ def _check_landmarks(
         raise ValueError(f"{len(names)} names for {len(landmarks)} sets of landmarks")
     points = landmarks.to(_precise(landmarks.device))
     # Reading values stops a compiled graph; there the caller has checked its landmarks before.
-    if len(points) and not torch.compiler.is_compiling():
-        _refuse_degenerate(points, names, image_size)
-    return points
-
-
-def _refuse_degenerate(
-    points: Tensor, names: Sequence[str] | None, image_size: tuple[int, int] | None
-) -> None:
+    if not len(points) or torch.compiler.is_compiling():
+        return points
     low, high = points.amin(1), points.amax(1)
     x, y = (points - points.mean(1, keepdim=True)).unbind(-1)
     xx, yy, xy = (x * x).sum(1), (y * y).sum(1), (x * y).sum(1)
@@ -493,7 +479,7 @@ def _refuse_degenerate(
         lost = (middle < 0) | (middle > photo) | beyond
         faults[f"lie far outside the {rows}x{columns} photo"] = lost.any(-1)
     if not torch.stack(list(faults.values())).any():
-        return
+        return points
     reason, mask = next((reason, mask) for reason, mask in faults.items() if mask.any())
     first, others = int(mask.nonzero()[0]), int(mask.sum()) - 1
     who = f"image {first}" if names is None else f"image {names[first]!r}"
