@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub.utils.tqdm import tqdm
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor, nn
 
 from idloss.data.faces import Faces, map_ahead
-from idloss.data.files import Fault, skip_or_raise
+from idloss.data.files import DataError, Fault, skip_or_raise
 from idloss.data.synthetic import SyntheticFaces
 from idloss.geometry import Template, get_template
 from idloss.resample import to_float
@@ -30,10 +34,12 @@ label), the highest false ones at 0.658 (two people) and 0.666 (two photos). A h
 photos matches four others of him above it in 98.8 % of cases, a single one in 80 %. Rather one
 person too few in training than one too many: hence below 0.666. Another FNet has another threshold.
 """
-BLOCK = 4096
-"""Rows and columns of the similarities held at once: 64 MB."""
+BLOCK = 1 << 24
+"""Similarities held at once: 64 MB."""
 BATCH = 64
 """Faces embedded at once."""
+ROW_BYTES = 1024
+"""Bytes of a face in a prepared folder's tables, rather too many: 300 with CelebA's short names."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +81,10 @@ class Exclusion:
     def describe(self, crop: Template) -> dict[str, object]:
         """What tells this exclusion from others; refuses an encoder that wants another crop."""
         own = getattr(self.encoder, "crop", None) or getattr(self.encoder, "fnet_crop", None)
-        if own is not None and get_template(own) != crop:
+        if own is not None and (its := get_template(own)) != crop:
             raise ValueError(
-                f"the encoder takes {get_template(own).name!r} crops and these are to be "
-                f"{crop.name!r}: give it crop={crop.name!r}"
+                f"the encoder takes {its.name!r} crops and these are to be {crop.name!r}: "
+                f"give it crop={crop.name!r}"
             )
         drawn = SyntheticFaces(1, 1, size=crop.size, crop=crop.name)
         probe = embed_faces(drawn, self.encoder, progress=False)[0, :8]
@@ -103,27 +109,17 @@ class Exclusion:
 
         What is embedded is kept in the folder: a search that was stopped goes on.
         """
+        embed = partial(
+            embed_faces, encoder=self.encoder, keep_in=folder, threads=threads, progress=progress
+        )
         faults: dict[int, Fault] = {}
-        theirs = embed_faces(
-            self.faces,
-            self.encoder,
-            crop=training.crop,
-            keep_in=folder,
-            faults=faults,
-            threads=threads,
-            progress=progress,
-        )
+        theirs = embed(self.faces, crop=training.crop, faults=faults)
         unread = skip_or_raise((faults[i] for i in sorted(faults)), skip_missing=skip_missing)
-        others = self.faces
-        if faults:
-            good = torch.ones(len(others), dtype=torch.bool)
-            good[list(faults)] = False
-            others, theirs = others.select(good), theirs[good]
-        ours = embed_faces(
-            training, self.encoder, keep_in=folder, threads=threads, progress=progress
-        )
+        good = torch.ones(len(theirs), dtype=torch.bool)
+        good[list(faults)] = False
+        others = self.faces.select(good) if faults else self.faces
         matches = find_overlap(
-            training, ours, others, theirs, threshold=self.threshold, progress=progress
+            training, embed(training), others, theirs[good], self.threshold, progress=progress
         )
         return matches, unread
 
@@ -153,33 +149,41 @@ def embed_faces(
 
     Photos, or crops of another template, are brought to `crop`. What is embedded is kept in a
     folder, for a run that was stopped to go on. Where `faults` are given, faces that cannot be read
-    or aligned are put there, and have embeddings of nan.
+    or aligned are put there, and have embeddings of zeros.
     """
-    device = _device(encoder)
-    path = None if keep_in is None else keep_in / f"embeddings-{faces.content[:16]}.npy"
-    found = None if path is None else _kept_embeddings(path, len(faces))
-    batches = [range(i, min(i + BATCH, len(faces))) for i in range(0, len(faces), BATCH)]
-    left = [part for part in batches if found is None or np.isnan(found[part]).any()]
+    module = encoder if isinstance(encoder, nn.Module) else nn.Module()
+    tensors = chain(module.parameters(), module.buffers())
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+    def embed(crops: Tensor) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            return F.normalize(encoder(to_float(crops.to(device))).float()).cpu().numpy()
 
     def read(part: range) -> tuple[range, Tensor, dict[int, Fault]]:
         unread: dict[int, Fault] = {}
         crops = faces.crops_at(part, crop, faults=None if faults is None else unread)
         return part, crops, unread
 
-    total, done = len(faces), len(faces) - sum(map(len, left))
-    off = not progress
-    bar = tqdm(total=total, initial=done, desc="embedding", unit="face", delay=2, disable=off)
-    with bar, torch.inference_mode():
+    probe = torch.zeros(1, 3, *get_template(crop or faces.crop or "").size, dtype=torch.uint8)
+    shape = (len(faces), embed(probe).shape[1])
+    found = np.zeros(shape, dtype=np.float32)
+    if keep_in is not None:
+        path = keep_in / f"embeddings-{faces.content[:16]}.npy"
+        found = kept_array(path, shape, np.float32)
+    batches = [range(i, min(i + BATCH, len(faces))) for i in range(0, len(faces), BATCH)]
+    left = [part for part in batches if not found[part].any(axis=1).all()]
+    done = len(faces) - sum(map(len, left))
+    with tqdm(
+        total=len(faces), initial=done, desc="embedding", unit="face", delay=2, disable=not progress
+    ) as bar:
         for part, crops, unread in map_ahead(read, left, threads):
-            rows = F.normalize(encoder(to_float(crops.to(device))).float()).cpu().numpy()
-            if found is None:
-                found = _new_embeddings(path, (total, rows.shape[1]))
-            rows[[index - part.start for index in unread]] = np.nan
+            rows = embed(crops)
+            rows[[index - part.start for index in unread]] = 0
             found[part] = rows
             if faults is not None:
                 faults.update(unread)
             bar.update(len(part))
-    return torch.empty(0, 0) if found is None else torch.from_numpy(np.array(found))
+    return torch.from_numpy(np.array(found))
 
 
 def find_overlap(
@@ -187,8 +191,8 @@ def find_overlap(
     training_embeddings: Tensor,
     evaluation: Faces,
     evaluation_embeddings: Tensor,
-    *,
     threshold: float = THRESHOLD,
+    *,
     progress: bool = True,
 ) -> list[Match]:
     """Find people of the training data in the evaluation data.
@@ -198,21 +202,21 @@ def find_overlap(
     with every evaluation photo. Evaluation faces without labels are each a person. The best match
     of each training person and photo is given, most similar first.
     """
-    if training.labels is None:
-        raise ValueError("the training faces have no identities to compare")
-    for name, faces, embeddings in (
-        ("training", training, training_embeddings),
-        ("evaluation", evaluation, evaluation_embeddings),
+    for name, embeddings in (
+        ("training", training_embeddings),
+        ("evaluation", evaluation_embeddings),
     ):
-        if len(faces) != len(embeddings):
-            raise ValueError(f"{len(embeddings)} embeddings for {len(faces)} {name} faces")
         if not embeddings.isfinite().all():
             raise ValueError(f"embeddings of {name} faces are not finite: nothing would match them")
     if not len(training) or not len(evaluation):
         return []
     photos, others = F.normalize(training_embeddings), F.normalize(evaluation_embeddings)
-    own, names = training.labels, training.identities
-    labels, people = _people(evaluation)
+    own, names = _labels(training), training.identities
+    # faces of nobody known are each a person of their own
+    labels, people = _labels(evaluation).clone(), list(evaluation.identities)
+    nobody = (labels < 0).nonzero().flatten()
+    labels[nobody] = len(people) + torch.arange(len(nobody))
+    people += [evaluation.names[i] for i in nobody.tolist()]
     means = identity_means(photos, own, len(names))
     everyone = torch.cat([others, identity_means(others, labels, len(people))])
     who = torch.cat([labels, torch.arange(len(people))])
@@ -240,60 +244,40 @@ def identity_means(embeddings: Tensor, labels: Tensor, count: int) -> Tensor:
 
 def identity_names(faces: Faces) -> list[str]:
     """The name of each face's identity, empty where it is not known."""
-    if faces.labels is None:
-        return [""] * len(faces)
-    return ["" if label < 0 else faces.identities[label] for label in faces.labels.tolist()]
+    return [faces.identities[label] if label >= 0 else "" for label in _labels(faces).tolist()]
 
 
-def _kept_embeddings(path: Path, count: int) -> NDArray[np.float32] | None:
-    """Embeddings that a stopped run kept, nan where it had none yet; None where there are none."""
+def kept_array(path: Path, shape: tuple[int, ...], kind: DTypeLike) -> np.memmap[Any, Any]:
+    """An array to fill in a file: the one that a stopped run left there, else zeros."""
+    kept = None
     with suppress(OSError, ValueError):
         kept = np.lib.format.open_memmap(path, mode="r+")
-        if kept.dtype == np.float32 and kept.ndim == 2 and len(kept) == count:
-            return kept
-    return None
+    if kept is None or kept.dtype != kind or kept.shape != shape:
+        needed = int(np.prod(shape)) * np.dtype(kind).itemsize + shape[0] * ROW_BYTES
+        free = shutil.disk_usage(path.parent).free
+        if free < needed:
+            what = f"{needed / 1e9:.1f} GB are needed for {shape[0]:,} faces, {free / 1e9:.1f} GB"
+            remedy = "Make room, or name another folder to fill."
+            raise DataError([Fault(str(path.parent), f"{what} are free")], remedy)
+        kept = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
+    if hasattr(os, "posix_fallocate"):  # a disk that fills up kills who writes through a map
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return kept
 
 
-def _new_embeddings(path: Path | None, shape: tuple[int, int]) -> NDArray[np.float32]:
-    """An array of nan, in a file if there is a path."""
-    if path is None:
-        return np.full(shape, np.nan, dtype=np.float32)
-    with path.open("wb") as file:  # not through the map, where a full disk kills the process
-        np.lib.format.write_array(file, np.full(shape, np.nan, dtype=np.float32))
-    return np.lib.format.open_memmap(path, mode="r+")
-
-
-def _device(encoder: Callable[[Tensor], Tensor]) -> torch.device:
-    """Where a module's first tensor is; the CPU for a function."""
-    tensors = (
-        chain(encoder.parameters(), encoder.buffers()) if isinstance(encoder, nn.Module) else ()
-    )
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
-
-
-def _people(faces: Faces) -> tuple[Tensor, Sequence[str]]:
-    """Labels and names of people; faces without one are each a person of their own."""
-    if faces.labels is None:
-        return torch.arange(len(faces)), faces.names
-    nobody = (faces.labels < 0).nonzero().flatten()
-    labels = faces.labels.clone()
-    labels[nobody] = len(faces.identities) + torch.arange(len(nobody))
-    return labels, [*faces.identities, *(faces.names[i] for i in nobody.tolist())]
+def _labels(faces: Faces) -> Tensor:
+    """Labels `[N]`, -1 for faces of nobody known."""
+    return torch.full((len(faces),), -1) if faces.labels is None else faces.labels
 
 
 def _best(
     rows: Tensor, columns: Tensor, threshold: float, *, progress: bool
 ) -> Iterator[tuple[int, int, float]]:
     """Row, column and cosine of each row's best column, where it exceeds the threshold."""
-    starts = range(0, len(rows), BLOCK)
+    step = max(1, BLOCK // len(columns))
+    starts = range(0, len(rows), step)
     for start in tqdm(starts, desc="comparing", unit="block", delay=2, disable=not progress):
-        block = rows[start : start + BLOCK]
-        best = torch.full((len(block),), -torch.inf)
-        place = torch.zeros(len(block), dtype=torch.int64)
-        for offset in range(0, len(columns), BLOCK):
-            value, index = (block @ columns[offset : offset + BLOCK].T).max(1)
-            better = value > best
-            best = torch.where(better, value, best)
-            place = torch.where(better, index + offset, place)
+        best, place = (rows[start : start + step] @ columns.T).max(1)
         for row in (best > threshold).nonzero().flatten().tolist():
             yield start + row, int(place[row]), float(best[row])

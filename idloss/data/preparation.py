@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,45 +22,37 @@ from torch import Tensor
 from idloss import __version__
 from idloss.data.faces import Faces, FileFaces, like_sized_batches, map_ahead
 from idloss.data.files import DataError, Fault, skip_or_raise
-from idloss.data.overlap import Exclusion, Match, identity_names, matched_faces
+from idloss.data.overlap import Exclusion, Match, identity_names, kept_array, matched_faces
 from idloss.data.pairs import index_of
 from idloss.data.prepared import (
-    COLUMNS,
     CROPS,
     DATASET,
     DROPPED,
     FORMAT,
     HASH_BYTES,
+    HASHES,
     INDEX,
     Dropped,
     PreparedFaces,
     Report,
     crop_hash,
     damaged,
-    is_finished,
     is_prepared,
-    read_dropped,
+    mapped,
     read_record,
     read_report,
-    read_table,
     write_record,
+    write_table,
 )
-from idloss.data.tables import read_clean_list, write_rows
+from idloss.data.tables import read_clean_list
 from idloss.geometry import Template, get_template
 
-DONE = "done.npy"
-"""The hashes of each crop and of its photo while a folder is being filled: what fits is done."""
 SOFTWARE = ("torch", "numpy", "pillow")
 """What may change a pixel beside idloss itself."""
 CHUNK = 8192
 """Photos sorted by size, and judged, at once."""
-ROW_BYTES = 1024
-"""Bytes of a face in the tables, rather too many: 300 with CelebA's short names."""
 UNALIGNED = "could not be read or aligned"
 ABSENT = "in the clean list, but not in the source"
-
-Value = TypeVar("Value")
-_bar = partial(tqdm, unit="face", delay=2)
 
 
 def prepare(
@@ -101,10 +92,8 @@ def prepare(
         ValueError: There is no such template, or the encoder takes another.
     """
     folder, template = Path(out).expanduser(), get_template(crop)
-    dropped = [
-        Dropped(fault.where, "left out when the source was read", fault.what)
-        for fault in source.skipped
-    ]
+    unread = "left out when the source was read"
+    dropped = [Dropped(fault.where, unread, fault.what) for fault in source.skipped]
     photos = source
     if clean_list is not None:
         photos, unlisted = _keep_listed(source, Path(clean_list), skip_missing=skip_missing)
@@ -127,13 +116,13 @@ def prepare(
         "software": {"idloss": __version__, **{name: metadata.version(name) for name in SOFTWARE}},
     }
     filling = _Filling(folder, photos, template, skip_missing, threads, progress)
-    finished = is_finished(folder)
+    finished = _is_finished(folder)
     try:
         if not finished:
             folder.mkdir(parents=True, exist_ok=True)
             with WeakFileLock(folder / ".lock"):
                 _begin(folder, plan)
-                finished = is_finished(folder)
+                finished = _is_finished(folder)
                 if not finished:
                     filling.fill(plan, dropped, exclude)
     except OSError as error:
@@ -146,10 +135,11 @@ def prepare(
     if finished:
         _refuse_other_plan(folder, {**plan, "software": None})
         filling.refuse_other_photos()
+    for embeddings in folder.glob("embeddings-*.npy"):
+        with suppress(OSError):
+            embeddings.unlink()
     report = read_report(folder)
-    with suppress(OSError):
-        _tidy(report.faces)
-    left_out = [one.fault() for one in read_dropped(folder) if one.reason in (UNALIGNED, ABSENT)]
+    left_out = [one for one in report.faces.skipped if one.what.startswith((UNALIGNED, ABSENT))]
     if not skip_missing and (faults := [*left_out, *report.unchecked]):
         remedy = f"Left out of {folder} by skip_missing=True. Pass it again, or mend them and "
         raise DataError(faults, f"{remedy}prepare the faces anew.")
@@ -171,11 +161,13 @@ class _Filling:
         self, plan: Mapping[str, object], dropped: Sequence[Dropped], exclude: Exclusion | None
     ) -> None:
         """Align what is not aligned yet, remove who is to be excluded, and write the tables."""
-        names, everything = self.photos.names, range(len(self.photos))
-        gone = {i: Dropped(names[i], UNALIGNED, fault.what) for i, fault in self._align().items()}
+        gone = {
+            place: Dropped(self.photos.names[place], UNALIGNED, fault.what)
+            for place, fault in self._align().items()
+        }
         matches: Sequence[Match] = ()
         unchecked: tuple[Fault, ...] = ()
-        faces = self._faces([i for i in everything if i not in gone])
+        faces = self._faces(gone)
         if exclude:
             matches, unread = exclude.find(
                 faces,
@@ -186,69 +178,69 @@ class _Filling:
             )
             unchecked = (*exclude.faces.skipped, *unread)
             for index, detail in matched_faces(faces, matches).items():
-                name, row = faces.names[index], int(faces.rows[index])
-                gone[row] = Dropped(name, f"also in {exclude.name}", detail)
-            faces = self._faces([i for i in everything if i not in gone])
+                name, place = faces.names[index], int(faces.rows[index])
+                gone[place] = Dropped(name, f"also in {exclude.name}", detail)
+            faces = self._faces(gone)
+        # no pixel of those dropped is left; if the run stops here, they are aligned once more
+        self._crops[sorted(gone)] = 0
+        self._hashes[sorted(gone), :HASH_BYTES] = 0
         self._crops.flush()
-        points, people = faces.photo_landmarks.flatten(1).tolist(), identity_names(faces)
-        rows = faces.rows.tolist()
-        photos = [self._done[row, HASH_BYTES:].tobytes().hex() for row in rows]
-        columns = zip(faces.names, people, points, rows, photos, faces.hashes, strict=True)
-        table = ((name, person, *five, *rest) for name, person, five, *rest in columns)
-        every = [*dropped, *(gone[i]._replace(photo=self._photo(i).hex()) for i in sorted(gone))]
-        write_rows(self.folder / INDEX, COLUMNS[INDEX], table)
-        write_rows(self.folder / DROPPED, COLUMNS[DROPPED], every)
+        self._hashes.flush()
+        every = [*dropped, *(gone[place] for place in sorted(gone))]
+        points = faces.photo_landmarks.flatten(1).T.tolist()
+        table = zip(faces.names, identity_names(faces), *points, faces.rows.tolist(), strict=True)
         result = {
             **plan,
             "faces": len(faces),
             "identities": len(faces.identities),
-            "duplicates": len(faces) - len(set(faces.hashes)),
+            "duplicates": len(faces) - len(np.unique(faces.hashes, axis=0)),
             "dropped": dict(Counter(one.reason for one in every)),
             "matches": [astuple(match) for match in matches],
             "unchecked": unchecked,
+            "tables": {
+                INDEX: write_table(self.folder / INDEX, table),
+                DROPPED: write_table(self.folder / DROPPED, every),
+            },
             "content": faces.content,
         }
         write_record(self.folder, result)
 
     def refuse_other_photos(self) -> None:
         """Refuse a finished folder if a photo is not the one it was made from."""
-        before = {one.name: one.photo for one in read_dropped(self.folder) if one.photo}
-        before |= {row[0]: row[13] for row in read_table(self.folder, INDEX)}
-        found = self._each(self._photo, range(len(self.photos)), "comparing photos")
+        before = mapped(self.folder / HASHES, (len(self.photos), 2 * HASH_BYTES))[:, HASH_BYTES:]
+        places = range(len(self.photos))
+        found = self._bar(map_ahead(self._photo, places, self.threads), "comparing", len(places))
         faults = [
             Fault(name, "is not the photo that was prepared")
-            for name, photo in zip(self.photos.names, found, strict=True)
-            if before.get(name) != photo.hex()
+            for name, old, new in zip(self.photos.names, before, found, strict=True)
+            if old.tobytes() != new
         ]
         if faults:
             raise DataError(faults, f"Name another folder, or delete {self.folder}.")
 
     @cached_property
     def _crops(self) -> np.memmap[Any, np.dtype[np.uint8]]:
-        return _mapped(self.folder / CROPS, (len(self.photos), 3, *self.template.size))
+        shape = (len(self.photos), 3, *self.template.size)
+        return kept_array(self.folder / CROPS, shape, np.uint8)
 
     @cached_property
-    def _done(self) -> np.memmap[Any, np.dtype[np.uint8]]:
-        """The hashes of each crop and of its photo, `[N, 2 * HASH_BYTES]`; zeros for none yet."""
-        return _mapped(self.folder / DONE, (len(self.photos), 2 * HASH_BYTES))
+    def _hashes(self) -> np.memmap[Any, np.dtype[np.uint8]]:
+        shape = (len(self.photos), 2 * HASH_BYTES)
+        return kept_array(self.folder / HASHES, shape, np.uint8)
 
     def _align(self) -> dict[int, Fault]:
         """Align the photos that are not done; those that cannot be aligned, by their place."""
-        count, _ = len(self.photos), self._crops  # made before threads ask for it
-        done = np.zeros(count, dtype=bool)
-        begun = np.flatnonzero(self._done.any(axis=1)).tolist()
-        done[begun] = self._each(self._is_done, begun, "looking what is done")
+        count = len(self._crops)
+        assert count == len(self._hashes)  # both files are there before threads ask for them
         faults: dict[int, Fault] = {}
-        off = not self.progress
-        with _bar(total=count, initial=int(done.sum()), desc="aligning", disable=off) as bar:
+        with self._bar(None, "aligning", count) as bar:
             for start in range(0, count, CHUNK):
                 # whole batches: what a photo is warped with may change its crop by a level
                 batches = like_sized_batches(self.photos, start, min(start + CHUNK, count))
-                left = [batch for batch in batches if not done[batch].all()]
                 found: dict[int, Fault] = {}
-                for batch, unaligned in map_ahead(self._align_batch, left, self.threads):
+                for batch, unaligned in map_ahead(self._align_batch, batches, self.threads):
                     found.update(unaligned)
-                    bar.update(len(batch) - int(done[batch].sum()))
+                    bar.update(len(batch))
                 skip_or_raise((found[i] for i in sorted(found)), skip_missing=self.skip_missing)
                 faults.update(found)
         return faults
@@ -256,31 +248,33 @@ class _Filling:
     def _align_batch(self, batch: list[int]) -> tuple[list[int], dict[int, Fault]]:
         faults: dict[int, Fault] = {}
         photos = [self._photo(place) for place in batch]
+        if all(map(self._is_done, batch, photos)):
+            return batch, faults
         crops = self.photos.crops_at(batch, self.template, faults=faults).numpy()
         for place, crop, photo in zip(batch, crops, photos, strict=True):
             self._crops[place] = crop
-            both = bytes(2 * HASH_BYTES) if place in faults else crop_hash(crop) + photo
-            self._done[place] = np.frombuffer(both, dtype=np.uint8)
+            both = (bytes(HASH_BYTES) if place in faults else crop_hash(crop)) + photo
+            self._hashes[place] = np.frombuffer(both, dtype=np.uint8)
         return batch, faults
 
-    def _is_done(self, place: int) -> bool:
+    def _is_done(self, place: int, photo: bytes) -> bool:
         """Whether a crop is whole, and its photo still the one that it was made from."""
-        both = crop_hash(np.asarray(self._crops[place])) + self._photo(place)
-        return bytes(self._done[place].tobytes()) == both
+        hashes: bytes = self._hashes[place].tobytes()
+        return hashes.endswith(photo) and hashes.startswith(crop_hash(self._crops[place]))
 
     def _photo(self, place: int) -> bytes:
         """Hash of a photo as it is kept; zeros if it cannot be read."""
-        try:
+        with suppress(DataError):
             return self.photos.digest(place)[:HASH_BYTES]
-        except DataError:
-            return bytes(HASH_BYTES)
+        return bytes(HASH_BYTES)
 
-    def _each(self, work: Callable[[int], Value], places: Sequence[int], what: str) -> list[Value]:
-        done = map_ahead(work, places, self.threads)
-        return list(_bar(done, what, len(places), disable=not self.progress))
+    def _bar(self, work: Any, what: str, total: int) -> Any:
+        return tqdm(work, what, total, unit="face", delay=2, disable=not self.progress)
 
-    def _faces(self, kept: Sequence[int]) -> PreparedFaces:
-        """The crops at some places of the folder."""
+    def _faces(self, gone: Iterable[int]) -> PreparedFaces:
+        """The crops of the folder, without those of some places."""
+        kept = torch.ones(len(self.photos), dtype=torch.bool)
+        kept[list(gone)] = False
         whole = PreparedFaces(
             folder=self.folder,
             places=len(self.photos),
@@ -289,10 +283,10 @@ class _Filling:
             labels=self.photos.labels,
             identities=tuple(self.photos.identities),
             photo_landmarks=_points(self.photos),
-            hashes=tuple(row.tobytes().hex() for row in self._done[:, :HASH_BYTES]),
+            hashes=np.array(self._hashes[:, :HASH_BYTES]),
             crop=self.template.name,
         )
-        return whole.select(torch.tensor(kept, dtype=torch.int64))
+        return whole.select(kept)
 
 
 def _keep_listed(source: Faces, path: Path, *, skip_missing: bool) -> tuple[Faces, list[Dropped]]:
@@ -343,18 +337,8 @@ def _begin(folder: Path, plan: Mapping[str, object]) -> None:
         write_record(folder, plan)
 
 
-def _tidy(faces: PreparedFaces) -> None:
-    """Leave no pixel of photos that were dropped, nor what only an unfinished folder needs."""
-    crops, done = faces.folder / CROPS, faces.folder / DONE
-    if not done.is_file() or crops.is_symlink():
-        return
-    dropped = np.ones(faces.places, dtype=bool)
-    dropped[faces.rows.numpy()] = False
-    pixels = np.lib.format.open_memmap(crops, mode="r+")
-    pixels[dropped] = 0
-    pixels.flush()
-    for path in (*faces.folder.glob("embeddings-*.npy"), done):
-        path.unlink()
+def _is_finished(folder: Path) -> bool:
+    return is_prepared(folder) and "content" in read_record(folder)
 
 
 def _refuse_other_plan(folder: Path, plan: Mapping[str, object]) -> None:
@@ -376,25 +360,6 @@ def _same(before: object, now: object) -> bool:
         with suppress(TypeError):
             return bool(np.allclose(before, now, rtol=0, atol=0.01))
     return before == now
-
-
-def _mapped(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.uint8]]:
-    """A file of bytes to write to in memory: the one there is, else a new one of zeros."""
-    mapped = None
-    with suppress(OSError, ValueError):
-        mapped = np.lib.format.open_memmap(path, mode="r+")
-    if mapped is None or mapped.dtype != np.uint8 or mapped.shape != shape:
-        needed = int(np.prod(shape)) + shape[0] * ROW_BYTES
-        free = shutil.disk_usage(path.parent).free
-        if free < needed:
-            what = f"{needed / 1e9:.1f} GB are needed for {shape[0]:,} faces, {free / 1e9:.1f} GB"
-            remedy = "Make room, or name another folder to fill."
-            raise DataError([Fault(str(path.parent), f"{what} are free")], remedy)
-        mapped = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-    if hasattr(os, "posix_fallocate"):  # a disk that fills up kills who writes through a map
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return mapped
 
 
 def _hex(data: bytes) -> str:

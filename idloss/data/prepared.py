@@ -1,17 +1,20 @@
 """Prepared faces: photos aligned once, kept as crops that training reads without decoding.
 
-A prepared folder holds `crops.npy` (uint8 `[M, 3, H, W]`, mapped into memory), `index.csv` (a row
-for each crop: its photo, person, points, place in `crops.npy`, and the hashes of photo and crop),
-`dropped.csv` and `dataset.json`: what was asked for and, once all is done, what came of it.
+A prepared folder holds `crops.npy` (uint8 `[M, 3, H, W]`, mapped into memory), `hashes.npy` (of
+each crop and of its photo; zeros where there is none yet), `index.csv` (a row for each face: its
+photo, person, points and place among the crops), `dropped.csv` and `dataset.json`: what was asked
+for and, once all is done, what came of it.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,33 +35,33 @@ from idloss.data.faces import (
 )
 from idloss.data.files import DataError, Fault
 from idloss.data.overlap import Match
-from idloss.data.tables import POINT_COLUMNS, read_rows
+from idloss.data.tables import POINT_COLUMNS
 from idloss.geometry import Template, get_template
 from idloss.weights.files import written_whole
 
-FORMAT = 2
-CROPS, INDEX, DROPPED, DATASET = "crops.npy", "index.csv", "dropped.csv", "dataset.json"
+FORMAT = 3
+CROPS, HASHES, DATASET = "crops.npy", "hashes.npy", "dataset.json"
+INDEX, DROPPED = "index.csv", "dropped.csv"
 COLUMNS = {
-    INDEX: ("image_id", "identity", *POINT_COLUMNS, "row", "photo", "hash"),
-    DROPPED: ("name", "reason", "detail", "photo"),
+    INDEX: ("image_id", "identity", *POINT_COLUMNS, "row"),
+    DROPPED: ("name", "reason", "detail"),
 }
 HASH_BYTES = 16
 """128 bits: a hash tells damage and copies apart, nobody forges a training face."""
+UNREADABLE = (
+    OSError, EOFError, LookupError, TypeError, ValueError, OverflowError, RecursionError, csv.Error
+)  # fmt: skip
+"""What reading a damaged file raises."""
 
-Pixels = NDArray[np.uint8]
+Bytes = NDArray[np.uint8]
 
 
 class Dropped(NamedTuple):
-    """A photo, or a line of a table, that gave no crop: why, in detail, and the photo's hash."""
+    """A photo, or a line of a table, that gave no crop: why, and in detail."""
 
     name: str
     reason: str
     detail: str = ""
-    photo: str = ""
-
-    def fault(self) -> Fault:
-        """The same, as data sets keep what they left out."""
-        return Fault(self.name, f"{self.reason}: {self.detail}" if self.detail else self.reason)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +78,7 @@ class PreparedFaces:
         labels: Identities as int64 `[N]` in 0 ... K-1, -1 for nobody known, or None.
         identities: The K names of the identities, sorted.
         photo_landmarks: Five points in each photo, float64 `[N, 5, 2]`, nan for none.
-        hashes: Hash of each crop.
+        hashes: Hash of each crop, uint8 `[N, 16]`.
         crop: The template the crops are aligned to.
         skipped: What was dropped, and why.
     """
@@ -87,7 +90,7 @@ class PreparedFaces:
     labels: Tensor | None
     identities: tuple[str, ...]
     photo_landmarks: Tensor
-    hashes: tuple[str, ...]
+    hashes: Bytes
     crop: str
     skipped: tuple[Fault, ...] = ()
 
@@ -99,26 +102,14 @@ class PreparedFaces:
     @cached_property
     def content(self) -> str:
         """Hash of these crops, 64 hex digits: of their template, names and pixels, in order."""
-        total = hashlib.sha256(self.crop.encode())
-        for row in zip(self.names, self.hashes, strict=True):
-            total.update(repr(row).encode())
+        total = hashlib.sha256(repr((self.crop, self.names)).encode())
+        total.update(self.hashes.tobytes())
         return total.hexdigest()
 
     @cached_property
-    def pixels(self) -> Pixels:
+    def pixels(self) -> Bytes:
         """All crops as they lie on the disk, uint8 `[places, 3, H, W]`."""
-        path, shape = self.folder / CROPS, (self.places, 3, *get_template(self.crop).size)
-        try:
-            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError, OverflowError) as error:
-            there = f"{path.stat().st_size:,}" if path.is_file() else "no"
-            what = f"{there} bytes, where {self.places:,} crops belong ({error})"
-            raise damaged(path, what) from error
-        if mapped.dtype != np.uint8 or mapped.shape != shape or not mapped.flags.c_contiguous:
-            what = f"holds {mapped.dtype} {list(mapped.shape)}, expected uint8 {list(shape)}"
-            raise damaged(path, what)
-        # a plain array over the same pages: np.memmap costs time at every access
-        return cast(Pixels, mapped.view(np.ndarray))
+        return mapped(self.folder / CROPS, (self.places, 3, *get_template(self.crop).size))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -136,7 +127,7 @@ class PreparedFaces:
 
     def digest(self, index: int) -> bytes:
         """SHA-256 of a crop's hash and template."""
-        return hashlib.sha256(f"{self.crop}/{self.hashes[index]}".encode()).digest()
+        return hashlib.sha256(self.crop.encode() + self.hashes[index].tobytes()).digest()
 
     def crops_at(
         self,
@@ -147,11 +138,10 @@ class PreparedFaces:
     ) -> Tensor:
         """Copies of some crops, uint8 RGB `[B, 3, H, W]`; see `Faces.crops_at`."""
         rows = self.rows.index_select(0, torch.as_tensor(indices, dtype=torch.int64)).tolist()
-        pixels = self.pixels
-        gathered = np.empty((len(rows), *pixels.shape[1:]), dtype=np.uint8)
+        gathered = np.empty((len(rows), *self.pixels.shape[1:]), dtype=np.uint8)
         # crop by crop: half again as fast as a fancy index, which copies twice
         for slot, row in zip(gathered, rows, strict=True):
-            slot[...] = pixels[row]
+            slot[...] = self.pixels[row]
         crops = torch.from_numpy(gathered)
         return crops if crop is None else convert_crops(crops, self.crop, crop)
 
@@ -166,16 +156,17 @@ class PreparedFaces:
             labels=labels,
             identities=identities,
             photo_landmarks=self.photo_landmarks[kept],
-            hashes=tuple(self.hashes[i] for i in kept.tolist()),
+            hashes=self.hashes[kept.numpy()],
         )
 
     def verify(self, *, progress: bool = True) -> None:
         """Compare every crop with its hash, and raise a DataError that names those damaged."""
-        faults = []
-        every = zip(self.names, self.rows.tolist(), self.hashes, strict=True)
-        for name, row, own in tqdm(every, "verifying", len(self), delay=2, disable=not progress):
-            if (found := crop_hash(self.pixels[row]).hex()) != own:
-                faults.append(Fault(name, f"damaged: its hash is {found}, the index has {own}"))
+        bar = tqdm(self.rows.tolist(), "verifying", delay=2, disable=not progress)
+        faults = [
+            Fault(name, "damaged: its hash is not that of the index")
+            for name, row, own in zip(self.names, bar, self.hashes, strict=True)
+            if crop_hash(self.pixels[row]) != own.tobytes()
+        ]
         if faults:
             raise DataError(faults, f"Delete {self.folder} and prepare the faces anew.")
 
@@ -228,66 +219,74 @@ def read_report(folder: Path) -> Report:
             f"no prepared faces at {folder} (there is no {DATASET}); "
             f"make them with: idloss prepare KIND PHOTOS {folder}"
         )
-    if not is_finished(folder):
+    dataset = read_record(folder)
+    if "content" not in dataset:
         remedy = "Run the same 'idloss prepare' again: it goes on from there."
         raise DataError([Fault(str(folder), "the preparation is not finished")], remedy)
-    dataset, rows, dropped = read_record(folder), read_table(folder, INDEX), read_dropped(folder)
-    try:
-        points = [[float(cell) for cell in row[2:12]] for row in rows]
-        places = torch.tensor([int(row[12]) for row in rows], dtype=torch.int64)
-    except (ValueError, OverflowError) as error:
-        raise damaged(folder / INDEX, f"unreadable numbers ({error})") from error
-    try:
-        crop = get_template(str(dataset.get("crop"))).name
-    except ValueError as error:  # perhaps of a plug-in that is not there
-        raise DataError([Fault(str(folder / DATASET), str(error))]) from error
-    try:
-        labels, identities = number_identities(row[1] or None for row in rows)
-        faces = PreparedFaces(
-            folder=folder,
-            places=int(dataset["photos"]),
-            rows=places,
-            names=tuple(row[0] for row in rows),
-            labels=labels if dataset["labelled"] else None,
-            identities=identities if dataset["labelled"] else (),
-            photo_landmarks=torch.tensor(points, dtype=torch.float64).reshape(-1, 5, 2),
-            hashes=tuple(row[14] for row in rows),
-            crop=crop,
-            skipped=tuple(one.fault() for one in dropped),
-        )
+    with reading(folder / DATASET):
+        places, labelled = int(dataset["photos"]), bool(dataset["labelled"])
+        template = get_template(str(dataset["crop"]))
+        counts = {str(reason): int(count) for reason, count in dataset["dropped"].items()}
+        duplicates = int(dataset["duplicates"])
         matches = tuple(Match(*match) for match in dataset["matches"])
         unchecked = tuple(Fault(*fault) for fault in dataset["unchecked"])
-        counts, duplicates = dict(Counter(one.reason for one in dropped)), dataset["duplicates"]
-        if len(faces) != dataset["faces"] or faces.content != dataset["content"]:
-            raise damaged(folder / INDEX, f"not the index that {DATASET} was written with")
-    except (KeyError, TypeError, OverflowError) as error:
-        raise damaged(folder / DATASET, f"not as it was written ({error!r})") from error
-    if len(rows) and not 0 <= int(places.min()) <= int(places.max()) < len(faces.pixels):
-        raise damaged(folder / INDEX, f"rows beyond the {len(faces.pixels)} crops")
-    return Report(faces, counts, int(duplicates), matches, unchecked)
+        tables = {name: str(dataset["tables"][name]) for name in (INDEX, DROPPED)}
+    dropped = _read_table(folder / DROPPED, tables[DROPPED])
+    index = _read_table(folder / INDEX, tables[INDEX])
+    hashes = mapped(folder / HASHES, (places, 2 * HASH_BYTES))
+    labels, identities = number_identities(row[1] or None for row in index)
+    with reading(folder / INDEX):
+        rows = torch.tensor([int(row[12]) for row in index], dtype=torch.int64)
+        points = [[float(cell) for cell in row[2:12]] for row in index]
+        faces = PreparedFaces(
+            folder=folder,
+            places=places,
+            rows=rows,
+            names=tuple(row[0] for row in index),
+            labels=labels if labelled else None,
+            identities=identities if labelled else (),
+            photo_landmarks=torch.tensor(points, dtype=torch.float64).reshape(-1, 5, 2),
+            hashes=hashes[rows.numpy(), :HASH_BYTES],
+            crop=template.name,
+            skipped=tuple(Fault(name, ": ".join(filter(None, why))) for name, *why in dropped),
+        )
+    if faces.content != dataset["content"]:
+        raise damaged(folder / HASHES, f"not the hashes that {DATASET} was written with")
+    _ = faces.pixels  # or damage would be found in mid-training
+    return Report(faces, counts, duplicates, matches, unchecked)
 
 
-def crop_hash(crop: Pixels) -> bytes:
+def write_table(path: Path, rows: Iterable[Iterable[object]]) -> str:
+    """Write one of a folder's tables, whole or not at all; gives its hash."""
+    with written_whole(path) as temporary:
+        with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([COLUMNS[path.name], *rows])
+        return hashlib.sha256(temporary.read_bytes()).hexdigest()
+
+
+def _read_table(path: Path, digest: str) -> list[list[str]]:
+    with reading(path):
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise ValueError(f"not the table that {DATASET} was written with")
+        text = io.StringIO(data.decode("utf-8", "surrogateescape"), newline="")
+        return list(csv.reader(text))[1:]
+
+
+def crop_hash(crop: Bytes) -> bytes:
     """Hash of a crop's bytes, channel by channel and row by row: BLAKE2b."""
     return hashlib.blake2b(crop.data, digest_size=HASH_BYTES).digest()
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether all is done in a folder."""
-    return is_prepared(folder) and "content" in read_record(folder)
-
-
-def read_table(folder: Path, name: str) -> list[list[str]]:
-    """The rows of one of a folder's tables."""
-    try:
-        return read_rows(folder / name, COLUMNS[name])
-    except (OSError, ValueError) as error:
-        raise damaged(folder / name, str(error)) from error
-
-
-def read_dropped(folder: Path) -> list[Dropped]:
-    """The photos that gave no crop."""
-    return [Dropped(*row) for row in read_table(folder, DROPPED)]
+def mapped(path: Path, shape: tuple[int, ...]) -> Bytes:
+    """Bytes of a folder's file, which are read as they are wanted."""
+    with reading(path):
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        if found.dtype != np.uint8 or found.shape != shape or not found.flags.c_contiguous:
+            what = f"holds {found.dtype} {list(found.shape)}, expected uint8 {list(shape)}"
+            raise ValueError(what)
+    # a plain array over the same pages: np.memmap costs time at every access
+    return cast(Bytes, found.view(np.ndarray))
 
 
 def write_record(folder: Path, content: Mapping[str, object]) -> None:
@@ -298,17 +297,26 @@ def write_record(folder: Path, content: Mapping[str, object]) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What `dataset.json` holds, if it is of this format."""
-    path = folder / DATASET
-    try:
+    """What `dataset.json` holds, if it is of this format; it has a `content` once all is done."""
+    with reading(folder / DATASET) as path:
         content = json.loads(path.read_text("utf-8", "surrogateescape"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise damaged(path, str(error)) from error
-    version = content.get("format") if isinstance(content, dict) else None
-    if version != FORMAT:
-        what = f"prepared faces of format {version}, this version of idloss reads {FORMAT}"
-        raise damaged(path, what)
-    return dict(content)
+        version = content.get("format") if isinstance(content, dict) else None
+        if version != FORMAT:
+            what = f"prepared faces of format {version}, this version of idloss reads {FORMAT}"
+            raise ValueError(what)
+    return cast("dict[str, Any]", content)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Path]:
+    """Name the file, and the way out, if what reads it fails."""
+    try:
+        yield path
+    except DataError:
+        raise
+    except UNREADABLE as error:
+        what = str(error) if isinstance(error, OSError | ValueError) else repr(error)
+        raise damaged(path, f"not as it was written ({what})") from error
 
 
 def damaged(path: Path, what: str) -> DataError:

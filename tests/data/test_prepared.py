@@ -1,6 +1,9 @@
 """Prepared faces read back: the crops, views, copies in other processes, damage."""
 
 import copy
+import csv
+import hashlib
+import json
 import os
 import pickle
 import shutil
@@ -121,72 +124,71 @@ def in_file(name, change):
     return damage
 
 
-def crops(array):
-    return lambda folder: np.save(folder / "crops.npy", array)
+def bytes_of(name, data):
+    return lambda folder: (folder / name).write_bytes(data)
 
 
-def cut(count):
-    return lambda folder: os.truncate(folder / "crops.npy", count)
+def array(name, values):
+    return lambda folder: np.save(folder / name, values)
 
 
-def cell(column, value):
-    """A damage: another value in the first row of the index."""
-
-    def change(text):
-        header, row, *rows = text.splitlines()
-        cells = row.split(",")
-        cells[column] = value
-        return "\n".join([header, ",".join(cells), *rows])
-
-    return in_file("index.csv", change)
+def without(name):
+    return lambda folder: (folder / name).unlink()
 
 
-HUGE = (
-    b"\x93NUMPY\x01\x00v\x00"
-    + repr({"descr": "|u1", "fortran_order": False, "shape": (1 << 60, 3, 112, 96)})
-    .ljust(117)
-    .encode()
-    + b"\n"
-)
+HEADER = {"descr": "|u1", "fortran_order": False, "shape": (1 << 60, 3, 112, 96)}
+HUGE = b"\x93NUMPY\x01\x00v\x00" + repr(HEADER).ljust(117).encode() + b"\n"
+CROPS = np.zeros((24, 3, 112, 96), np.uint8)
 
 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (cut(-1000 + 24 * 32256), r"crops\.npy: 773,144 bytes, where 24 crops belong"),
-        (cut(0), r"crops\.npy: 0 bytes"),
-        (lambda folder: (folder / "crops.npy").unlink(), r"crops\.npy: no bytes"),
-        (lambda folder: (folder / "crops.npy").write_bytes(HUGE), r"crops\.npy: 128 bytes"),
-        (crops(np.zeros((24, 3, 112, 96), np.float32)), r"holds float32 \[24, 3, 112, 96\]"),
-        (crops(np.zeros((24, 3, 112, 112), np.uint8)), r"holds uint8 \[24, 3, 112, 112\]"),
-        (crops(np.zeros((24, 3, 112, 96), np.uint8, order="F")), "expected uint8"),
-        (crops(np.array([print], dtype=object)), r"crops\.npy: .*objects"),
-        (in_file("index.csv", lambda text: text[: text.rindex("5/3")]), "not the index that"),
-        (in_file("index.csv", lambda text: text.replace("3/1,", "3/9,")), "not the index that"),
-        (in_file("index.csv", lambda text: text[:-20]), r"not the index that|row 24"),
-        (in_file("index.csv", lambda text: '"' + "a" * 200_000), r"index\.csv: field larger"),
-        (in_file("index.csv", lambda _: ""), r"index\.csv: expected the header image_id"),
-        (cell(4, "ten"), r"index\.csv: unreadable numbers .*'ten'"),
-        (cell(12, "24"), r"index\.csv: rows beyond the 24 crops"),
-        (cell(12, "-1"), r"index\.csv: rows beyond the 24 crops"),
-        (cell(12, "9" * 40), r"index\.csv: unreadable numbers"),
-        (in_file("dropped.csv", lambda text: text + "a,b\n"), r"dropped\.csv: row 1 has 2 fields"),
-        (lambda folder: (folder / "dropped.csv").unlink(), r"dropped\.csv: .*No such file"),
+        (lambda folder: os.truncate(folder / "crops.npy", 773_144), r"crops\.npy: not as it was"),
+        (bytes_of("crops.npy", b""), r"crops\.npy: not as it was written"),
+        (bytes_of("crops.npy", HUGE), r"crops\.npy: not as it was written"),
+        (without("crops.npy"), r"crops\.npy: .*No such file"),
+        (array("crops.npy", CROPS.astype(np.float32)), r"holds float32 \[24, 3, 112, 96\]"),
+        (array("crops.npy", CROPS[..., 1:]), r"crops\.npy: .*holds uint8 \[24, 3, 112, 95\]"),
+        (array("crops.npy", np.asfortranarray(CROPS)), "expected uint8"),
+        (array("crops.npy", np.array([print], dtype=object)), r"crops\.npy: .*objects"),
+        (array("hashes.npy", np.zeros((24, 32), np.uint8)), r"hashes\.npy: not the hashes that"),
+        (array("hashes.npy", np.zeros((23, 32), np.uint8)), r"hashes\.npy: .*expected uint8"),
+        (in_file("index.csv", lambda text: text.replace("3/1,", "3/9,")), "not the table that"),
+        (in_file("index.csv", lambda text: text.replace(",23\n", ",-1\n")), "not the table that"),
+        (in_file("index.csv", lambda text: text[:-20]), r"index\.csv: .*not the table that"),
+        (in_file("dropped.csv", lambda text: text + "a,b\n"), r"dropped\.csv: .*not the table"),
+        (without("dropped.csv"), r"dropped\.csv: .*No such file"),
         (unfinish, r"not finished.*\n.*idloss prepare"),
-        (in_file("dataset.json", lambda _: "[" * 100_000), r"dataset\.json: .*recursion"),
-        (in_file("dataset.json", lambda _: "[]"), r"dataset\.json: .*format None"),
+        (bytes_of("dataset.json", b"[" * 100_000), r"dataset\.json: .*recursion"),
+        (bytes_of("dataset.json", b"[]"), r"dataset\.json: .*format None"),
         (in_file("dataset.json", lambda text: text[:-9]), r"dataset\.json: "),
-        (lambda folder: edit(folder, format=7), "prepared faces of format 7, .* reads 2"),
+        (lambda folder: edit(folder, format=7), "prepared faces of format 7, .* reads 3"),
         (lambda folder: edit(folder, crop="arcfase"), "unknown template 'arcfase'"),
         (lambda folder: edit(folder, photos=None), r"dataset\.json: not as it was written"),
         (lambda folder: edit(folder, matches=[1]), r"dataset\.json: not as it was written"),
         (lambda folder: edit(folder, unchecked=[[1, 2, 3]]), "not as it was written"),
-        (lambda folder: edit(folder, photos=10**30), r"crops\.npy: "),
+        (lambda folder: edit(folder, photos=10**30), r"hashes\.npy: "),
     ],
 )
 def test_damage_is_named(own, damage, said):
     damage(own)
     with pytest.raises(DataError, match=said):
+        open_prepared(own)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [(4, "ten"), (12, "24"), (12, "-99"), (12, "9" * 40), (0, "a" * 200_000)]
+)
+def test_a_forged_index_is_refused(own, column, value):
+    """The hash that would tell is forged too."""
+    rows = list(csv.reader((own / "index.csv").open(newline="")))
+    rows[1][column] = value
+    text = "\n".join(map(",".join, rows)).encode()
+    (own / "index.csv").write_bytes(text)
+    tables = json.loads((own / "dataset.json").read_text())["tables"]
+    edit(own, tables={**tables, "index.csv": hashlib.sha256(text).hexdigest()})
+    with pytest.raises(DataError, match=r"index\.csv: not as it was written"):
         open_prepared(own)
 
 
