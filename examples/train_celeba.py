@@ -20,13 +20,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.markdown import Markdown
-from torch import Tensor, nn
+from torch import nn
 
 from idloss import FaceEncoder, HallucinationLoss, create_fnet, create_srnet
 from idloss.data import (
@@ -42,9 +41,13 @@ from idloss.data import (
 )
 from idloss.evaluation import evaluate, paper_table, picture_sheet, save_figure
 from idloss.resample import resize, to_float
-from idloss.training import FNetRecipe, Recipe, load_recipe, train, train_fnet
+from idloss.training import FNetRecipe, load_recipe, train, train_fnet
 
 SIZES = ((7, 6), (14, 12), (28, 24))
+SHALLOW = (  # four strided convolutions, which train in half a minute
+    "fnet_options={widths: [32, 64, 96, 128], depths: [0, 0, 0, 0], num_features: 128,"
+    " img_size: [56, 48], input_size: [3, 56, 48]}"
+)
 console = Console()
 
 
@@ -82,33 +85,18 @@ def quick_start(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     training = SyntheticFaces(300, 10, seed=options.seed).render()
     unseen = SyntheticFaces(60, 6, seed=options.seed, first_identity=300).render()
-    torch.manual_seed(options.seed)
-    recogniser = FNetRecipe(
-        iterations=400,
-        batch_size=64,
-        optimizer="adamw",
-        learning_rate=2e-3,
-        margin="cosface",
-        margin_options={"scale": 16, "margin": 0.2},
-        seed=options.seed,
-        device="cpu",
-        trackers=(),
-    )
+    small = [f"seed={options.seed}", "device=cpu", "trackers=[]"]
     fnet = train_fnet(
-        recogniser, options.out / "fnet", faces=training, fnet=SmallFNet(), resume=True
+        load_recipe("fnet_small", [*small, SHALLOW, "iterations=400"], FNetRecipe),
+        options.out / "fnet",
+        faces=training,
+        resume=True,
     )
     trained = {}
     for weight in options.weight or (0.0, 0.5):
-        recipe = Recipe(
-            iterations=300,
-            batch_size=16,
-            learning_rate=1e-3,
-            identity_weight=weight,
-            srnet_options={"depth": 4, "width": 32},
-            seed=options.seed,
-            device="cpu",
-            trackers=(),
-        )
+        fields = [*small, f"identity_weight={weight}", "srnet_options={depth: 4, width: 32}"]
+        fields += ["iterations=300", "batch_size=16", "learning_rate=1e-3"]
+        recipe = load_recipe("paper_edsr16_64_id", fields)
         trained[f"edsr4_32 lambda {weight:g}"] = train(
             recipe,
             options.out / f"lambda_{weight:g}",
@@ -119,31 +107,6 @@ def quick_start(options: argparse.Namespace) -> None:
     test = EvaluationSet("people not trained on", unseen, random_pairs(unseen, 1200, options.seed))
     report(test, {"small": fnet}, trained, options.out)
     console.print(f"{time.perf_counter() - start:.0f} s on {torch.get_num_threads()} CPU threads")
-
-
-class SmallFNet(nn.Module):
-    """A recogniser small enough to train in half a minute: any module can be an FNet."""
-
-    num_features = 128
-    crop = "sphereface"
-    pretrained_cfg = {"input_size": (3, 56, 48), "mean": (0.5,) * 3, "std": (0.5,) * 3}  # noqa: RUF012
-
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (3, 32, 64, 96, 128)
-        self.trunk = nn.Sequential()
-        for before, after in pairwise(widths):
-            self.trunk.extend(
-                [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.PReLU(after)]
-            )
-        self.embedding = nn.Sequential(
-            nn.Flatten(), nn.Dropout(0.2), nn.Linear(128 * 4 * 3, 128), nn.BatchNorm1d(128)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalised RGB `[B, 3, 56, 48]` to embeddings `[B, 128]`."""
-        embedding: Tensor = self.embedding(self.trunk(x))
-        return embedding
 
 
 def random_pairs(faces: AlignedFaces, count: int, seed: int) -> Pairs:
