@@ -317,10 +317,10 @@ def convert_crop(
     if old == new:
         return images
     if (height, width) == old.size:
-        size, small, window, lines = _full_conversion(old, new)
+        size, small, window, lines = _full_conversion(old.size, old.points, new.size, new.points)
     else:
         size, small, window, lines = _conversion(old, new, height, width)
-    if small != (height, width):
+    if small[0] != height or small[1] != width:
         images = resize(images, small, convention="antialias")
     if window is not None:
         wide = _window(images, -1, window[0], size[1], fill)
@@ -334,8 +334,15 @@ def convert_crop(
 
 
 # a constant to a compiler: with free numbers, torch.compile(dynamic=True) took a quarter of an hour
+# (plain numbers, as torch before 2.13 cannot rebuild a dataclass there)
 @torch.compiler.assume_constant_result
-def _full_conversion(old: Template, new: Template) -> _Conversion:
+def _full_conversion(
+    old_size: tuple[int, int],
+    old_points: tuple[Point, ...],
+    new_size: tuple[int, int],
+    new_points: tuple[Point, ...],
+) -> _Conversion:
+    old, new = Template("old", old_size, old_points), Template("new", new_size, new_points)
     return _conversion(old, new, *old.size)
 
 
