@@ -139,9 +139,6 @@ class Linear(nn.Sequential):
         return self.gives(super().forward(x))
 
 
-# --- the FNet is the encoder's own ---------------------------------------------------------------
-
-
 def test_fnet_of_a_parent_stays_frozen_and_the_callers_own():
     net = tiny_fnet().train()
     described = dict(vars(net))
@@ -213,9 +210,6 @@ def test_made_under_the_meta_device_it_has_weights():
         parent = Parent(FaceEncoder("mobilefacenet", pretrained=False))
     parent.to_empty(device="cpu")
     assert parent.encoder(faces(2, (112, 112))).isfinite().all()
-
-
-# --- what an FNet takes and gives is seen, not believed -------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -299,9 +293,6 @@ def test_names_what_is_bad(encoder, call, error, says):
         call(encoder)
 
 
-# --- sizes, crops, ranges ------------------------------------------------------------------------
-
-
 def test_every_pixel_has_a_say_when_images_shrink(encoder):
     x = faces(1, (224, 192)).requires_grad_()
     encoder(x).square().sum().backward()
@@ -357,9 +348,6 @@ def test_range_is_watched_at_later_calls_too(encoder, scale):
         encoder(faces() * scale)
 
 
-# --- graphs and transforms -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("crop", [None, "arcface", "facenet"])
 def test_compiles_for_any_size(net, crop):
     """A crop conversion with free sizes once took a quarter of an hour."""
@@ -401,9 +389,6 @@ def test_prelus_are_quick_where_a_gradient_is_wanted():
     assert torch.equal(encoder(x.requires_grad_()), straight)
     assert type(encoder.fnet[0]) is FrozenPReLU
     assert type(net[0]) is nn.PReLU
-
-
-# --- alignment -----------------------------------------------------------------------------------
 
 
 ALIGNED, OTHERS = ("arcface", "sphereface", "ffhq", "psp"), ("ffhq", "facenet", "vggface", "psp")

@@ -1,7 +1,9 @@
 """Alignment against the paper's crops, scikit-image and OpenCV; crops to crops; and abuse."""
 
+import itertools
 import math
 import re
+from functools import partial
 
 import cv2
 import numpy as np
@@ -44,9 +46,6 @@ def face(angle=0.3, scale=1.7, right=80.0, down=60.0, dtype=torch.float64):
     return (scale * points @ turn.double().T + torch.tensor([right, down])).to(dtype)[None]
 
 
-# --- the paper's crops ----------------------------------------------------------------------------
-
-
 def test_golden_aligned_crops(golden, photos):
     off = levels_apart(align(*photos), chw(golden["aligned_bgr"]))
     assert off.mean(dim=(1, 2, 3)).max() < 0.15
@@ -65,9 +64,6 @@ def test_arcface_crop_contains_the_sphereface_crop(golden, photos):
     assert (wide[..., 8:104] - align(*photos)).abs().max() < 1e-4
     off = levels_apart(wide[..., 8:104], chw(golden["aligned_bgr"]))
     assert off.max() <= 4
-
-
-# --- independent references -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("template", list(TEMPLATES))
@@ -134,11 +130,14 @@ def test_gradients_reach_the_photo_and_the_landmarks():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_align_keeps_the_photos_type(photos, dtype):
+def test_align_keeps_the_photos_type_whatever_layout_and_autocast(photos, dtype):
     crop = align(photos[0][:2].to(dtype), photos[1][:2])
     assert crop.dtype == dtype
     wanted = align(photos[0][:2].to(dtype).float(), photos[1][:2])
     torch.testing.assert_close(crop.float(), wanted.to(dtype).float(), atol=1e-4, rtol=1e-2)
+    lasts = photos[0][:2].to(dtype).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(align(lasts, photos[1][:2]), crop, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.float16])
@@ -147,22 +146,17 @@ def test_landmarks_of_any_real_type(dtype):
     torch.testing.assert_close(fit_similarity(points.to(dtype)), fit_similarity(points))
 
 
-def test_memory_layout_and_autocast_do_not_matter(photos):
-    wanted = align(*photos)
-    lasts = photos[0].contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(align(lasts, photos[1]), wanted, atol=1e-5, rtol=0)
+def test_alignment_compiles(photos):
+    compiled = torch.compile(align, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*photos), align(*photos))
 
 
 def test_empty_batches_pass_through():
-    none = torch.zeros(0, 3, 40, 40)
-    assert fit_similarity(torch.zeros(0, 5, 2)).shape == (0, 2, 3)
-    assert align(none, torch.zeros(0, 5, 2)).shape == (0, 3, 112, 96)
-    assert convert_crop(none[..., :35, :30], "sphereface", "vggface").shape[0] == 0
-    assert convert_crop(torch.zeros(0, 3, 112, 96), "sphereface", "arcface").shape[0] == 0
-
-
-# --- crops to crops -------------------------------------------------------------------------------
+    none, nowhere = torch.zeros(0, 3, 112, 96), torch.zeros(0, 5, 2)
+    assert fit_similarity(nowhere).shape == (0, 2, 3)
+    assert align(none, nowhere).shape == (0, 3, 112, 96)
+    for target, side in (("vggface", 224), ("arcface", 112)):
+        assert convert_crop(none, "sphereface", target).shape == (0, 3, side, side)
 
 
 @pytest.mark.parametrize("rows", [112, 56, 28, 14])
@@ -173,8 +167,7 @@ def test_sphereface_to_arcface_and_back_is_exact(rows, fill):
     border = rows // 14
     assert wide.shape == (2, 3, rows, rows)
     assert torch.equal(wide[..., border:-border], crop)
-    left = crop[..., :1] if fill == "edge" else torch.tensor(0.25)
-    right = crop[..., -1:] if fill == "edge" else torch.tensor(0.25)
+    left, right = (crop[..., :1], crop[..., -1:]) if fill == "edge" else (fill, fill)
     assert (wide[..., :border] == left).all()
     assert (wide[..., -border:] == right).all()
     assert torch.equal(convert_crop(wide, "arcface", "sphereface"), crop)
@@ -269,13 +262,10 @@ def test_small_crops_are_converted_about_pixel_corners(rows, target):
 
 def test_fill_values_and_gradients():
     crop = torch.rand(1, 1, 14, 12, dtype=torch.float64, requires_grad=True)
-    for target in ("arcface", "facenet"):
-        for fill in ("edge", 0.5):
-            assert torch.autograd.gradcheck(
-                lambda x, t=target, f=fill: convert_crop(x, "sphereface", t, fill=f), crop
-            )
-    for fill in ("edge", 0.5):
-        grey = convert_crop(torch.full((1, 3, 112, 96), 0.5), "sphereface", "facenet", fill=fill)
+    for target, fill in itertools.product(("arcface", "facenet"), ("edge", 0.5)):
+        convert = partial(convert_crop, source="sphereface", target=target, fill=fill)
+        assert torch.autograd.gradcheck(convert, crop)
+        grey = convert(torch.full((1, 3, 112, 96), 0.5))
         torch.testing.assert_close(grey, torch.full_like(grey, 0.5))
 
 
@@ -300,14 +290,6 @@ def test_conversion_compiles_and_exports(target):
     batch = torch.export.Dim("batch")
     program = torch.export.export(Convert(), (crops,), dynamic_shapes=({0: batch},))
     torch.testing.assert_close(program.module()(crops[[0, 1, 0]]), wanted[[0, 1, 0]])
-
-
-def test_alignment_compiles(photos):
-    compiled = torch.compile(align, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(*photos), align(*photos))
-
-
-# --- templates ------------------------------------------------------------------------------------
 
 
 def test_arcface_is_sphereface_8_px_to_the_right():
@@ -335,9 +317,6 @@ def test_own_templates_serve_everywhere(photos):
     assert get_template(mine) is mine
     assert align(*photos, mine).shape == (8, 3, 56, 56)
     assert convert_crop(align(*photos), "sphereface", mine).shape == (8, 3, 56, 56)
-
-
-# --- complaints -----------------------------------------------------------------------------------
 
 
 FAULTS = [

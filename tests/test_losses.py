@@ -250,9 +250,6 @@ class TestHallucinationLoss:
         torch.testing.assert_close(total, 4 * F.mse_loss(sr, mr))
 
 
-# --- gradients that do not arrive ----------------------------------------------------------------
-
-
 CUTS = {
     "no_grad": lambda f: torch.no_grad()(f),
     "detach": lambda f: lambda *x: f(*(one.detach() for one in x)),
@@ -327,9 +324,6 @@ def test_hr_that_does_not_look_aligned_is_named(golden, shared, crop, aligned):
     assert len(doubts) == (0 if aligned else 1)
 
 
-# --- transforms ----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def prelu_loss():
     net = nn.Sequential(nn.PReLU(3), nn.Conv2d(3, 4, 3, stride=2), nn.PReLU(4), nn.Flatten())
@@ -371,9 +365,6 @@ def test_first_call_inside_a_tracer(net, kind):
         assert loss.to("meta")(sr.to("meta"), hr.to("meta")).is_meta
         return
     torch.testing.assert_close(got, expected)
-
-
-# --- distances -----------------------------------------------------------------------------------
 
 
 def pairs():

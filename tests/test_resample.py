@@ -30,9 +30,6 @@ def opencv(images, size, mode):
     return torch.from_numpy(np.stack(done)).reshape(*images.shape[:-2], *size)
 
 
-# --- the released code's arrays ------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("key", DOWN)
 def test_golden_down_sampling_bit_for_bit(golden, key):
     wanted = chw(golden[f"down_{key}"])
@@ -74,8 +71,6 @@ def test_golden_fnet_input(golden, sr, fed, ties):
     assert off.max() <= 1 / 127.5 + 1e-6
 
 
-# --- OpenCV itself --------------------------------------------------------------------------------
-
 SIZES = [(112, 96), (28, 24), (7, 6), (5, 9), (1, 1), (31, 64), (250, 3)]
 
 
@@ -114,9 +109,6 @@ def test_nearest_follows_opencv_through_its_reciprocal(scale):
         assert torch.equal(resize(row, size, mode="nearest"), opencv(row, size, "nearest"))
 
 
-# --- antialiasing ---------------------------------------------------------------------------------
-
-
 PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -134,9 +126,6 @@ def test_antialiased_bytes_are_pillows(golden, mode, size):
     images = chw(faces) / 255
     wanted = F.interpolate(images, size, mode=mode, antialias=True)
     assert torch.equal(resize(images, size, mode=mode, convention="antialias"), wanted)
-
-
-# --- types, layouts, gradients, graphs ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", list(CV2))
@@ -214,9 +203,6 @@ def test_exports_with_a_free_batch(mode):
     torch.testing.assert_close(program.module()(other), resize(other, (28, 24), mode=mode))
 
 
-# --- levels ---------------------------------------------------------------------------------------
-
-
 def test_levels_round_trip_exactly_and_else_round_floor_and_clamp():
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(to_float(levels)), levels)
@@ -225,9 +211,6 @@ def test_levels_round_trip_exactly_and_else_round_floor_and_clamp():
     assert to_uint8(values).tolist() == [0, 0, 2, 2, 255, 255, 255]
     floored = to_uint8(values[[0, 1, 4, 5, 6]], rounding="floor")
     assert floored.tolist() == [0, 0, 254, 255, 255]
-
-
-# --- complaints -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
