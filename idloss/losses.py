@@ -157,6 +157,7 @@ class IdentityPreservedLoss(nn.Module):
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        self.distance = get_distance(distance)  # before weights are fetched in vain
         if isinstance(fnet, Mapping):
             pairs = list(fnet.items())
         else:
@@ -179,7 +180,6 @@ class IdentityPreservedLoss(nn.Module):
         )
         total = sum(weight for _, weight in pairs)
         self.fnet_weights = tuple(weight / total for _, weight in pairs)
-        self.distance = get_distance(distance)
         self.value_range = value_range
         self.reduction = reduction
         self.num_features = sum(encoder.num_features for encoder in self._encoders())

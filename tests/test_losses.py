@@ -67,15 +67,11 @@ def test_target_features_save_the_hr_forward(net):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_reduction(net, reduction, weighted):
     sr, hr = sr_and_hr()
-    weight = torch.tensor([0.5, 0.0, 2.0, 1.0]) if weighted else None
-    each = loss_of(net, reduction="none")(sr, hr)
+    weight = torch.tensor([0.5, 0.0, 2.0, 1.0] if weighted else [1.0] * 4)
+    each = weight * loss_of(net, reduction="none")(sr, hr)
     assert each.shape == (4,)
-    total = each * weight if weighted else each
-    expected = {
-        "none": total,
-        "sum": total.sum(),
-        "mean": total.sum() / (weight.sum() if weighted else 4),
-    }[reduction]
+    expected = {"none": each, "sum": each.sum(), "mean": each.sum() / weight.sum()}[reduction]
+    weight = weight if weighted else None
     loss = loss_of(net, reduction=reduction)
     torch.testing.assert_close(loss(sr, hr, weight=weight), expected)
     assert (loss(sr, hr, weight=torch.zeros(4)) == 0).all()  # and not NaN
@@ -85,13 +81,10 @@ def test_mean_does_not_depend_on_the_number_of_features():
     """A mean over the feature axis would make the loss smaller by that axis."""
     sr, hr = sr_and_hr()
     single = loss_of(tiny_fnet(num_features=16), reduction="none")(sr, hr)
-    repeated = tiny_fnet(num_features=64)
-    with torch.no_grad():
-        small = tiny_fnet(num_features=16).head
-        repeated.load_state_dict(
-            tiny_fnet(num_features=16).state_dict()
-            | {"head.weight": small.weight.repeat(4, 1), "head.bias": small.bias.repeat(4)}
-        )
+    repeated, small = tiny_fnet(num_features=64), tiny_fnet(num_features=16).state_dict()
+    for name in ("head.weight", "head.bias"):
+        small[name] = torch.cat([small[name]] * 4)
+    repeated.load_state_dict(small)
     torch.testing.assert_close(loss_of(repeated, reduction="none")(sr, hr), single)
 
 
