@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from idloss.data import Exclusion, Faces, Report
+    from idloss.data import Faces, Report
 
 _KINDS = ("celeba", "folder", "lfw")
 _FNET = "mobilefacenet"
@@ -45,14 +45,24 @@ def prepare(
     device: Annotated[str, typer.Option(help="Of the FNet: auto, cpu, cuda, cuda:1, mps")] = "auto",
 ) -> None:
     """Align faces once, for training to read them as they are."""
+    from idloss import FaceEncoder
+    from idloss.data import Exclusion, open_evaluation
     from idloss.data import prepare as run
+    from idloss.data.overlap import THRESHOLD
+    from idloss.encoder import resolve_device
 
     source = _source(kind, path, split, skip_missing=skip_missing)
     exclude = None
     if exclude_overlap is not None:
-        exclude = _exclusion(
-            exclude_overlap, fnet, threshold, crop, device, skip_missing=skip_missing
-        )
+        if threshold is None and fnet != _FNET:
+            raise ValueError(
+                f"the cosine of one person depends on the FNet, and only that of {_FNET} was "
+                f"measured: give the one of {fnet} with --threshold"
+            )
+        found = open_evaluation(exclude_overlap, skip_missing=skip_missing)
+        encoder = FaceEncoder(fnet, crop=crop).to(resolve_device(device)).eval()
+        least = THRESHOLD if threshold is None else threshold
+        exclude = Exclusion(found.name, found.faces, encoder, fnet, least)
     report = run(
         source,
         out,
@@ -73,43 +83,17 @@ def _source(kind: str, path: Path, split: str | None, *, skip_missing: bool) -> 
 
     if kind not in _KINDS:
         raise ValueError(did_you_mean("kind of faces", kind, _KINDS))
-    if kind == "celeba":
-        try:
-            return celeba_faces(path, split=split or "all", skip_missing=skip_missing)
-        except FileNotFoundError as error:
-            advice = f"photos beside a landmarks.csv are prepared by: idloss prepare folder {path}"
-            raise FileNotFoundError(f"{error}; {advice} OUT") from error
-    if split is not None:
+    if split is not None and kind != "celeba":
         raise ValueError(f"--split is CelebA's; {kind!r} has none")
     if kind == "folder":
         return folder_faces(path, skip_missing=skip_missing)
-    return lfw(path, skip_missing=skip_missing).faces
-
-
-def _exclusion(
-    path: Path,
-    fnet: str,
-    threshold: float | None,
-    crop: str,
-    device: str,
-    *,
-    skip_missing: bool,
-) -> Exclusion:
-    from idloss import FaceEncoder
-    from idloss.data import Exclusion, open_evaluation
-    from idloss.data.overlap import THRESHOLD
-    from idloss.encoder import resolve_device
-
-    if threshold is None and fnet != _FNET:
-        raise ValueError(
-            f"the cosine of one person depends on the FNet, and only that of {_FNET} was measured: "
-            f"give the one of {fnet} with --threshold"
-        )
-    found = open_evaluation(path, skip_missing=skip_missing)
-    encoder = FaceEncoder(fnet, crop=crop).to(resolve_device(device)).eval()
-    return Exclusion(
-        found.name, found.faces, encoder, fnet, THRESHOLD if threshold is None else threshold
-    )
+    if kind == "lfw":
+        return lfw(path, skip_missing=skip_missing).faces
+    try:
+        return celeba_faces(path, split=split or "all", skip_missing=skip_missing)
+    except FileNotFoundError as error:
+        advice = f"photos beside a landmarks.csv are prepared by: idloss prepare folder {path} OUT"
+        raise FileNotFoundError(f"{error}; {advice}") from error
 
 
 def _lines(report: Report) -> list[str]:

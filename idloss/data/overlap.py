@@ -87,7 +87,7 @@ class Exclusion:
                 f"give it crop={crop.name!r}"
             )
         drawn = SyntheticFaces(1, 1, size=crop.size, crop=crop.name)
-        probe = embed_faces(drawn, self.encoder, progress=False)[0, :8]
+        probe = embed_faces(drawn, self.encoder, crop, progress=False)[0][0, :8]
         return {
             "overlap": self.name,
             "overlap_content": self.faces.content,
@@ -110,16 +110,24 @@ class Exclusion:
         What is embedded is kept in the folder: a search that was stopped goes on.
         """
         embed = partial(
-            embed_faces, encoder=self.encoder, keep_in=folder, threads=threads, progress=progress
+            embed_faces,
+            encoder=self.encoder,
+            crop=training.crop or "",
+            keep_in=folder,
+            threads=threads,
+            progress=progress,
         )
-        faults: dict[int, Fault] = {}
-        theirs = embed(self.faces, crop=training.crop, faults=faults)
-        unread = skip_or_raise((faults[i] for i in sorted(faults)), skip_missing=skip_missing)
+        theirs, faults = embed(self.faces)
+        unread = skip_or_raise(faults.values(), skip_missing=skip_missing)
         good = torch.ones(len(theirs), dtype=torch.bool)
         good[list(faults)] = False
-        others = self.faces.select(good) if faults else self.faces
         matches = find_overlap(
-            training, embed(training), others, theirs[good], self.threshold, progress=progress
+            training,
+            embed(training)[0],
+            self.faces.select(good) if faults else self.faces,
+            theirs[good],
+            self.threshold,
+            progress=progress,
         )
         return matches, unread
 
@@ -138,52 +146,45 @@ def matched_faces(faces: Faces, matches: Sequence[Match]) -> dict[int, str]:
 def embed_faces(
     faces: Faces,
     encoder: Callable[[Tensor], Tensor],
+    crop: str | Template,
     *,
-    crop: str | Template | None = None,
     keep_in: Path | None = None,
-    faults: dict[int, Fault] | None = None,
     threads: int | None = None,
     progress: bool = True,
-) -> Tensor:
-    """Embeddings of length one, `[N, D]` on the CPU, by the device that the encoder is on.
+) -> tuple[Tensor, dict[int, Fault]]:
+    """Embeddings of length one, `[N, D]` on the CPU, of faces that are brought to a template.
 
-    Photos, or crops of another template, are brought to `crop`. What is embedded is kept in a
-    folder, for a run that was stopped to go on. Where `faults` are given, faces that cannot be read
-    or aligned are put there, and have embeddings of zeros.
+    They are made by the device that the encoder is on; faces that cannot be read or aligned have
+    zeros, and are told by index. What is embedded is kept in a folder, for a run that was stopped
+    to go on.
     """
     module = encoder if isinstance(encoder, nn.Module) else nn.Module()
     tensors = chain(module.parameters(), module.buffers())
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    faults: dict[int, Fault] = {}
 
     def embed(crops: Tensor) -> NDArray[np.float32]:
         with torch.inference_mode():
             return F.normalize(encoder(to_float(crops.to(device))).float()).cpu().numpy()
 
-    def read(part: range) -> tuple[range, Tensor, dict[int, Fault]]:
-        unread: dict[int, Fault] = {}
-        crops = faces.crops_at(part, crop, faults=None if faults is None else unread)
-        return part, crops, unread
+    def read(part: range) -> tuple[range, Tensor]:
+        return part, faces.crops_at(part, crop, faults=faults)
 
-    probe = torch.zeros(1, 3, *get_template(crop or faces.crop or "").size, dtype=torch.uint8)
-    shape = (len(faces), embed(probe).shape[1])
-    found = np.zeros(shape, dtype=np.float32)
+    width = embed(torch.zeros(1, 3, *get_template(crop).size, dtype=torch.uint8)).shape[1]
+    found = np.zeros((len(faces), width), dtype=np.float32)
     if keep_in is not None:
         path = keep_in / f"embeddings-{faces.content[:16]}.npy"
-        found = kept_array(path, shape, np.float32)
+        found = kept_array(path, found.shape, np.float32)
     batches = [range(i, min(i + BATCH, len(faces))) for i in range(0, len(faces), BATCH)]
     left = [part for part in batches if not found[part].any(axis=1).all()]
-    done = len(faces) - sum(map(len, left))
-    with tqdm(
-        total=len(faces), initial=done, desc="embedding", unit="face", delay=2, disable=not progress
-    ) as bar:
-        for part, crops, unread in map_ahead(read, left, threads):
-            rows = embed(crops)
-            rows[[index - part.start for index in unread]] = 0
-            found[part] = rows
-            if faults is not None:
-                faults.update(unread)
+    bar = tqdm(desc="embedding", total=len(faces), unit="face", delay=2, disable=not progress)
+    with bar:
+        bar.update(len(faces) - sum(map(len, left)))
+        for part, crops in map_ahead(read, left, threads):
+            found[part] = embed(crops)
+            found[[index for index in part if index in faults]] = 0
             bar.update(len(part))
-    return torch.from_numpy(np.array(found))
+    return torch.from_numpy(np.array(found)), dict(sorted(faults.items()))
 
 
 def find_overlap(

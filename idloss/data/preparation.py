@@ -187,7 +187,7 @@ class _Filling:
         self._crops.flush()
         self._hashes.flush()
         every = [*dropped, *(gone[place] for place in sorted(gone))]
-        points = faces.photo_landmarks.flatten(1).T.tolist()
+        points = _points(self.photos)[faces.rows].flatten(1).T.tolist()
         table = zip(faces.names, identity_names(faces), *points, faces.rows.tolist(), strict=True)
         result = {
             **plan,
@@ -282,7 +282,6 @@ class _Filling:
             names=tuple(self.photos.names),
             labels=self.photos.labels,
             identities=tuple(self.photos.identities),
-            photo_landmarks=_points(self.photos),
             hashes=np.array(self._hashes[:, :HASH_BYTES]),
             crop=self.template.name,
         )

@@ -40,6 +40,7 @@ from idloss.geometry import Template, get_template
 from idloss.weights.files import written_whole
 
 FORMAT = 3
+"""Of the folder; of other versions none is read."""
 CROPS, HASHES, DATASET = "crops.npy", "hashes.npy", "dataset.json"
 INDEX, DROPPED = "index.csv", "dropped.csv"
 COLUMNS = {
@@ -71,16 +72,11 @@ class PreparedFaces:
     It holds no pixels: copies for other processes are small, and the page cache is shared.
 
     Attributes:
-        folder: The prepared folder.
+        folder: The prepared folder; its `index.csv` has the points of the photos.
         places: Crops in its file, those of dropped photos included.
         rows: Where each face is among them, int64 `[N]`.
-        names: One name a crop.
-        labels: Identities as int64 `[N]` in 0 ... K-1, -1 for nobody known, or None.
-        identities: The K names of the identities, sorted.
-        photo_landmarks: Five points in each photo, float64 `[N, 5, 2]`, nan for none.
         hashes: Hash of each crop, uint8 `[N, 16]`.
-        crop: The template the crops are aligned to.
-        skipped: What was dropped, and why.
+        names, labels, identities, crop, skipped: As all `Faces` have them.
     """
 
     folder: Path
@@ -89,7 +85,6 @@ class PreparedFaces:
     names: tuple[str, ...]
     labels: Tensor | None
     identities: tuple[str, ...]
-    photo_landmarks: Tensor
     hashes: Bytes
     crop: str
     skipped: tuple[Fault, ...] = ()
@@ -155,7 +150,6 @@ class PreparedFaces:
             names=tuple(self.names[i] for i in kept.tolist()),
             labels=labels,
             identities=identities,
-            photo_landmarks=self.photo_landmarks[kept],
             hashes=self.hashes[kept.numpy()],
         )
 
@@ -237,7 +231,6 @@ def read_report(folder: Path) -> Report:
     labels, identities = number_identities(row[1] or None for row in index)
     with reading(folder / INDEX):
         rows = torch.tensor([int(row[12]) for row in index], dtype=torch.int64)
-        points = [[float(cell) for cell in row[2:12]] for row in index]
         faces = PreparedFaces(
             folder=folder,
             places=places,
@@ -245,7 +238,6 @@ def read_report(folder: Path) -> Report:
             names=tuple(row[0] for row in index),
             labels=labels if labelled else None,
             identities=identities if labelled else (),
-            photo_landmarks=torch.tensor(points, dtype=torch.float64).reshape(-1, 5, 2),
             hashes=hashes[rows.numpy(), :HASH_BYTES],
             crop=template.name,
             skipped=tuple(Fault(name, ": ".join(filter(None, why))) for name, *why in dropped),

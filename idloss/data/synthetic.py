@@ -49,16 +49,11 @@ class SyntheticFaces:
         crop: str = "sphereface",
         first_identity: int = 0,
     ) -> None:
-        for name, value, least in (
-            ("identities", identities, 1),
-            ("per_identity", per_identity, 1),
-            ("seed", seed, 0),
-            ("height", size[0], 1),
-            ("width", size[1], 1),
-            ("first_identity", first_identity, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        least = {"identities": 1, "per_identity": 1, "seed": 0, "height": 1, "width": 1}
+        values = (identities, per_identity, seed, *size, first_identity)
+        for (name, low), value in zip({**least, "first_identity": 0}.items(), values, strict=True):
+            if value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
         self.per_identity = per_identity
         self.seed = seed
         self.size = size

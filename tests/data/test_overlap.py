@@ -104,9 +104,9 @@ def test_embedding_batches_do_not_matter(seeded, monkeypatch):
         assert 0 <= images.min() <= images.max() <= 1
         return images.mean((2, 3)) @ weight.T
 
-    one = embed_faces(some, encoder, progress=False)
+    one, _ = embed_faces(some, encoder, "sphereface", progress=False)
     monkeypatch.setattr(overlap_module, "BATCH", 3)
-    two = embed_faces(some, encoder, threads=3, progress=False)
+    two, _ = embed_faces(some, encoder, "sphereface", threads=3, progress=False)
     torch.testing.assert_close(one, two)
     torch.testing.assert_close(one.norm(dim=1), torch.ones(10))
     assert not one.requires_grad
@@ -122,7 +122,8 @@ def test_crops_go_to_the_encoder():
             assert images.device.type == "meta"
             return torch.ones(len(images), 4)
 
-    assert embed_faces(faces([0] * 24, "t"), Elsewhere(), progress=False).shape == (24, 4)
+    found, _ = embed_faces(faces([0] * 24, "t"), Elsewhere(), "sphereface", progress=False)
+    assert found.shape == (24, 4)
 
 
 def test_photos_of_nobody_known_are_compared_one_by_one(planted):

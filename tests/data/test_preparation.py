@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections import namedtuple
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import metadata
@@ -99,6 +98,12 @@ def table(path):
         return list(csv.reader(file))
 
 
+def points(faces):
+    """Where the photos' points were, as the index tells."""
+    rows = [list(map(float, row[2:12])) for row in table(faces.folder / "index.csv")[1:]]
+    return torch.tensor(rows, dtype=torch.float64).view(-1, 5, 2)
+
+
 def described(folder):
     return json.loads((folder / "dataset.json").read_text())
 
@@ -143,7 +148,7 @@ def test_crops_are_those_of_align_all(photos, tmp_path, monkeypatch):
     assert torch.equal(pixels(faces), align_all(photos, progress=False).crops)
     assert (faces.names, faces.identities) == (photos.names, photos.identities)
     assert torch.equal(faces.labels, photos.labels)
-    assert torch.equal(faces.photo_landmarks, photos.landmarks)
+    assert torch.equal(points(faces), photos.landmarks)
     wide = quiet(photos, tmp_path / "wide", crop="arcface").faces
     assert torch.equal(pixels(wide), align_all(photos, "arcface", progress=False).crops)
 
@@ -152,7 +157,7 @@ def test_any_faces_will_do(drawn, tmp_path):
     source = SyntheticFaces(2, 3)
     faces = quiet(source, tmp_path / "out").faces
     assert torch.equal(pixels(faces), source.render(progress=False).crops)
-    assert torch.equal(faces.photo_landmarks, source.landmarks)
+    assert torch.equal(points(faces), source.landmarks)
     again = quiet(faces, tmp_path / "again").faces
     assert torch.equal(pixels(again), pixels(faces))
     faces = quiet(nobody(drawn, slice(24), drawn.names), tmp_path / "nobody").faces
@@ -238,34 +243,23 @@ def listing(folder, rows):
     return path
 
 
-@pytest.mark.parametrize("header", [[], ["path"], ["image_id"]])
-def test_clean_list_of_names(photos, out, tmp_path, header):
-    clean = listing(tmp_path, [*header, *reversed(photos.names[3:20])])
-    report = quiet(photos, out, clean_list=clean)
-    assert report.faces.names == photos.names[3:20]
-    assert torch.equal(report.faces.photo_landmarks, photos.landmarks[3:20])
-    assert report.dropped == {"not in the clean list": 7}
-    assert table(out / "dropped.csv")[1][:2] == [photos.names[0], "not in the clean list"]
-
-
-@pytest.mark.parametrize("separator", [",", " ", "\t"])
-@pytest.mark.parametrize("header", [True, False])
-def test_landmarks_of_the_clean_list_replace_the_others(photos, out, tmp_path, separator, header):
-    points = photos.landmarks + torch.tensor([1.5, -2.0])
-    rows = [["photo", *(f"{axis}{i}" for i in range(1, 6) for axis in "xy")]] if header else []
-    for name, five in zip(photos.names[4:9], points[4:9], strict=True):
+@pytest.mark.parametrize("header", ["", "path", "image_id"])
+@pytest.mark.parametrize("separator", [None, ",", " ", "\t"])
+def test_clean_list_of_names_and_of_landmarks(photos, out, tmp_path, header, separator):
+    """Landmarks in the list replace those of the photos."""
+    moved = photos.landmarks + torch.tensor([1.5, -2.0]) * (separator is not None)
+    rows = [[header, *(f"{axis}{i}" for i in range(1, 6) for axis in "xy")]] if header else []
+    for name, five in reversed(list(zip(photos.names, moved, strict=True))[4:9]):
         rows.append([name, *map(str, five.flatten().tolist())])
-    clean = listing(tmp_path, map(separator.join, rows))
-    report = quiet(replace(photos, landmarks=None), out, clean_list=clean)
-    assert torch.equal(report.faces.photo_landmarks, points[4:9])
-    moved = replace(photos, landmarks=points).select(torch.arange(4, 9))
-    assert torch.equal(pixels(report.faces), align_all(moved, progress=False).crops)
-
-
-def test_points_of_photos_are_none_of_crops(drawn, out, tmp_path):
-    clean = listing(tmp_path, [f"0/{i},{NUMBERS}" for i in range(4)])
-    with pytest.raises(DataError, match="points of photos, and the faces are sphereface crops"):
-        quiet(drawn, out, clean_list=clean)
+    lines = [row[0] if separator is None else separator.join(row) for row in rows]
+    source = photos if separator is None else replace(photos, landmarks=None)
+    report = quiet(source, out, clean_list=listing(tmp_path, lines))
+    assert report.faces.names == photos.names[4:9]
+    assert torch.equal(points(report.faces), moved[4:9])
+    aligned = align_all(replace(photos, landmarks=moved).select(torch.arange(4, 9)), progress=False)
+    assert torch.equal(pixels(report.faces), aligned.crops)
+    assert report.dropped == {"not in the clean list": 19}
+    assert table(out / "dropped.csv")[1][:2] == [photos.names[0], "not in the clean list"]
 
 
 @pytest.mark.parametrize(
@@ -334,7 +328,8 @@ def test_who_could_not_be_looked_for_is_told(drawn, photos, out):
         quiet(drawn, out, exclude=exclude)
 
 
-def test_what_would_fail_after_the_work_is_refused_before_it(drawn, photos, out):
+def test_what_would_fail_after_the_work_is_refused_before_it(drawn, photos, out, tmp_path):
+    clean = listing(tmp_path, [f"0/{i},{NUMBERS}" for i in range(4)])
     blind = replace(photos, landmarks=None)
     encoder = FaceEncoder(create_fnet("mobilefacenet"), crop="sphereface")
     nowhere = Exclusion("lfw", blind, thumbnail, "thumbnail")
@@ -343,6 +338,7 @@ def test_what_would_fail_after_the_work_is_refused_before_it(drawn, photos, out)
         (nobody(drawn, slice(24), drawn.names), {"exclude": nowhere}, "identity of every face"),
         (drawn, {"exclude": nowhere}, "lfw: there are no landmarks"),
         (blind, {}, "there are no landmarks to align the photos by"),
+        (drawn, {"clean_list": clean}, "points of photos, and the faces are sphereface crops"),
         (drawn, wrong, "takes 'sphereface' crops and these are to be 'arcface'"),
         (FileFaces(MemoryFiles("memory", {}), (), ()), {}, "no faces to prepare"),
     ):
@@ -489,33 +485,29 @@ def test_the_search_goes_on_where_it_was_stopped(drawn, out):
         quiet(drawn, out, exclude=stopped)
 
 
-@pytest.mark.parametrize("lost", ["crops.npy", "hashes.npy", "half", "zeros"])
-def test_what_a_run_lost_is_made_anew(photos, out, monkeypatch, lost):
-    """After a power cut a file may lack what was written last, whatever the order."""
+@pytest.mark.parametrize("lost", ["crops.npy", "hashes.npy", "half", "zeros", "photo"])
+def test_what_a_run_lost_is_made_anew(own_photos, out, monkeypatch, lost):
+    """After a power cut a file may lack what was written last; and photos may be replaced."""
     with killed_at(8, monkeypatch, before=True):
-        quiet(photos, out)
+        quiet(own_photos, out)
     assert "content" not in described(out)
     if lost.endswith("npy"):
         (out / lost).unlink()
+    elif lost == "photo":
+        first, last = (Path(own_photos.files.where(own_photos.members[i])) for i in (0, 23))
+        first.write_bytes(last.read_bytes())
     else:
         whole = (out / "crops.npy").read_bytes()
         end = b"" if lost == "half" else bytes(len(whole) // 2)
         (out / "crops.npy").write_bytes(whole[: len(whole) - len(whole) // 2] + end)
-    quiet(photos, out)
-    assert content(out) == unbroken(photos, out)
+    quiet(own_photos, out)
+    assert content(out) == unbroken(own_photos, out)
 
 
 # --- Other photos, other plans, other people's files ---------------------------------------------
 
 
-def test_a_finished_folder_is_found_finished(photos, out, monkeypatch):
-    first = quiet(photos, out)
-    monkeypatch.setattr(FileFaces, "read", None)
-    monkeypatch.setattr("idloss.data.preparation.WeakFileLock", None)  # a disk to be read only
-    assert quiet(photos, out).faces.content == first.faces.content
-
-
-def test_replaced_and_mended_photos_are_told_from_those_prepared(own_photos, out, tmp_path):
+def test_replaced_photos_are_told_from_those_prepared(own_photos, out, tmp_path, monkeypatch):
     place = Path(own_photos.files.where(own_photos.members[7]))
     photo, told = place.read_bytes(), r"Person_1_0004\.jpg: is not the photo that was prepared"
     whole = unbroken(own_photos, out)
@@ -531,15 +523,10 @@ def test_replaced_and_mended_photos_are_told_from_those_prepared(own_photos, out
     place.write_bytes(jpeg())
     with pytest.raises(DataError, match=told):
         quiet(own_photos, out)
-
-
-def test_photos_replaced_before_a_run_goes_on_are_aligned_anew(own_photos, out, monkeypatch):
-    with killed_at(8, monkeypatch, before=True):
-        quiet(own_photos, out)
-    first, last = (Path(own_photos.files.where(own_photos.members[i])) for i in (0, 23))
-    first.write_bytes(last.read_bytes())
-    quiet(own_photos, out)
-    assert content(out) == unbroken(own_photos, out)
+    place.write_bytes(photo)  # all is done, perhaps on a disk to be read only
+    monkeypatch.setattr(FileFaces, "read", None)
+    monkeypatch.setattr("idloss.data.preparation.WeakFileLock", None)
+    assert content(quiet(own_photos, out).faces.folder) == whole
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -582,15 +569,6 @@ def test_other_peoples_files_are_left_alone(photos, out, tmp_path):
         quiet(photos, elsewhere / "out")
 
 
-def test_a_small_disk_is_told_before_the_work(photos, out, tmp_path, monkeypatch):
-    Usage = namedtuple("Usage", ["total", "used", "free"])
-    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**6, 0, 30_000_000))
-    quiet(photos, out)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**6, 0, 500_000))
-    with pytest.raises(DataError, match=r"0\.0 GB are needed for 24 faces, 0\.0 GB are free"):
-        quiet(photos, tmp_path / "other")
-
-
 @contextmanager
 def no_file_beyond(count):
     """The system refuses a file beyond a size as it does on a full disk."""
@@ -603,6 +581,11 @@ def no_file_beyond(count):
 
 
 def test_a_disk_that_fills_up_kills_nobody_and_loses_nothing(photos, out, monkeypatch):
+    small = shutil.disk_usage(out.parent)._replace(free=500_000)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: small)
+        with pytest.raises(DataError, match=r"0\.0 GB are needed for 24 faces, 0\.0 GB are free"):
+            quiet(photos, out)
     with no_file_beyond(100_000), pytest.raises(DataError, match="File too large"):
         quiet(photos, out)  # before the work
     write = preparation.write_table
