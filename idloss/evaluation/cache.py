@@ -12,8 +12,6 @@ import hashlib
 import inspect
 import shutil
 import tempfile
-import threading
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -39,10 +37,6 @@ ONCE = "once-"
 # What may change a pixel or the last digits of an embedding: a result never rests on embeddings of
 # other software than it names.
 SOFTWARE = ("torch", "pillow", "numpy")
-FLUSH_BYTES = 16 * 2**20
-"""Embeddings held in memory before they go to disk."""
-FLUSH_SECONDS = 60.0
-"""How long they are held at most: a run that is killed loses no more work than that."""
 SHARD_BYTES = 256 * 2**20
 """No shard of ours comes near this size; a larger file is not read into memory."""
 
@@ -50,21 +44,14 @@ SHARD_BYTES = 256 * 2**20
 class EmbeddingCache:
     """Embeddings by the way they were made (a key) and by face (a digest); a context manager.
 
-    What cannot be written to the folder goes to a temporary one: a cache that is full or read-only
-    costs nobody a run.
-
-    Args:
-        folder: Where they are kept, made when something is; None keeps nothing for later runs.
+    They are kept in a folder, made when something is, or for one run (None). What cannot be
+    written there goes to a temporary folder: a cache that is full or read-only costs nobody a run.
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self._folders = [] if folder is None else [folder]
-        self._writable = folder is not None
+        self._lasting = folder
         self._temporary: Path | None = None
-        self._lock = threading.RLock()
-        self._waiting: dict[str, list[tuple[Sequence[bytes], Embeddings]]] = {}
-        self._waiting_bytes = 0
-        self._flushed = time.monotonic()
+        self._folders = [] if folder is None else [folder]
 
     def __enter__(self) -> EmbeddingCache:
         return self
@@ -78,47 +65,25 @@ class EmbeddingCache:
         return {face for faces, _ in self._shards(key) for face in faces}
 
     def add(self, key: str, faces: Sequence[bytes], rows: Embeddings) -> None:
-        """Keep embeddings `[len(faces), D]` of faces, given by their digests of 32 bytes.
-
-        They wait in memory for a while, until there are enough for a file.
-        """
-        with self._lock:
-            self._waiting.setdefault(key, []).append((faces, rows))
-            self._waiting_bytes += rows.nbytes
-            held = time.monotonic() - self._flushed
-            if self._waiting_bytes >= FLUSH_BYTES or held >= FLUSH_SECONDS:
-                self.flush()
-
-    def flush(self) -> None:
-        """Write what waits in memory."""
-        for key, parts in self._waiting.items():
-            digests = np.frombuffer(b"".join(one for part, _ in parts for one in part), np.uint8)
-            rows = np.concatenate([rows for _, rows in parts])
-            shard = {"faces": digests.reshape(len(rows), 32), "rows": rows}
-            self._write(key, safetensors.numpy.save(shard))
-        self._waiting.clear()
-        self._waiting_bytes = 0
-        self._flushed = time.monotonic()
-
-    def _write(self, key: str, content: bytes) -> None:
-        if self._writable and not key.startswith(ONCE):
+        """Write embeddings `[len(faces), D]` of faces, given by their digests of 32 bytes."""
+        digests = np.frombuffer(b"".join(faces), np.uint8).reshape(len(rows), 32)
+        shard = safetensors.numpy.save({"faces": digests, "rows": rows})
+        if self._lasting is not None and not key.startswith(ONCE):
             try:
-                _write(self._folders[0] / key, content)
+                return _write(self._lasting / key, shard)
             except OSError as error:
-                self._writable = False
                 warnings.warn(
-                    f"embeddings cannot be kept in {self._folders[0]}: {error.strerror}; the run "
+                    f"embeddings cannot be kept in {self._lasting}: {error.strerror}; the run "
                     "goes on without. To keep them, name another folder with cache=FOLDER "
                     "(--cache-folder FOLDER)",
                     stacklevel=2,
                 )
-            else:
-                return
+                self._lasting = None
         try:
             if self._temporary is None:
                 self._temporary = Path(tempfile.mkdtemp(prefix="idloss-"))
                 self._folders.append(self._temporary)
-            _write(self._temporary / key, content)
+            return _write(self._temporary / key, shard)
         except OSError as error:
             raise OSError(
                 f"no room for embeddings in {tempfile.gettempdir()}: {error.strerror}; set TMPDIR "
@@ -211,19 +176,12 @@ def digest_weights(net: nn.Module) -> str:
 def digest_network(net: nn.Module, shape: tuple[int, int, int] | None = None) -> str | None:
     """SHA-256 of what a network computes: its modules, settings, code, weights, and an answer.
 
-    The answer, to a fixed batch of noise, stands for all that the rest does not see: weights
-    outside parameters (quantised ones, a session of another runtime, an attribute that is a
-    function) and functions that are called from elsewhere. Plain attributes count, because `repr`
-    leaves out the likes of a residual's factor; so does the source of classes that are not torch's.
-
-    Args:
-        net: Any module from images `[B, 3, H, W]` to one tensor. It is run twice, in eval mode, on
-            the device it is on, and left as it was.
-        shape: `(3, H, W)` of the noise; None for the network's own input size.
-
-    Returns:
-        Hexadecimal digest, the same in every process; None where the network cannot be told from
-        another: it gives different answers to one batch, or none. What it made must not be kept.
+    None where it cannot be told from another, for it gives different answers to one batch, or none;
+    what it made must not be kept. The answer is to a batch of noise, `[2, *shape]` or of the
+    network's own input size, and stands for all that the rest does not see: weights outside
+    parameters (quantised ones, a session of another runtime, an attribute that is a function) and
+    functions that are called from elsewhere. Plain attributes count, because `repr` leaves out the
+    likes of a residual's factor; so does the source of classes that are not torch's.
     """
     answer = _answer(net, shape)
     if answer is None:

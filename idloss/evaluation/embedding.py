@@ -8,6 +8,8 @@ grid. What was computed before is taken from there.
 from __future__ import annotations
 
 import copy
+import functools
+import time
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
@@ -49,6 +51,12 @@ BATCH_ON_CORE = 8
 BATCH_ON_GPU = 32
 READERS = 4
 """Threads that decode and align for a GPU."""
+FLUSH_BYTES = 16 * 2**20
+"""Embeddings held in memory before they go to disk."""
+FLUSH_SECONDS = 60.0
+"""How long they are held at most: a run that is killed loses no more work than that."""
+
+_Rows = tuple[str, list[bytes], Embeddings]  # key, digests of N faces, `[N, D]`
 
 
 def prepare_probe(crops: Tensor, size: Sequence[int], protocol: Protocol) -> Tensor:
@@ -101,11 +109,6 @@ def fuse_views(embeddings: Tensor, mirrored: Tensor, protocol: Protocol) -> Tens
     return embeddings + mirrored
 
 
-def both_views(images: Tensor) -> Tensor:
-    """Images `[B, 3, H, W]` and then their mirror images, `[2 B, 3, H, W]`."""
-    return torch.cat((images, images.flip(-1)))
-
-
 def cut(canvas: Tensor, crop: str, wanted: str | Template) -> Tensor:
     """One crop out of a wider one, uint8; no resampling between sphereface and arcface."""
     own, other = get_template(crop), get_template(wanted)
@@ -120,44 +123,31 @@ def _require_uint8(images: Tensor, what: str) -> None:
         )
 
 
+@dataclass
 class Networks:
-    """FNets and SRNets ready for many faces; made by `ready`.
+    """FNets and SRNets by name, ready for many faces on one device; made by `ready`."""
 
-    Args:
-        fnets: FNets by name, as from `create_fnet`.
-        srnets: SRNets by name.
-        protocol: How probes are shown and views fused.
-        device: Where they are.
-    """
+    fnets: dict[str, nn.Module]
+    srnets: dict[str, nn.Module]
+    protocol: Protocol
+    device: torch.device
+    encoders: dict[tuple[str, str], FaceEncoder] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        fnets: Mapping[str, nn.Module],
-        srnets: Mapping[str, nn.Module],
-        protocol: Protocol,
-        device: torch.device,
-    ) -> None:
-        self.fnets, self.srnets = dict(fnets), dict(srnets)
-        self.protocol, self.device = protocol, device
-        # HR comes as the FNet's own crop, SR as the SR crop
-        self.crops: dict[str, Template] = {}
-        self.encoders: dict[tuple[str, str], FaceEncoder] = {}
-        for name, fnet in fnets.items():
+    def __post_init__(self) -> None:
+        for name, fnet in self.fnets.items():
             net = fold_batch_norm(fnet, fnet.pretrained_cfg["input_size"])  # type: ignore[index, arg-type]
-            if net is not fnet and device.type == "cpu":
+            if net is not fnet and self.device.type == "cpu":
                 net = net.to(memory_format=torch.channels_last)
-            crop: Any = net.crop
-            self.crops[name] = get_template(crop or SR_CROP)
-            encoder = FaceEncoder(net, crop=SR_CROP, interpolation=protocol.up_mode).to(device)
-            self.encoders[name, "sr"] = encoder
-            self.encoders[name, "hr"] = copy.copy(encoder)  # over the same network
+            encoder = FaceEncoder(net, crop=SR_CROP, interpolation=self.protocol.up_mode)
+            # SR comes as the SR crop, HR as the FNet's own; both go to the same network
+            self.encoders[name, "sr"] = encoder.to(self.device)
+            self.encoders[name, "hr"] = copy.copy(encoder)
             self.encoders[name, "hr"].crop = encoder.fnet_crop or encoder.crop
 
     def copies(self, count: int) -> list[Networks]:
-        """As many sets over the same weights, or this one alone where a network cannot be copied.
+        """A set for each thread over the same weights; one alone where a network has no copy.
 
-        Each thread has its own, so that a network that keeps something between its layers is not
-        disturbed by another thread.
+        A network that keeps something between its layers is not disturbed by another thread.
         """
         nets = (*self.srnets.values(), *(encoder.fnet for encoder in self.encoders.values()))
         shared = {id(one): one for net in nets for one in (*net.parameters(), *net.buffers())}
@@ -174,8 +164,8 @@ class Networks:
 
     def embed_hr(self, fnet: str, canvas: Tensor, crop: str) -> Tensor:
         """Embed faces at full resolution, uint8 `[B, 3, H, W]` of a template; `[B, D]`."""
-        views = both_views(cut(canvas, crop, self.crops[fnet]))
-        return self._embed(fnet, "hr", to_float(views))
+        straight = to_float(cut(canvas, crop, self.encoders[fnet, "hr"].crop or SR_CROP))
+        return self._embed(fnet, "hr", torch.cat((straight, straight.flip(-1))))
 
     def embed_sr(self, fnet: str, views: Tensor) -> Tensor:
         """Embed what `show` gave, `[2 B, 3, 112, 96]`; `[B, D]`, the views of a face fused."""
@@ -187,7 +177,8 @@ class Networks:
 
     def show(self, srnet: str, probes: Tensor) -> Tensor:
         """What FNets are shown of LR probes and of their mirror images, `[2 B, 3, 112, 96]`."""
-        return show_probe(self.srnets[srnet], both_views(probes), self.protocol)
+        views = torch.cat((probes, probes.flip(-1)))
+        return show_probe(self.srnets[srnet], views, self.protocol)
 
 
 @contextmanager
@@ -211,7 +202,7 @@ def ready(
             net.to(device).eval()
         # not inference mode: what a network keeps is to serve training again
         with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
-            yield Networks(fnets, srnets, protocol, device)
+            yield Networks(fnets, dict(srnets), protocol, device)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -221,23 +212,14 @@ def ready(
 
 @dataclass(frozen=True)
 class Embedded:
-    """Embeddings of a grid, read from disk one cell at a time.
-
-    Args:
-        cache: Where they are.
-        keys: Their keys there.
-        wanted: Positions of the faces of each cell.
-        digests: Digest of each face that could be read, by position.
-        count: How many faces there are in all.
-        faults: Faces that could not be read or aligned, by position.
-    """
+    """Embeddings of a grid, in the cache under a key a cell, for `count` faces by position."""
 
     cache: EmbeddingCache
     keys: Mapping[Cell, str]
     wanted: Mapping[Cell, Tensor]
-    digests: Mapping[int, bytes]
+    digests: Mapping[int, bytes]  # of the faces that could be read
     count: int
-    faults: Mapping[int, Fault] = field(default_factory=dict)
+    faults: Mapping[int, Fault]
 
     def rows(self, cell: Cell) -> Embeddings:
         """Embeddings `[N, D]` of one cell, a row for each face, zero for those not asked for."""
@@ -268,25 +250,32 @@ def embed_grid(
     `ValueError` where an FNet gives embeddings that are not finite.
     """
     keys = cell_keys(networks, wanted)
-    everything = torch.cat([*wanted.values()]).unique()
-    digests, faults = _digest_faces(faces, everything, progress=progress)
+    digests: dict[int, bytes] = {}
+    faults: dict[int, Fault] = {}
+    everything = torch.cat([*wanted.values()]).unique().tolist()
+    for place in tqdm(everything, desc="hashing", unit="face", delay=2, disable=not progress):
+        try:
+            digests[place] = faces.digest(place)
+        except DataError as error:  # noqa: PERF203 -- each file may be missing
+            faults[place] = error.faults[0]
     skip_or_raise(faults.values(), skip_missing=skip_missing)
     missing: dict[Cell, Tensor] = {}
     for key in dict.fromkeys(keys.values()):
         cells = [cell for cell in wanted if keys[cell] == key]
-        places = torch.cat([wanted[cell] for cell in cells]).unique().tolist()
         known = cache.known(key)
         new: dict[bytes, int] = {}  # each content once
-        for place in places:
+        for place in torch.cat([wanted[cell] for cell in cells]).unique().tolist():
             if place in digests and digests[place] not in known:
                 new.setdefault(digests[place], place)
         if new:
             missing[cells[0]] = torch.zeros(len(faces), dtype=torch.bool)
             missing[cells[0]][[*new.values()]] = True
     if missing:
-        work = _Pass(networks, faces, digests, missing, keys, cache)
-        unreadable = work.run(batch_size, stop_at_fault=not skip_missing, progress=progress)
-        bad = {digests[place]: fault for place, fault in unreadable.items()}
+        work = _Pass(networks, faces, digests, missing, keys, cache, stop_at_fault=not skip_missing)
+        bad = {
+            digests[place]: fault
+            for place, fault in work.run(batch_size, progress=progress).items()
+        }
         found = {place: bad[own] for place, own in digests.items() if own in bad}
         skip_or_raise(found.values(), skip_missing=skip_missing)
         faults |= found
@@ -295,11 +284,7 @@ def embed_grid(
 
 
 def cell_keys(networks: Networks, cells: Iterable[Cell]) -> dict[Cell, str]:
-    """Digests of all that a cell's embeddings depend on beside the face.
-
-    That is the networks, the protocol's treatment of pictures, the templates, the size, the
-    software and the kind of device. Tasks share embeddings.
-    """
+    """Digests of all that a cell's embeddings depend on beside the face, task and judging aside."""
     shared = (
         networks.protocol.treatment(),
         get_template(CANVAS),
@@ -307,43 +292,28 @@ def cell_keys(networks: Networks, cells: Iterable[Cell]) -> dict[Cell, str]:
         networks.device.type,
         digest_software(),
     )
-    identities: dict[tuple[str, Size | None], str] = {}
 
-    def identity(name: str, net: nn.Module, size: Size | None = None) -> str:
-        if (name, size) not in identities:
-            found = digest_network(net, None if size is None else (3, *size))
-            if found is None:
-                warnings.warn(
-                    f"embeddings made with {name!r} are not kept: it cannot be told from another "
-                    "network, for it gives different answers to the same batch, or none",
-                    stacklevel=2,
-                )
-            identities[name, size] = found or f"{ONCE}{uuid.uuid4().hex}"
-        return identities[name, size]
+    @functools.cache
+    def identity(name: str, size: Size | None = None) -> str:
+        net = networks.fnets[name] if size is None else networks.srnets[name]
+        found = digest_network(net, None if size is None else (3, *size))
+        if found is None:
+            warnings.warn(
+                f"embeddings made with {name!r} are not kept: it cannot be told from another "
+                "network, for it gives different answers to the same batch, or none",
+                stacklevel=2,
+            )
+        return found or f"{ONCE}{uuid.uuid4().hex}"
 
     keys = {}
     for cell in cells:
-        parts = [identity(cell.fnet, networks.fnets[cell.fnet])]
+        parts = [identity(cell.fnet)]
         if cell.srnet != HR:
             size = (cell.height, cell.width)
-            parts += [identity(cell.srnet, networks.srnets[cell.srnet], size), repr(size)]
+            parts += [identity(cell.srnet, size), repr(size)]
         once = ONCE if any(part.startswith(ONCE) for part in parts) else ""
         keys[cell] = once + digest(*shared, *parts)
     return keys
-
-
-def _digest_faces(
-    faces: Faces, places: Tensor, *, progress: bool
-) -> tuple[dict[int, bytes], dict[int, Fault]]:
-    """Digests of some faces by position, and what is wrong with those that cannot be read."""
-    digests: dict[int, bytes] = {}
-    faults: dict[int, Fault] = {}
-    for place in tqdm(places.tolist(), desc="hashing", unit="face", delay=2, disable=not progress):
-        try:
-            digests[place] = faces.digest(place)
-        except DataError as error:  # noqa: PERF203 -- each file may be missing
-            faults[place] = error.faults[0]
-    return digests, faults
 
 
 @dataclass
@@ -360,11 +330,13 @@ class _Pass:
     missing: Mapping[Cell, Tensor]  # whether each face is to be embedded, bool [N]
     keys: Mapping[Cell, str]
     cache: EmbeddingCache
+    stop_at_fault: bool
     stopped: bool = False
+    held: dict[str, list[tuple[Sequence[bytes], Embeddings]]] = field(default_factory=dict)
+    held_bytes: int = 0
+    flushed: float = field(default_factory=time.monotonic)
 
-    def run(
-        self, batch_size: int | None, *, stop_at_fault: bool, progress: bool
-    ) -> dict[int, Fault]:
+    def run(self, batch_size: int | None, *, progress: bool) -> dict[int, Fault]:
         """Embed and store; gives the faces that could not be read, by position."""
         on_cpu = self.networks.device.type == "cpu"
         size = batch_size or (BATCH_ON_CORE if on_cpu else BATCH_ON_GPU)
@@ -376,48 +348,43 @@ class _Pass:
         for networks in copies:
             idle.put(networks)
 
-        def work(part: Tensor) -> tuple[int, dict[int, Fault]]:
+        def work(part: Tensor) -> tuple[int, dict[int, Fault], list[_Rows]]:
             faults: dict[int, Fault] = {}
-            crops = self.faces.crops_at(part, self.crop, faults=faults)
+            crops = self.faces.crops_at(part, self.faces.crop or CANVAS, faults=faults)
             # once stopped, faces are only read, to name all faults at once
-            self.stopped |= stop_at_fault and bool(faults)
+            self.stopped |= self.stop_at_fault and bool(faults)
             good = torch.tensor([place not in faults for place in part.tolist()])
+            made: list[_Rows] = []
             if good.any() and not self.stopped:
                 networks = idle.get()
                 try:
                     with torch.no_grad():  # holds for one thread only
-                        self._embed(networks, part[good], crops[good])
+                        made += self._embed(networks, part[good], crops[good])
                 finally:
                     idle.put(networks)
-            return len(part), faults
+            return len(part), faults, made
 
         faults: dict[int, Fault] = {}
-        bar = tqdm(total=len(places), desc="embedding", unit="face", delay=2, disable=not progress)
         threads = cores if on_cpu and len(copies) == 1 else 1
         pool = ThreadPoolExecutor(workers, "idloss", torch.set_num_threads, (threads,))
+        bar = tqdm(total=len(places), desc="embedding", unit="face", delay=2, disable=not progress)
         try:
-            with bar, pool:
-                try:
-                    for done, found in pool.map(work, places.split(size)):
-                        faults |= found
-                        bar.update(done)
-                except BaseException:  # an error, or Ctrl-C: leave soon
-                    self.stopped = True
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-        finally:  # what was computed before an error or Ctrl-C is not computed again
+            for done, found, made in pool.map(work, places.split(size)):
+                faults |= found
+                self._keep(made)
+                bar.update(done)
+        finally:  # leave soon; what was computed before an error or Ctrl-C is not computed again
+            self.stopped = True
+            pool.shutdown(cancel_futures=True)
+            bar.close()
             torch.set_num_threads(cores)
-            self.cache.flush()
+            self._flush()
         return faults
 
-    @property
-    def crop(self) -> str:
-        """What faces are brought to."""
-        return self.faces.crop or CANVAS
-
-    def _embed(self, networks: Networks, places: Tensor, crops: Tensor) -> None:
+    def _embed(self, networks: Networks, places: Tensor, crops: Tensor) -> Iterator[_Rows]:
+        own = self.faces.crop or CANVAS
         canvas = crops.to(networks.device)
-        hr = cut(canvas, self.crop, SR_CROP)
+        hr = cut(canvas, own, SR_CROP)
         # one SRNet's output is shown to all FNets that lack it
         groups: dict[tuple[str, Size], list[Cell]] = {}
         for cell, needed in self.missing.items():
@@ -425,17 +392,17 @@ class _Pass:
             if cell.srnet != HR:
                 groups.setdefault((cell.srnet, (cell.height, cell.width)), []).append(cell)
             elif rows.any() and not self.stopped:
-                own = canvas[rows.to(canvas.device)]
-                self._put(cell, places[rows], networks.embed_hr(cell.fnet, own, self.crop))
+                found = networks.embed_hr(cell.fnet, canvas[rows.to(canvas.device)], own)
+                yield self._rows(cell, places[rows], found)
         for (srnet, size), cells in groups.items():
             rows = torch.stack([self.missing[cell][places] for cell in cells]).any(0)
             if rows.any() and not self.stopped:
                 lr = prepare_probe(hr[rows.to(hr.device)], size, networks.protocol)
                 shown = networks.show(srnet, lr)
                 for cell in cells:
-                    self._put(cell, places[rows], networks.embed_sr(cell.fnet, shown))
+                    yield self._rows(cell, places[rows], networks.embed_sr(cell.fnet, shown))
 
-    def _put(self, cell: Cell, places: Tensor, embeddings: Tensor) -> None:
+    def _rows(self, cell: Cell, places: Tensor, embeddings: Tensor) -> _Rows:
         rows = embeddings.float().cpu()
         finite = rows.isfinite().all(1)
         if not finite.all():
@@ -445,5 +412,20 @@ class _Pass:
                 f"({cell.srnet} at {cell.size}); look for weights that are not finite, or an SRNet "
                 "that overflowed"
             )
-        digests = [self.digests[place] for place in places.tolist()]
-        self.cache.add(self.keys[cell], digests, rows.numpy())
+        return self.keys[cell], [self.digests[place] for place in places.tolist()], rows.numpy()
+
+    def _keep(self, made: Iterable[_Rows]) -> None:
+        """Hold embeddings in memory until there are enough for a file."""
+        for key, faces, rows in made:
+            self.held.setdefault(key, []).append((faces, rows))
+            self.held_bytes += rows.nbytes
+        held = time.monotonic() - self.flushed
+        if self.held_bytes >= FLUSH_BYTES or held >= FLUSH_SECONDS:
+            self._flush()
+
+    def _flush(self) -> None:
+        for key, parts in self.held.items():
+            faces = [face for part, _ in parts for face in part]
+            self.cache.add(key, faces, np.concatenate([rows for _, rows in parts]))
+        self.held.clear()
+        self.held_bytes, self.flushed = 0, time.monotonic()

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from idloss.evaluation.identification import (
     open_set,
 )
 from idloss.evaluation.protocols import Protocol, get_protocol
-from idloss.evaluation.results import HR, LR, Cell, Results, Task
+from idloss.evaluation.results import HR, LR, Cell, Results, Task, read_task
 from idloss.evaluation.statistics import Estimate, require_scipy
 from idloss.evaluation.verification import pair_scores, summarise, verify
 from idloss.geometry import get_template
@@ -97,21 +97,25 @@ def evaluate(
         ValueError: The set lacks pairs or identities, or an option is unknown or out of range.
         DataError: A photo cannot be read or aligned.
     """
-    named = [task.replace("-", "_") for task in ([tasks] if isinstance(tasks, str) else tasks)]
-    for kind, given, known in (("probe", [probe], Probe), ("task", named, Task)):
-        for value in given:
-            if value not in get_args(known):
-                raise ValueError(did_you_mean(kind, value, get_args(known)))
-    require_scipy()  # for the intervals: say so before hours are spent
+    if probe not in get_args(Probe):
+        raise ValueError(did_you_mean("probe", probe, get_args(Probe)))
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
+    named = dict.fromkeys(map(read_task, [tasks] if isinstance(tasks, str) else tasks))
+    own = {
+        task: tuple(dict.fromkeys(PAPER_SIZES[task] if sizes is None else sizes)) for task in named
+    }
+    require_scipy()  # for the intervals: say so before hours are spent
     fixed = get_protocol(protocol)
     place = resolve_device(device)
-    own = {
-        cast("Task", task): tuple(dict.fromkeys(PAPER_SIZES[task] if sizes is None else sizes))  # type: ignore[index]
-        for task in dict.fromkeys(named)
-    }
     _require_sense(fnets, srnets, [size for one in own.values() for size in one])
+    about: dict[str, Any] = {
+        "name": data.name,
+        "faces": len(data.faces),
+        "pairs": 0 if data.pairs is None else len(data.pairs),
+        "list": _digest_list(data),
+        "skipped": [str(fault) for fault in data.faces.skipped],
+    }
     results = Results(
         run={
             "tasks": list(own),
@@ -119,19 +123,13 @@ def evaluate(
             "probe": probe,
             "seed": seed,
             "skip_missing": skip_missing,
-            "data": {
-                "name": data.name,
-                "faces": len(data.faces),
-                "pairs": 0 if data.pairs is None else len(data.pairs),
-                "list": _digest_list(data),
-                "skipped": [str(fault) for fault in data.faces.skipped],
-            },
+            "data": about,
             "sizes": {task: [list(size) for size in one] for task, one in own.items()},
             "device": str(place),
             "batch_size": batch_size,
         }
     )
-    run = _Run(data, own, [*fnets], [*srnets], fixed, probe, draws, seed, results, progress)
+    run = _Run(data, own, [*fnets], [*srnets], fixed, probe, draws, seed, results)
     wanted = {cell: places for task in own for cell, places in run.wanted(task).items()}
     folder = Path(HF_HOME) / "idloss" / "embeddings" if cache is True else cache
     with (
@@ -150,11 +148,10 @@ def evaluate(
             skip_missing=skip_missing,
             progress=progress,
         )
-        about = results.run["data"]
         about["content"] = {task: embedded.content(torch.cat(run.sides(task))) for task in own}
         about["skipped"] += dict.fromkeys(map(str, embedded.faults.values()))
         for task in own:
-            run.judge(task, embedded)
+            run.judge(task, embedded, progress=progress)
     return results
 
 
@@ -217,7 +214,6 @@ class _Run:
     draws: int
     seed: int
     results: Results
-    progress: bool
 
     def sides(self, task: Task) -> tuple[Tensor, Tensor]:
         """Positions of the faces enrolled and of the probes, each int64.
@@ -236,25 +232,21 @@ class _Run:
         able = torch.from_numpy(drawn.images)
         return able, able if task == "identification" else torch.arange(len(self.data.faces))
 
-    def cells(self, task: Task, fnet: str) -> list[Cell]:
-        """The cells of a task and an FNet, HR first."""
+    def cells(self, task: Task) -> list[Cell]:
+        """The cells of a task, HR first of those of each FNet."""
         grid = [(HR, get_template(SR_CROP).size)]
         grid += [(srnet, size) for srnet in self.srnets for size in self.sizes[task]]
-        return [Cell(task, fnet, srnet, *size) for srnet, size in grid]
+        return [Cell(task, fnet, srnet, *size) for fnet in self.fnets for srnet, size in grid]
 
     def wanted(self, task: Task) -> dict[Cell, Tensor]:
         """Positions of the faces that each cell of a task needs."""
         enrolled, probes = self.sides(task)
-        everyone = torch.cat((enrolled, probes))
-        low = everyone if self.probe == "both" else probes
-        return {
-            cell: (everyone if cell.srnet == HR else low).unique()
-            for fnet in self.fnets
-            for cell in self.cells(task, fnet)
-        }
+        everyone = torch.cat((enrolled, probes)).unique()
+        low = everyone if self.probe == "both" else probes.unique()
+        return {cell: everyone if cell.srnet == HR else low for cell in self.cells(task)}
 
-    def judge(self, task: Task, embedded: Embedded) -> None:
-        """Judge every cell of a task, one in memory at a time."""
+    def judge(self, task: Task, embedded: Embedded, *, progress: bool) -> None:
+        """Judge every cell of a task, one in memory at a time beside HR."""
         lost = torch.tensor(sorted(embedded.faults), dtype=torch.int64)
         if task == "verification":
             judge = self._verification(lost)
@@ -262,22 +254,16 @@ class _Run:
             judge = self._drawn_galleries(task, lost)
         else:
             judge = self._own_gallery(task, _without(self.data.gallery, lost), lost)
-        count = sum(len(self.cells(task, fnet)) for fnet in self.fnets)
         what = task.replace("_", " ")
-        with tqdm(total=count, desc=what, unit="cell", delay=2, disable=not self.progress) as bar:
-            for fnet in self.fnets:
-                hr, *others = self.cells(task, fnet)
-                enrolled = embedded.rows(hr)
-                for cell in (hr, *others):
-                    rows = enrolled if cell is hr else embedded.rows(cell)
-                    figures, arrays = judge(rows if self.probe == "both" else enrolled, rows)
-                    self.results.add(cell, figures, arrays)
-                    bar.update()
+        for cell in tqdm(self.cells(task), desc=what, unit="cell", delay=2, disable=not progress):
+            rows = embedded.rows(cell)
+            if cell.srnet == HR:
+                enrolled = rows
+            figures, arrays = judge(rows if self.probe == "both" else enrolled, rows)
+            self.results.add(cell, figures, arrays)
 
     def _verification(self, lost: Tensor) -> Judge:
-        pairs = self._pairs()
-        pairs = pairs.select(~(torch.isin(pairs.first, lost) | torch.isin(pairs.second, lost)))
-        _require_both_kinds(pairs, self.data.name)
+        pairs = self._pairs(lost)
         self._note("judged", "verification", {"pairs": len(pairs)})
         first, second = pairs.first.numpy(), pairs.second.numpy()
         same, folds = pairs.same.numpy(), pairs.fold.numpy()
@@ -348,11 +334,28 @@ class _Run:
 
         return search if task == "identification" else turn_away
 
-    def _pairs(self) -> Pairs:
-        if self.data.pairs is None:
-            raise ValueError(f"{self.data.name} has no pairs to verify; give the list of pairs")
-        _require_both_kinds(self.data.pairs, self.data.name)
-        return self.data.pairs
+    def _pairs(self, lost: Tensor | None = None) -> Pairs:
+        """The pairs whose faces are there, refused where no k-fold figures can be made of them."""
+        name, pairs = self.data.name, self.data.pairs
+        if pairs is None:
+            raise ValueError(f"{name} has no pairs to verify; give the list of pairs")
+        if lost is not None:
+            pairs = pairs.select(~(torch.isin(pairs.first, lost) | torch.isin(pairs.second, lost)))
+        folds = int(pairs.fold.max()) + 1 if len(pairs) else 0
+        if folds < 2:
+            raise ValueError(
+                f"{name}: {len(pairs)} pairs in {folds} folds; each fold is judged at the "
+                "threshold of the others, so give two folds or more"
+            )
+        alike = pairs.fold[pairs.same].bincount(minlength=folds).tolist()
+        apart = pairs.fold[~pairs.same].bincount(minlength=folds).tolist()
+        for fold, (one, two) in enumerate(zip(alike, apart, strict=True), start=1):
+            if not one or not two:
+                raise ValueError(
+                    f"{name}: fold {fold} of {folds} has {one} pairs of one person and {two} of "
+                    "two; ROC, AUC and EER need both in each fold, so give more pairs"
+                )
+        return pairs
 
     def _labels(self) -> NDArray[np.int64]:
         if self.data.faces.labels is None:
@@ -373,24 +376,6 @@ class _Run:
     def _note(self, key: str, task: Task, value: Any) -> None:
         """Keep what holds for one task only."""
         self.results.run.setdefault(key, {})[task] = value
-
-
-def _require_both_kinds(pairs: Pairs, name: str) -> None:
-    """Refuse pairs that k-fold figures cannot be made of, before hours are spent on them."""
-    folds = int(pairs.fold.max()) + 1 if len(pairs) else 0
-    if folds < 2:
-        raise ValueError(
-            f"{name}: {len(pairs)} pairs in {folds} folds; each fold is judged at the threshold of "
-            "the others, so give two folds or more"
-        )
-    alike = pairs.fold[pairs.same].bincount(minlength=folds)
-    apart = pairs.fold[~pairs.same].bincount(minlength=folds)
-    for fold, (one, two) in enumerate(zip(alike.tolist(), apart.tolist(), strict=True), start=1):
-        if not one or not two:
-            raise ValueError(
-                f"{name}: fold {fold} of {folds} has {one} pairs of one person and {two} of two; "
-                "ROC, AUC and EER need both in each fold, so give more pairs"
-            )
 
 
 def _without(places: Tensor, lost: Tensor) -> NDArray[np.int64]:

@@ -62,11 +62,11 @@ def test_damaged_and_hostile_shards_are_named_and_made_anew(data, fnet, home, da
 
 
 def test_two_writers_at_once(tmp_path):
-    store = EmbeddingCache(tmp_path)
     rows = np.arange(400, dtype=np.float32).reshape(100, 4)
     names = [bytes([place]) * 32 for place in range(100)]
 
     def write():
+        store = EmbeddingCache(tmp_path)
         for start in range(0, 100, 10):
             store.add("key", names[start : start + 10], rows[start : start + 10])
 
@@ -75,7 +75,7 @@ def test_two_writers_at_once(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    store.flush()
+    store = EmbeddingCache(tmp_path)
     assert store.known("key") == set(names)
     np.testing.assert_array_equal(store.load("key", names[::-1]), rows[::-1])
     assert not store.load("key", [None, names[3]])[0].any()

@@ -16,9 +16,9 @@ from idloss.evaluation import (
     HR,
     Cell,
     Results,
-    cache,
     compare,
     comparison_table,
+    embedding,
     evaluate,
     get_protocol,
 )
@@ -183,7 +183,7 @@ def test_interrupted_run_goes_on_where_it_left_off(data, fnet, home, calls, monk
 
 
 def test_embeddings_do_not_wait_in_memory_for_long(data, fnet, srnets, home, monkeypatch):
-    monkeypatch.setattr(cache, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(embedding, "FLUSH_SECONDS", 0.0)
     found = run(data, {"f": fnet}, srnets, batch_size=1)
     assert len([*home.rglob("*.safetensors")]) > len(data.faces)  # one a batch and cell
     whole = run(data, {"f": fnet}, srnets, cache=False)
