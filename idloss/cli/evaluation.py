@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-import tempfile
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -15,7 +13,6 @@ import typer
 
 if TYPE_CHECKING:
     from idloss.data import EvaluationSet, FileFaces
-    from idloss.evaluation import Results
     from idloss.evaluation.run import Probe
 
 # typer wants lists as defaults; nobody changes them
@@ -112,7 +109,7 @@ def evaluate(
         cache=(cache_folder or True) if cache else False,
     )
     results.run["command"] = ["idloss", *sys.argv[1:]]
-    out, written = _keep(results, out)
+    written = results.save(out / "results.json")
     tables = bench.write_tables(results, out)
     for table in tables.values():
         typer.echo(f"\n{table}", nl=False)
@@ -180,21 +177,6 @@ def _open(
             "pictures are aligned to with --crop sphereface or --crop arcface"
         )
     return found
-
-
-def _keep(results: Results, out: Path) -> tuple[Path, list[Path]]:
-    """Save results, in a folder for temporary files where the disk filled up meanwhile."""
-    try:
-        return out, results.save(out / "results.json")
-    except OSError as error:
-        other = Path(tempfile.mkdtemp(prefix="idloss-results-"))
-        written = results.save(other / "results.json")
-        warnings.warn(
-            f"--out {out} cannot be written to ({error.strerror or error}); the results are in "
-            f"{other}. Name another folder with --out",
-            stacklevel=2,
-        )
-        return other, written
 
 
 def _require_writable(folder: Path) -> None:

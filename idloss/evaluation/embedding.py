@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,11 @@ def prepare_probe(crops: Tensor, size: Sequence[int], protocol: Protocol) -> Ten
     A probe is mirrored after this step, not before: the paper's flipped view is the mirrored LR
     image, super-resolved on its own.
     """
-    _require_uint8(crops, "crops")
+    if crops.dtype != torch.uint8:
+        raise TypeError(
+            f"crops must be uint8, got {crops.dtype}: protocols resample 8-bit images, turn float "
+            "ones into them with idloss.resample.to_uint8"
+        )
     return resize(crops, size, mode=protocol.down_mode, convention=protocol.convention)
 
 
@@ -75,7 +80,6 @@ def show_probe(srnet: nn.Module, probes: Tensor, protocol: Protocol) -> Tensor:
     An `Interpolation` enlarges 8-bit images in one step: the rows `bilinear` (the paper's
     "Bicubic") and `bicubic`.
     """
-    _require_uint8(probes, "probes")
     size = get_template(SR_CROP).size
     if isinstance(srnet, Interpolation):
         return to_float(resize(probes, size, mode=srnet.mode, convention=protocol.convention))
@@ -98,29 +102,18 @@ def to_fnet_input(sr: Tensor, size: Sequence[int], protocol: Protocol) -> Tensor
     return to_float(resize(levels, size, mode=protocol.up_mode, convention=protocol.convention))
 
 
-def fuse_views(embeddings: Tensor, mirrored: Tensor, protocol: Protocol) -> Tensor:
-    """One embedding, `[B, 2 D]` or `[B, D]`, of a crop's and its mirror image's, both `[B, D]`."""
-    if embeddings.shape != mirrored.shape:
-        raise ValueError(
-            f"both views need one shape, got {list(embeddings.shape)} and {list(mirrored.shape)}"
-        )
+def fuse_views(embeddings: Tensor, protocol: Protocol) -> Tensor:
+    """One embedding, `[B, 2 D]` or `[B, D]`, of crops and then their mirror images, `[2 B, D]`."""
+    straight, mirrored = embeddings.chunk(2)
     if protocol.flip == "concat":
-        return torch.cat((embeddings, mirrored), dim=1)
-    return embeddings + mirrored
+        return torch.cat((straight, mirrored), dim=1)
+    return straight + mirrored
 
 
 def cut(canvas: Tensor, crop: str, wanted: str | Template) -> Tensor:
     """One crop out of a wider one, uint8; no resampling between sphereface and arcface."""
     own, other = get_template(crop), get_template(wanted)
     return canvas if own == other else to_uint8(convert_crop(to_float(canvas), own, other))
-
-
-def _require_uint8(images: Tensor, what: str) -> None:
-    if images.dtype != torch.uint8:
-        raise TypeError(
-            f"{what} must be uint8, got {images.dtype}: protocols resample 8-bit images, turn "
-            "float ones into them with idloss.resample.to_uint8"
-        )
 
 
 @dataclass
@@ -165,15 +158,12 @@ class Networks:
     def embed_hr(self, fnet: str, canvas: Tensor, crop: str) -> Tensor:
         """Embed faces at full resolution, uint8 `[B, 3, H, W]` of a template; `[B, D]`."""
         straight = to_float(cut(canvas, crop, self.encoders[fnet, "hr"].crop or SR_CROP))
-        return self._embed(fnet, "hr", torch.cat((straight, straight.flip(-1))))
+        views = torch.cat((straight, straight.flip(-1)))
+        return fuse_views(self.encoders[fnet, "hr"](views), self.protocol)
 
     def embed_sr(self, fnet: str, views: Tensor) -> Tensor:
         """Embed what `show` gave, `[2 B, 3, 112, 96]`; `[B, D]`, the views of a face fused."""
-        return self._embed(fnet, "sr", views)
-
-    def _embed(self, fnet: str, kind: str, views: Tensor) -> Tensor:
-        straight, mirrored = self.encoders[fnet, kind](views).chunk(2)
-        return fuse_views(straight, mirrored, self.protocol)
+        return fuse_views(self.encoders[fnet, "sr"](views), self.protocol)
 
     def show(self, srnet: str, probes: Tensor) -> Tensor:
         """What FNets are shown of LR probes and of their mirror images, `[2 B, 3, 112, 96]`."""
@@ -210,79 +200,6 @@ def ready(
             parameter.requires_grad = True
 
 
-@dataclass(frozen=True)
-class Embedded:
-    """Embeddings of a grid, in the cache under a key a cell, for `count` faces by position."""
-
-    cache: EmbeddingCache
-    keys: Mapping[Cell, str]
-    wanted: Mapping[Cell, Tensor]
-    digests: Mapping[int, bytes]  # of the faces that could be read
-    count: int
-    faults: Mapping[int, Fault]
-
-    def rows(self, cell: Cell) -> Embeddings:
-        """Embeddings `[N, D]` of one cell, a row for each face, zero for those not asked for."""
-        wanted: list[bytes | None] = [None] * self.count
-        for place in self.wanted[cell].tolist():
-            wanted[place] = self.digests.get(place)
-        return self.cache.load(self.keys[cell], wanted)
-
-    def content(self, places: Tensor) -> str:
-        """SHA-256 of some faces, those that could be read: their files and points."""
-        known = (place for place in places.unique().tolist() if place in self.digests)
-        return digest(*((place, self.digests[place]) for place in known))
-
-
-def embed_grid(
-    networks: Networks,
-    faces: Faces,
-    wanted: Mapping[Cell, Tensor],
-    cache: EmbeddingCache,
-    *,
-    batch_size: int | None = None,
-    skip_missing: bool = False,
-    progress: bool = True,
-) -> Embedded:
-    """Embed the faces at some positions for each cell, as far as the cache lacks them.
-
-    Raises `DataError` naming each photo that cannot be read or aligned, unless `skip_missing`, and
-    `ValueError` where an FNet gives embeddings that are not finite.
-    """
-    keys = cell_keys(networks, wanted)
-    digests: dict[int, bytes] = {}
-    faults: dict[int, Fault] = {}
-    everything = torch.cat([*wanted.values()]).unique().tolist()
-    for place in tqdm(everything, desc="hashing", unit="face", delay=2, disable=not progress):
-        try:
-            digests[place] = faces.digest(place)
-        except DataError as error:  # noqa: PERF203 -- each file may be missing
-            faults[place] = error.faults[0]
-    skip_or_raise(faults.values(), skip_missing=skip_missing)
-    missing: dict[Cell, Tensor] = {}
-    for key in dict.fromkeys(keys.values()):
-        cells = [cell for cell in wanted if keys[cell] == key]
-        known = cache.known(key)
-        new: dict[bytes, int] = {}  # each content once
-        for place in torch.cat([wanted[cell] for cell in cells]).unique().tolist():
-            if place in digests and digests[place] not in known:
-                new.setdefault(digests[place], place)
-        if new:
-            missing[cells[0]] = torch.zeros(len(faces), dtype=torch.bool)
-            missing[cells[0]][[*new.values()]] = True
-    if missing:
-        work = _Pass(networks, faces, digests, missing, keys, cache, stop_at_fault=not skip_missing)
-        bad = {
-            digests[place]: fault
-            for place, fault in work.run(batch_size, progress=progress).items()
-        }
-        found = {place: bad[own] for place, own in digests.items() if own in bad}
-        skip_or_raise(found.values(), skip_missing=skip_missing)
-        faults |= found
-    good = {place: own for place, own in digests.items() if place not in faults}
-    return Embedded(cache, keys, wanted, good, len(faces), faults)
-
-
 def cell_keys(networks: Networks, cells: Iterable[Cell]) -> dict[Cell, str]:
     """Digests of all that a cell's embeddings depend on beside the face, task and judging aside."""
     shared = (
@@ -317,30 +234,80 @@ def cell_keys(networks: Networks, cells: Iterable[Cell]) -> dict[Cell, str]:
 
 
 @dataclass
-class _Pass:
-    """One pass over the faces for the embeddings that are missing.
-
-    On a CPU every core takes a batch from the file to the embedding: convolutions of small faces
-    share a core's caches better than they share cores. Threads read ahead for a GPU.
-    """
+class EmbeddedGrid:
+    """Embeddings of the faces wanted for each cell, kept in the cache, read one cell at a time."""
 
     networks: Networks
     faces: Faces
-    digests: Mapping[int, bytes]
-    missing: Mapping[Cell, Tensor]  # whether each face is to be embedded, bool [N]
-    keys: Mapping[Cell, str]
+    wanted: Mapping[Cell, Tensor]  # positions, int64
     cache: EmbeddingCache
-    stop_at_fault: bool
-    stopped: bool = False
-    held: dict[str, list[tuple[Sequence[bytes], Embeddings]]] = field(default_factory=dict)
-    held_bytes: int = 0
-    flushed: float = field(default_factory=time.monotonic)
+    batch_size: int | None = None
+    skip_missing: bool = False
+    progress: bool = True
+    faults: dict[int, Fault] = field(default_factory=dict)  # faces that cannot be read, by position
+    _digests: dict[int, bytes] = field(default_factory=dict)  # of the others
+    _keys: dict[Cell, str] = field(default_factory=dict)
+    _missing: dict[Cell, Tensor] = field(default_factory=dict)  # faces to be embedded, bool [N]
+    _held: dict[str, list[tuple[list[bytes], Embeddings]]] = field(default_factory=dict)
+    _flushed: float = field(default_factory=time.monotonic)
+    _stopped: bool = False
 
-    def run(self, batch_size: int | None, *, progress: bool) -> dict[int, Fault]:
-        """Embed and store; gives the faces that could not be read, by position."""
+    def rows(self, cell: Cell) -> Embeddings:
+        """Embeddings `[N, D]` of one cell, a row for each face, zero for those not asked for."""
+        wanted: list[bytes | None] = [None] * len(self.faces)
+        for place in self.wanted[cell].tolist():
+            wanted[place] = self._digests.get(place)
+        return self.cache.load(self._keys[cell], wanted)
+
+    def content(self, places: Tensor) -> str:
+        """SHA-256 of some faces, those that could be read: their files and points."""
+        known = (place for place in places.unique().tolist() if place in self._digests)
+        return digest(*((place, self._digests[place]) for place in known))
+
+    def fill(self) -> None:
+        """Embed what the cache lacks.
+
+        Raises `DataError` naming each photo that cannot be read or aligned, unless `skip_missing`,
+        and `ValueError` where an FNet gives embeddings that are not finite.
+        """
+        self._keys = cell_keys(self.networks, self.wanted)
+        everything = torch.cat([*self.wanted.values()]).unique().tolist()
+        for place in self._bar(everything, desc="hashing"):
+            try:
+                self._digests[place] = self.faces.digest(place)
+            except DataError as error:  # noqa: PERF203 -- each file may be missing
+                self.faults[place] = error.faults[0]
+        skip_or_raise(self.faults.values(), skip_missing=self.skip_missing)
+        for key in dict.fromkeys(self._keys.values()):
+            cells = [cell for cell in self.wanted if self._keys[cell] == key]
+            known = self.cache.known(key)
+            new: dict[bytes, int] = {}  # each content once
+            for place in torch.cat([self.wanted[cell] for cell in cells]).unique().tolist():
+                if place in self._digests and self._digests[place] not in known:
+                    new.setdefault(self._digests[place], place)
+            if new:
+                self._missing[cells[0]] = torch.zeros(len(self.faces), dtype=torch.bool)
+                self._missing[cells[0]][[*new.values()]] = True
+        if self._missing:
+            bad = {self._digests[place]: fault for place, fault in self._embed_missing().items()}
+            found = {place: bad[own] for place, own in self._digests.items() if own in bad}
+            skip_or_raise(found.values(), skip_missing=self.skip_missing)
+            self.faults |= found
+            for place in found:
+                del self._digests[place]
+
+    def _bar(self, items: Iterable[Any] | None, **about: Any) -> Any:
+        return tqdm(items, unit="face", delay=2, disable=not self.progress, **about)
+
+    def _embed_missing(self) -> dict[int, Fault]:
+        """Embed and store; gives the faces that could not be read, by position.
+
+        On a CPU every core takes a batch from the file to the embedding: convolutions of small
+        faces share a core's caches better than they share cores. Threads read ahead for a GPU.
+        """
         on_cpu = self.networks.device.type == "cpu"
-        size = batch_size or (BATCH_ON_CORE if on_cpu else BATCH_ON_GPU)
-        places = torch.stack([*self.missing.values()]).any(0).nonzero().flatten()
+        size = self.batch_size or (BATCH_ON_CORE if on_cpu else BATCH_ON_GPU)
+        places = torch.stack([*self._missing.values()]).any(0).nonzero().flatten()
         cores = torch.get_num_threads()
         workers = cores if on_cpu else READERS
         copies = self.networks.copies(workers if on_cpu else 1)
@@ -352,10 +319,10 @@ class _Pass:
             faults: dict[int, Fault] = {}
             crops = self.faces.crops_at(part, self.faces.crop or CANVAS, faults=faults)
             # once stopped, faces are only read, to name all faults at once
-            self.stopped |= self.stop_at_fault and bool(faults)
+            self._stopped |= bool(faults) and not self.skip_missing
             good = torch.tensor([place not in faults for place in part.tolist()])
             made: list[_Rows] = []
-            if good.any() and not self.stopped:
+            if good.any() and not self._stopped:
                 networks = idle.get()
                 try:
                     with torch.no_grad():  # holds for one thread only
@@ -367,16 +334,15 @@ class _Pass:
         faults: dict[int, Fault] = {}
         threads = cores if on_cpu and len(copies) == 1 else 1
         pool = ThreadPoolExecutor(workers, "idloss", torch.set_num_threads, (threads,))
-        bar = tqdm(total=len(places), desc="embedding", unit="face", delay=2, disable=not progress)
         try:
-            for done, found, made in pool.map(work, places.split(size)):
-                faults |= found
-                self._keep(made)
-                bar.update(done)
+            with self._bar(None, total=len(places), desc="embedding") as bar:
+                for done, found, made in pool.map(work, places.split(size)):
+                    faults |= found
+                    self._keep(made)
+                    bar.update(done)
         finally:  # leave soon; what was computed before an error or Ctrl-C is not computed again
-            self.stopped = True
+            self._stopped = True
             pool.shutdown(cancel_futures=True)
-            bar.close()
             torch.set_num_threads(cores)
             self._flush()
         return faults
@@ -387,16 +353,16 @@ class _Pass:
         hr = cut(canvas, own, SR_CROP)
         # one SRNet's output is shown to all FNets that lack it
         groups: dict[tuple[str, Size], list[Cell]] = {}
-        for cell, needed in self.missing.items():
+        for cell, needed in self._missing.items():
             rows = needed[places]
             if cell.srnet != HR:
                 groups.setdefault((cell.srnet, (cell.height, cell.width)), []).append(cell)
-            elif rows.any() and not self.stopped:
+            elif rows.any() and not self._stopped:
                 found = networks.embed_hr(cell.fnet, canvas[rows.to(canvas.device)], own)
                 yield self._rows(cell, places[rows], found)
         for (srnet, size), cells in groups.items():
-            rows = torch.stack([self.missing[cell][places] for cell in cells]).any(0)
-            if rows.any() and not self.stopped:
+            rows = torch.stack([self._missing[cell][places] for cell in cells]).any(0)
+            if rows.any() and not self._stopped:
                 lr = prepare_probe(hr[rows.to(hr.device)], size, networks.protocol)
                 shown = networks.show(srnet, lr)
                 for cell in cells:
@@ -412,20 +378,19 @@ class _Pass:
                 f"({cell.srnet} at {cell.size}); look for weights that are not finite, or an SRNet "
                 "that overflowed"
             )
-        return self.keys[cell], [self.digests[place] for place in places.tolist()], rows.numpy()
+        return self._keys[cell], [self._digests[place] for place in places.tolist()], rows.numpy()
 
     def _keep(self, made: Iterable[_Rows]) -> None:
         """Hold embeddings in memory until there are enough for a file."""
         for key, faces, rows in made:
-            self.held.setdefault(key, []).append((faces, rows))
-            self.held_bytes += rows.nbytes
-        held = time.monotonic() - self.flushed
-        if self.held_bytes >= FLUSH_BYTES or held >= FLUSH_SECONDS:
+            self._held.setdefault(key, []).append((faces, rows))
+        held = sum(rows.nbytes for parts in self._held.values() for _, rows in parts)
+        if held >= FLUSH_BYTES or time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self._flush()
 
     def _flush(self) -> None:
-        for key, parts in self.held.items():
+        for key, parts in self._held.items():
             faces = [face for part, _ in parts for face in part]
             self.cache.add(key, faces, np.concatenate([rows for _, rows in parts]))
-        self.held.clear()
-        self.held_bytes, self.flushed = 0, time.monotonic()
+        self._held.clear()
+        self._flushed = time.monotonic()

@@ -20,7 +20,7 @@ from idloss.data import EvaluationSet, Pairs
 from idloss.encoder import resolve_device
 from idloss.errors import did_you_mean
 from idloss.evaluation.cache import EmbeddingCache, Embeddings, digest_weights
-from idloss.evaluation.embedding import SR_CROP, Embedded, embed_grid, ready
+from idloss.evaluation.embedding import SR_CROP, EmbeddedGrid, ready
 from idloss.evaluation.identification import (
     DRAWS,
     closed_set,
@@ -139,15 +139,9 @@ def evaluate(
         results.run["networks"] = {
             name: _describe_network(net) for name, net in (*fnets.items(), *srnets.items())
         }
-        embedded = embed_grid(
-            networks,
-            data.faces,
-            wanted,
-            store,
-            batch_size=batch_size,
-            skip_missing=skip_missing,
-            progress=progress,
-        )
+        options = (batch_size, skip_missing, progress)
+        embedded = EmbeddedGrid(networks, data.faces, wanted, store, *options)
+        embedded.fill()
         about["content"] = {task: embedded.content(torch.cat(run.sides(task))) for task in own}
         about["skipped"] += dict.fromkeys(map(str, embedded.faults.values()))
         for task in own:
@@ -245,7 +239,7 @@ class _Run:
         low = everyone if self.probe == "both" else probes.unique()
         return {cell: everyone if cell.srnet == HR else low for cell in self.cells(task)}
 
-    def judge(self, task: Task, embedded: Embedded, *, progress: bool) -> None:
+    def judge(self, task: Task, embedded: EmbeddedGrid, *, progress: bool) -> None:
         """Judge every cell of a task, one in memory at a time beside HR."""
         lost = torch.tensor(sorted(embedded.faults), dtype=torch.int64)
         if task == "verification":
