@@ -32,7 +32,6 @@ from idloss.data.prepared import (
     HASH_BYTES,
     HASHES,
     INDEX,
-    Dropped,
     PreparedFaces,
     Report,
     crop_hash,
@@ -93,7 +92,7 @@ def prepare(
     """
     folder, template = Path(out).expanduser(), get_template(crop)
     unread = "left out when the source was read"
-    dropped = [Dropped(fault.where, unread, fault.what) for fault in source.skipped]
+    dropped = [Fault(fault.where, f"{unread}: {fault.what}") for fault in source.skipped]
     photos = source
     if clean_list is not None:
         photos, unlisted = _keep_listed(source, Path(clean_list), skip_missing=skip_missing)
@@ -158,13 +157,10 @@ class _Filling:
     progress: bool
 
     def fill(
-        self, plan: Mapping[str, object], dropped: Sequence[Dropped], exclude: Exclusion | None
+        self, plan: Mapping[str, object], dropped: Sequence[Fault], exclude: Exclusion | None
     ) -> None:
         """Align what is not aligned yet, remove who is to be excluded, and write the tables."""
-        gone = {
-            place: Dropped(self.photos.names[place], UNALIGNED, fault.what)
-            for place, fault in self._align().items()
-        }
+        gone = {place: f"{UNALIGNED}: {fault.what}" for place, fault in self._align().items()}
         matches: Sequence[Match] = ()
         unchecked: tuple[Fault, ...] = ()
         faces = self._faces(gone)
@@ -178,15 +174,14 @@ class _Filling:
             )
             unchecked = (*exclude.faces.skipped, *unread)
             for index, detail in matched_faces(faces, matches).items():
-                name, place = faces.names[index], int(faces.rows[index])
-                gone[place] = Dropped(name, f"also in {exclude.name}", detail)
+                gone[int(faces.rows[index])] = f"also in {exclude.name}: {detail}"
             faces = self._faces(gone)
         # no pixel of those dropped is left; if the run stops here, they are aligned once more
         self._crops[sorted(gone)] = 0
         self._hashes[sorted(gone), :HASH_BYTES] = 0
         self._crops.flush()
         self._hashes.flush()
-        every = [*dropped, *(gone[place] for place in sorted(gone))]
+        every = [*dropped, *(Fault(self.photos.names[at], gone[at]) for at in sorted(gone))]
         points = _points(self.photos)[faces.rows].flatten(1).T.tolist()
         table = zip(faces.names, identity_names(faces), *points, faces.rows.tolist(), strict=True)
         result = {
@@ -194,7 +189,7 @@ class _Filling:
             "faces": len(faces),
             "identities": len(faces.identities),
             "duplicates": len(faces) - len(np.unique(faces.hashes, axis=0)),
-            "dropped": dict(Counter(one.reason for one in every)),
+            "dropped": dict(Counter(one.what.partition(": ")[0] for one in every)),
             "matches": [astuple(match) for match in matches],
             "unchecked": unchecked,
             "tables": {
@@ -288,7 +283,7 @@ class _Filling:
         return whole.select(kept)
 
 
-def _keep_listed(source: Faces, path: Path, *, skip_missing: bool) -> tuple[Faces, list[Dropped]]:
+def _keep_listed(source: Faces, path: Path, *, skip_missing: bool) -> tuple[Faces, list[Fault]]:
     """The photos of a clean list in their old order, with its points if any, and the dropped."""
     places = index_of(source.names)
     listed, points = read_clean_list(path, source.names)
@@ -297,8 +292,8 @@ def _keep_listed(source: Faces, path: Path, *, skip_missing: bool) -> tuple[Face
         raise DataError([Fault(str(path), what)], "Leave the names alone in the list.")
     skip_or_raise(points.faults, skip_missing=skip_missing)
     wanted = frozenset(listed)
-    dropped = [Dropped(name, "not in the clean list") for name in places if name not in wanted]
-    dropped += [Dropped(name, ABSENT) for name in listed if name not in places]
+    dropped = [Fault(name, "not in the clean list") for name in places if name not in wanted]
+    dropped += [Fault(name, ABSENT) for name in listed if name not in places]
     chosen = source.select(torch.tensor([i for name, i in places.items() if name in wanted]).long())
     if points.by_name:  # photos are files
         chosen = replace(cast(FileFaces, chosen), landmarks=points.stack(chosen.names))

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ CROPS, HASHES, DATASET = "crops.npy", "hashes.npy", "dataset.json"
 INDEX, DROPPED = "index.csv", "dropped.csv"
 COLUMNS = {
     INDEX: ("image_id", "identity", *POINT_COLUMNS, "row"),
-    DROPPED: ("name", "reason", "detail"),
+    DROPPED: ("name", "reason"),
 }
 HASH_BYTES = 16
 """128 bits: a hash tells damage and copies apart, nobody forges a training face."""
@@ -55,14 +55,6 @@ UNREADABLE = (
 """What reading a damaged file raises."""
 
 Bytes = NDArray[np.uint8]
-
-
-class Dropped(NamedTuple):
-    """A photo, or a line of a table, that gave no crop: why, and in detail."""
-
-    name: str
-    reason: str
-    detail: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +217,7 @@ def read_report(folder: Path) -> Report:
         matches = tuple(Match(*match) for match in dataset["matches"])
         unchecked = tuple(Fault(*fault) for fault in dataset["unchecked"])
         tables = {name: str(dataset["tables"][name]) for name in (INDEX, DROPPED)}
-    dropped = _read_table(folder / DROPPED, tables[DROPPED])
+    skipped = [Fault(*row) for row in _read_table(folder / DROPPED, tables[DROPPED])]
     index = _read_table(folder / INDEX, tables[INDEX])
     hashes = mapped(folder / HASHES, (places, 2 * HASH_BYTES))
     labels, identities = number_identities(row[1] or None for row in index)
@@ -240,7 +232,7 @@ def read_report(folder: Path) -> Report:
             identities=identities if labelled else (),
             hashes=hashes[rows.numpy(), :HASH_BYTES],
             crop=template.name,
-            skipped=tuple(Fault(name, ": ".join(filter(None, why))) for name, *why in dropped),
+            skipped=tuple(skipped),
         )
     if faces.content != dataset["content"]:
         raise damaged(folder / HASHES, f"not the hashes that {DATASET} was written with")
