@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from data.test_preparation import thumbnail
 from PIL import Image
 
 from idloss.data import AlignedFaces, Exclusion, SyntheticFaces, insightface_bin
@@ -74,11 +75,14 @@ def test_evaluation_faces_without_labels_are_people_of_their_own(planted):
     assert "t-person-2" in {m.identity for m in matches}
 
 
-def test_nothing_in_common(planted):
+def test_nothing_in_common_and_nothing_to_compare(planted):
     assert find_overlap(*planted, threshold=0.999) == []
     assert matched_faces(planted[0], []) == {}
     assert find_overlap(faces([], "t"), torch.empty(0, 64), *planted[2:]) == []
     assert find_overlap(*planted[:2], faces([], "e"), torch.empty(0, 64)) == []
+    planted[1][3] = torch.nan
+    with pytest.raises(ValueError, match="of training faces are not finite"):
+        find_overlap(*planted)
 
 
 def test_means_leave_nobody_out_of_account(seeded):
@@ -88,14 +92,19 @@ def test_means_leave_nobody_out_of_account(seeded):
     torch.testing.assert_close(means, expected)
 
 
-def test_embeddings_that_would_match_nobody_are_refused(planted):
-    training, ours, evaluation, theirs = planted
-    ours[3] = torch.nan
-    with pytest.raises(ValueError, match="of training faces are not finite"):
-        find_overlap(training, ours, evaluation, theirs)
+class Elsewhere(torch.nn.Module):
+    """An encoder on another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(1, device="meta"))
+
+    def forward(self, images):
+        assert images.device.type == "meta"
+        return torch.ones(len(images), 4)
 
 
-def test_embedding_batches_do_not_matter(seeded, monkeypatch):
+def test_embeddings_whatever_the_batch_and_the_device(seeded, monkeypatch):
     some = faces([0] * 10, "t")
     some.crops.random_(0, 256, generator=seeded)
     weight = torch.randn(16, 3, generator=seeded)
@@ -110,20 +119,7 @@ def test_embedding_batches_do_not_matter(seeded, monkeypatch):
     torch.testing.assert_close(one, two)
     torch.testing.assert_close(one.norm(dim=1), torch.ones(10))
     assert not one.requires_grad
-
-
-def test_crops_go_to_the_encoder():
-    class Elsewhere(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("shift", torch.zeros(1, device="meta"))
-
-        def forward(self, images):
-            assert images.device.type == "meta"
-            return torch.ones(len(images), 4)
-
-    found, _ = embed_faces(faces([0] * 24, "t"), Elsewhere(), "sphereface", progress=False)
-    assert found.shape == (24, 4)
+    assert embed_faces(some, Elsewhere(), "sphereface", progress=False)[0].shape == (10, 4)
 
 
 def test_photos_of_nobody_known_are_compared_one_by_one(planted):
@@ -153,12 +149,8 @@ def test_crops_of_a_bin_may_have_any_size(side, tmp_path):
     (tmp_path / "set.bin").write_bytes(pickle.dumps((files, [False, False])))
     evaluation = insightface_bin(tmp_path / "set.bin")
 
-    def encoder(images):
-        small = F.avg_pool2d(images, 8).flatten(1)
-        return small - small.mean(1, keepdim=True)
-
     training = SyntheticFaces(3, 1, first_identity=2).render(progress=False)
-    exclude = Exclusion("set", evaluation.faces, encoder, "thumbnail", 0.97)
+    exclude = Exclusion("set", evaluation.faces, thumbnail, "thumbnail", 0.97)
     options = {"skip_missing": False, "threads": 1, "progress": False}
     matches, unread = exclude.find(training, tmp_path, **options)
     assert sorted((m.identity, m.other) for m in matches) == [("2", "00002"), ("3", "00003")]

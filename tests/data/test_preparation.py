@@ -26,6 +26,7 @@ from idloss.data import (
     AlignedFaces,
     DataError,
     Exclusion,
+    Fault,
     FileFaces,
     SyntheticFaces,
     align_all,
@@ -211,22 +212,18 @@ def test_what_cannot_be_aligned_is_named_and_dropped_on_demand(photos, out):
     assert not {2, 13} & set(places.tolist())
     whole = align_all(photos, progress=False).crops[places]
     assert (pixels(report.faces).int() - whole.int()).abs().max() <= 1
+    # what the reader left out is told too
+    fault = Fault("rows.csv:7", "no such photo")
+    told = quiet(replace(photos, skipped=(fault,)), out.with_name("told"))
+    assert told.dropped == {"left out when the source was read": 1}
+    assert told.faces.skipped[0] == (
+        fault.where,
+        f"left out when the source was read: {fault.what}",
+    )
     # and it does not pass for what a strict run would have made
     with pytest.raises(DataError, match=r"(?s)2 faults.*0003\.jpg.*by skip_missing=True"):
         quiet(bad, out)
     assert quiet(bad, out, skip_missing=True).dropped == report.dropped
-
-
-def test_what_the_reader_left_out_is_told_too(out, tmp_path):
-    root = mini_lfw(tmp_path / "data", people=2)
-    rows = (root / "lfw_landmarks.csv").read_text().splitlines()
-    (root / "lfw_landmarks.csv").write_text("\n".join(rows[1:]))
-    (root / "pairs.txt").unlink()
-    with pytest.warns(UserWarning, match="left out"):
-        source = lfw(root, skip_missing=True).faces
-    report = quiet(source, out)
-    assert report.dropped == {"left out when the source was read": 1}
-    assert "no points of Person_0/Person_0_0001.jpg" in report.faces.skipped[0].what
 
 
 def test_equal_crops_are_counted_and_names_may_hold_anything(drawn, out, tmp_path):

@@ -69,13 +69,9 @@ def test_a_view_is_what_selecting_crops_gives(made, drawn):
     keep = torch.tensor([21, 8, 9, 1])
     view, chosen = faces.select(keep), drawn.select(keep)
     mask = torch.tensor([True, False, True, True])
-    for one, two in (
-        (view, chosen),
-        (view.select(mask), chosen.select(torch.tensor([0, 2, 3]))),
-    ):
+    for one, two in ((view, chosen), (view.select(mask), chosen.select(mask))):
         assert torch.equal(pixels(one), two.crops)
-        assert one.names == two.names
-        assert one.identities == two.identities
+        assert (one.names, one.identities) == (two.names, two.identities)
         assert torch.equal(one.labels, two.labels)
     assert torch.equal(align_all(view, progress=False).crops, chosen.crops)
 
