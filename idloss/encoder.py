@@ -208,7 +208,7 @@ class FaceEncoder(nn.Module):
 
     def check_gradient(self) -> None:
         """Raise if no gradient passes through the FNet, judged on one random image."""
-        image = torch.rand(1, 3, *self.input_size, device=self.scale.device, dtype=self._dtype)
+        image = torch.empty(1, 3, *self.input_size, device=self.scale.device, dtype=self._dtype)
         check_gradient(self.fnet, image, f"FNet {type(self.fnet).__name__}")
 
     @torch.no_grad()
@@ -255,10 +255,13 @@ class FaceEncoder(nn.Module):
         )
 
 
-def check_gradient(function: Callable[[Tensor], Any], example: Tensor, name: str) -> None:
-    """Raise a RuntimeError if no gradient comes back through a function of one tensor."""
-    with torch.enable_grad(), torch.autocast(example.device.type, enabled=False):
-        example = example.detach().requires_grad_()
+def check_gradient(function: Callable[[Tensor], Any], like: Tensor, name: str) -> None:
+    """Raise a RuntimeError if no gradient comes back through a function, at noise like a tensor."""
+    # of its own, so that the caller draws what it would have drawn: resumed runs are as others
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(like.shape, generator=generator, dtype=torch.float32, device="cpu")
+    with torch.enable_grad(), torch.autocast(like.device.type, enabled=False):
+        example = noise.to(like).requires_grad_()
         result = function(example)
         if isinstance(result, Tensor) and result.requires_grad:
             # not their plain sum, whose gradient may be zero for good (after a softmax)

@@ -160,9 +160,10 @@ class IdentityPreservedLoss(nn.Module):
         self.distance = get_distance(distance)  # before weights are fetched in vain
         if isinstance(fnet, Mapping):
             pairs = list(fnet.items())
+        elif isinstance(fnet, Sequence) and not isinstance(fnet, str):
+            pairs = [(net, 1.0) for net in fnet]
         else:
-            nets = [fnet] if isinstance(fnet, (str, nn.Module)) else fnet
-            pairs = [(net, 1.0) for net in nets]
+            pairs = [(fnet, 1.0)]
         if not pairs or any(not weight > 0 for _, weight in pairs):
             raise ValueError(f"an ensemble needs FNets with weights above zero, got {fnet!r}")
         self.encoders = nn.ModuleList(
@@ -291,8 +292,8 @@ class IdentityPreservedLoss(nn.Module):
             return
         for encoder in self._encoders():
             encoder.check_gradient()
-            random = torch.randn(2, 2, encoder.num_features, device=sr.device)
-            check_gradient(partial(self.distance, random[1]), random[0], "the distance")
+            target = torch.linspace(-1, 1, encoder.num_features, device=sr.device)[None]
+            check_gradient(partial(self.distance, target), torch.empty_like(target), "the distance")
 
     def _inspect(self, name: str, images: Tensor) -> None:
         """Warn of what is legal and almost surely not meant."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from nets import faces, tiny_fnet
 from torch import nn
 
-from idloss import FaceEncoder, create_fnet, geometry
+from idloss import FaceEncoder, IdentityPreservedLoss, create_fnet, geometry
 from idloss.encoder import FrozenPReLU, resolve_device
 from idloss.geometry import Template, align, convert_crop, get_template, register_template
 from idloss.registry import fnet_crop, register_fnet
@@ -183,7 +183,7 @@ def test_networks_that_are_graphs_serve_as_fnets(kind):
             ).module(),
             "compiled": lambda: torch.compile(net, backend="eager"),
         }[kind]()
-        encoder = FaceEncoder(graph, **INPUT)
+        encoder = IdentityPreservedLoss(graph, **INPUT).encoders[0]
         twin = copy.deepcopy(nn.Sequential(encoder)).train()
     x.requires_grad_()
     assert encoder.num_features == 16

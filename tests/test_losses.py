@@ -36,10 +36,12 @@ def test_equations_2_and_3(net):
     np.testing.assert_allclose(loss_of(net)(sr, hr).item(), (1 - cosine).mean(), rtol=1e-5)
 
 
-def test_gradient_reaches_sr_alone(net):
+def test_gradient_reaches_sr_alone_and_no_random_number_is_drawn(net):
     sr, hr = sr_and_hr()
     hr.requires_grad_()
-    loss_of(net)(sr, hr).backward()
+    loss, state = loss_of(net), torch.get_rng_state()
+    loss(sr, hr).backward()
+    assert torch.equal(torch.get_rng_state(), state)
     assert sr.grad.abs().sum() > 0
     assert hr.grad is None
     assert all(p.grad is None for p in net.parameters())
