@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 if TYPE_CHECKING:
-    from idloss.data import EvaluationSet, FileFaces
+    from idloss.data import EvaluationSet
     from idloss.evaluation.run import Probe
 
 # typer wants lists as defaults; nobody changes them
@@ -152,8 +151,7 @@ def _open(
 ) -> EvaluationSet:
     """Open the data set with those options that were given, and only if it knows them."""
     from idloss.data import EVALUATIONS, open_evaluation
-    from idloss.data.opening import SUFFIXES
-    from idloss.geometry import get_template
+    from idloss.data.layouts import SUFFIXES
 
     options = {name: value for name, value in given.items() if value is not None}
     kind = kind or SUFFIXES.get(path.suffix.lower())
@@ -163,20 +161,7 @@ def _open(
         known = inspect.signature(EVALUATIONS[kind]).parameters
         for name in options.keys() - known.keys():
             raise ValueError(f"the data set {kind!r} takes no --{name}")
-    if crop is not None and kind == "pairs":
-        options["crop"] = get_template(crop).name
-    found = open_evaluation(path, kind, skip_missing=skip_missing, **options)
-    if crop is not None:
-        files = cast("FileFaces", found.faces)  # as all evaluation sets are
-        own = replace(files, crop=get_template(crop).name, landmarks=None)
-        return replace(found, faces=own)
-    if found.faces.crop is None and found.faces.landmarks is None:
-        way = "put landmarks.csv beside it" if kind == "pairs" else "name a table with --landmarks"
-        raise ValueError(
-            f"{path} has no landmarks to align its photos by; {way}, or name the template the "
-            "pictures are aligned to with --crop sphereface or --crop arcface"
-        )
-    return found
+    return open_evaluation(path, kind, crop=crop, skip_missing=skip_missing, **options)
 
 
 def _require_writable(folder: Path) -> None:

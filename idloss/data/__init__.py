@@ -5,11 +5,10 @@ from idloss.data.faces import AlignedFaces, Faces, FileFaces, align_all
 from idloss.data.files import DataError, Fault
 from idloss.data.folder import folder_faces
 from idloss.data.insightface import insightface_bin
+from idloss.data.layouts import EVALUATIONS, open_evaluation, open_faces, open_training
 from idloss.data.lfw import lfw
-from idloss.data.listed import pairs_csv
-from idloss.data.opening import EVALUATIONS, open_evaluation, open_faces, open_training
 from idloss.data.overlap import Exclusion, Match
-from idloss.data.pairs import EvaluationSet, Pairs
+from idloss.data.pairs import EvaluationSet, Pairs, pairs_csv
 from idloss.data.preparation import prepare
 from idloss.data.prepared import PreparedFaces, Report, open_prepared
 from idloss.data.surveillance import (

@@ -6,16 +6,16 @@ import os
 import warnings
 from dataclasses import dataclass
 
-import torch
-
-from idloss.data.faces import FileFaces, number_identities
+from idloss.data.faces import FileFaces, is_picture, number_identities
 from idloss.data.files import DataError, Fault, Files, open_files, skip_or_raise
-from idloss.data.tables import Table, first_file, read_number, read_points, read_table
+from idloss.data.landmarks import check_landmarks, read_points
+from idloss.data.tables import Table, first_file, read_number, read_table
 from idloss.errors import did_you_mean
 
 SPLITS = {"train": "0", "valid": "1", "test": "2"}
 IDENTITIES = "identity_CelebA.txt"
 PARTITION = "list_eval_partition.txt"
+KAGGLE = "list_landmarks_align_celeba.csv"
 # folders of the official distribution, of torchvision, and of both one level up
 TEXT_FOLDERS = ("", "Anno/", "Eval/", "celeba/", "celeba/Anno/", "celeba/Eval/")
 
@@ -71,9 +71,15 @@ def celeba_faces(
     """
     if split != "all" and split not in SPLITS:
         raise ValueError(did_you_mean("split", split, ["all", *SPLITS]))
-    files = open_files(path) if isinstance(path, (str, os.PathLike)) else path
+    files = open_files(path)
     layout = find_layout(files)
     if layout is None:
+        if first_file(files, TEXT_FOLDERS, KAGGLE):
+            remedy = (
+                f"Put {IDENTITIES} and {ALIGNED.landmarks} of the authors' Anno folder beside "
+                "img_align_celeba."
+            )
+            raise DataError([Fault(files.location, "Kaggle's tables have no identities")], remedy)
         raise FileNotFoundError(f"no CelebA in {files.location}; looked for {looked_for()}")
     if layout is ALIGNED:
         warnings.warn(
@@ -83,48 +89,67 @@ def celeba_faces(
             stacklevel=2,
         )
     name = _required(files, layout.landmarks)
-    table = read_table(files, name, separator=None)
-    body = _body(table)
+    body = _body(read_table(files, name, separator=None))
     points = read_points(body)
-    members = {member.rpartition("/")[2]: member for member in files.names(_images(files, layout))}
+    members, faults = _photos(files, _images(files, layout))
+    faults += points.faults
     identities = _by_image(files, _required(files, IDENTITIES))
-    wanted = None if split == "all" else _by_image(files, _required(files, PARTITION))
-    faults, names = points.faults, []
+    parts = None if split == "all" else _by_image(files, _required(files, PARTITION))
+    names = []
     for line, cells in body.rows:
         image = cells[0]
-        if image not in points.by_name or (wanted and wanted.get(image) != SPLITS[split]):
+        if image not in points.by_name:
             continue
-        if image not in members:
+        if parts is not None and image not in parts:
+            faults.append(body.fault(line, f"{image} is in no split of {PARTITION}"))
+        elif parts is not None and parts[image] != SPLITS[split]:
+            continue
+        elif image not in members:
             faults.append(body.fault(line, f"{image} is not in {files.location}"))
         elif image not in identities:
             faults.append(body.fault(line, f"{image} has no identity in {IDENTITIES}"))
         else:
             names.append(image)
+    listed = {cells[0] for _, cells in body.rows}
+    faults += [
+        Fault(files.where(member), f"a photo that {layout.landmarks} has no line of")
+        for image, member in members.items()
+        if image not in listed
+    ]
     skipped = skip_or_raise(faults, skip_missing=skip_missing)
     names = list(dict.fromkeys(names))
     labels, people = number_identities(identities[image] for image in names)
-    return FileFaces(
+    faces = FileFaces(
         files=files,
         members=tuple(members[image] for image in names),
         names=tuple(names),
         labels=labels,
         identities=people,
-        landmarks=points.stack(names) if names else torch.empty(0, 5, 2, dtype=torch.float64),
+        landmarks=points.stack(names),
         skipped=skipped,
     )
+    return check_landmarks(faces, files.where(name))
+
+
+def _photos(files: Files, folder: str) -> tuple[dict[str, str], list[Fault]]:
+    """Photos by name, wherever below a folder (Kaggle's stand one deeper), and those had twice."""
+    members: dict[str, str] = {}
+    faults = []
+    for member in files.names(folder):
+        name = member.rpartition("/")[2]
+        if not is_picture(name):
+            continue
+        if name in members:
+            what = f"a second photo of this name, beside {members[name]}"
+            faults.append(Fault(files.where(member), what))
+        members.setdefault(name, member)
+    return members, faults
 
 
 def find_layout(files: Files) -> Layout | None:
-    """Which edition of CelebA is there, the one in the wild first.
-
-    Args:
-        files: the folder or archive.
-
-    Returns:
-        Its layout, or None.
-    """
+    """Which edition of CelebA is there, the one in the wild first."""
     for layout in (IN_THE_WILD, ALIGNED):
-        if first_file(files, TEXT_FOLDERS, [layout.landmarks]) and _images(files, layout):
+        if first_file(files, TEXT_FOLDERS, layout.landmarks) and _images(files, layout):
             return layout
     return None
 
@@ -139,7 +164,7 @@ def _images(files: Files, layout: Layout) -> str:
 
 
 def _required(files: Files, name: str) -> str:
-    found = first_file(files, TEXT_FOLDERS, [name])
+    found = first_file(files, TEXT_FOLDERS, name)
     if found is None:
         folders = ", ".join(folder or "./" for folder in TEXT_FOLDERS)
         raise DataError([Fault(files.location, f"no {name} in {folders}")])
@@ -164,5 +189,10 @@ def _by_image(files: Files, name: str) -> dict[str, str]:
         for line, cells in table.rows
         if len(cells) != 2 or not cells[1].isdecimal()
     ]
+    found: dict[str, str] = {}
+    for line, cells in table.rows:
+        if cells[0] in found:
+            faults.append(table.fault(line, f"{cells[0]} stands here a second time"))
+        found.setdefault(cells[0], cells[-1])
     skip_or_raise(faults, skip_missing=False)
-    return {cells[0]: cells[1] for _, cells in table.rows}
+    return found

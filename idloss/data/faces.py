@@ -32,6 +32,7 @@ BATCH_IMAGES = 64
 """Faces warped at once: enough to hide the overhead of a call, few enough to share out."""
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
 """What pictures may be; Pillow knows more, some of which start other programs (EPS)."""
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 MOST_PIXELS = 89_478_485
 """Of one picture: where Pillow begins to warn of a decompression bomb. 0.9 GB while decoded."""
 MANY_PIXELS = 8_000_000
@@ -489,6 +490,16 @@ def decode_image(data: bytes, name: str) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
+def image_size(data: bytes, name: str) -> tuple[int, int]:
+    """Rows and columns of a picture once it is upright, from its header."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            size = (opened.height, opened.width)
+            return size[::-1] if _orientation(opened) >= 5 else size
+    except Exception as error:
+        raise DataError([Fault(name, f"unreadable image ({type(error).__name__})")]) from error
+
+
 def _refuse_huge(image: Image.Image, name: str) -> None:
     if image.width * image.height > MOST_PIXELS:
         what = f"{image.width}x{image.height} pixels, more than {MOST_PIXELS:,}: make it smaller"
@@ -502,6 +513,11 @@ def _orientation(image: Image.Image) -> int:
         return int(found)
     except Exception:
         return 1
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file is called as pictures are, in letters of any case."""
+    return name.lower().endswith(SUFFIXES)
 
 
 def template_landmarks(crop: str | Template, count: int) -> Tensor:
@@ -520,6 +536,11 @@ def number_identities(per_face: Iterable[str | None]) -> tuple[Tensor, tuple[str
     identities = list(per_face)
     known = {name for name in identities if name is not None}
     numeric = all(name.isdecimal() for name in known)
+    told: dict[object, str] = {}
+    for name in sorted(known):
+        other = told.setdefault(int(name) if numeric else name, name)
+        if other != name:
+            raise DataError([Fault(name, f"is the identity {other} in another spelling")])
     names = sorted(known, key=lambda name: (int(name) if numeric else 0, name))
     number: dict[str | None, int] = {name: label for label, name in enumerate(names)}
     labels = torch.tensor([number.get(name, -1) for name in identities], dtype=torch.int64)

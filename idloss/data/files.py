@@ -5,9 +5,12 @@ from __future__ import annotations
 import gzip
 import mmap
 import os
+import posixpath
 import tarfile
 import tempfile
+import unicodedata
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -17,6 +20,7 @@ from typing import IO, Any, NamedTuple, Protocol
 from huggingface_hub.utils.tqdm import tqdm
 
 GZIP_MAGIC = b"\x1f\x8b"
+UNPACK = "Unpack it and name the folder."
 BLOCK = 1 << 20
 """Bytes unpacked at a time."""
 SHOWN = 10
@@ -26,15 +30,19 @@ class Fault(NamedTuple):
     """One thing wrong with a data set.
 
     Attributes:
-        where: the file, with its line or archive member, e.g. `pairs.txt:17`.
-        what: what is wrong there.
+        where: The file, with its line or archive member, e.g. `pairs.txt:17`.
+        what: What is wrong there.
     """
 
     where: str
     what: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}"
+        # names come from other people's archives, and may hold what a terminal obeys
+        return "".join(
+            letter if letter.isprintable() else ascii(letter)[1:-1]
+            for letter in f"{self.where}: {self.what}"
+        )
 
 
 class DataError(ValueError):
@@ -61,14 +69,7 @@ class DataError(ValueError):
 
 
 def describe(faults: tuple[Fault, ...]) -> str:
-    """Spell out faults, one a line, the first ten of them.
-
-    Args:
-        faults: at least one.
-
-    Returns:
-        One line for a single fault, else a count and a list.
-    """
+    """Spell out a single fault, or count several and list the first ten, one a line."""
     if len(faults) == 1:
         return str(faults[0])
     lines = [f"{len(faults)} faults:", *(f"  {fault}" for fault in faults[:SHOWN])]
@@ -78,18 +79,7 @@ def describe(faults: tuple[Fault, ...]) -> str:
 
 
 def skip_or_raise(faults: Iterable[Fault], *, skip_missing: bool) -> tuple[Fault, ...]:
-    """Stop at faults, or skip them with a warning and hand them on to be recorded.
-
-    Args:
-        faults: what was found wrong, possibly nothing.
-        skip_missing: True leaves the faulty items out.
-
-    Returns:
-        The faults that were skipped.
-
-    Raises:
-        DataError: there are faults and `skip_missing` is False.
-    """
+    """Stop at faults, or skip them with a warning and hand them on to be recorded."""
     found = tuple(faults)
     if found and not skip_missing:
         raise DataError(found, "Mend them, or pass skip_missing=True to leave them out.")
@@ -123,11 +113,7 @@ class Files(Protocol):
 
 
 class FolderFiles:
-    """The files below a folder.
-
-    Args:
-        root: the folder.
-    """
+    """The files below a folder, through links too; a folder that cannot be listed is an error."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -142,37 +128,56 @@ class FolderFiles:
         return str(self.root / name)
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and (self.root / name).is_file()
+        return isinstance(name, str) and self._path(name).is_file()
 
     def names(self, prefix: str = "") -> Iterator[str]:
         """Names below a sub-folder, depth first, sorted within each folder."""
-        for folder, subfolders, filenames in os.walk(self.root / prefix):
-            subfolders.sort()
-            below = Path(folder).relative_to(self.root).as_posix()
-            start = "" if below == "." else f"{below}/"
-            for filename in sorted(filenames):
-                yield start + filename
+        place = self.root / prefix
+        if place.is_dir():
+            yield from self._below(place, prefix, {place.resolve()})
+
+    def _below(self, folder: Path, start: str, above: set[Path]) -> Iterator[str]:
+        try:
+            with os.scandir(folder) as found:
+                entries = sorted(found, key=lambda entry: (entry.is_dir(), entry.name))
+        except OSError as error:
+            what = f"cannot be listed ({error.strerror or error})"
+            raise DataError([Fault(str(folder), what)], "Let it be read.") from error
+        for entry in entries:
+            if not entry.is_dir():
+                yield start + entry.name
+            elif (real := Path(entry.path).resolve()) not in above:  # a link upwards is a loop
+                yield from self._below(Path(entry.path), f"{start}{entry.name}/", above | {real})
 
     def read(self, name: str) -> bytes:
         """The bytes of one file."""
         try:
-            return (self.root / name).read_bytes()
+            return self._path(name).read_bytes()
         except OSError as error:
             raise DataError([Fault(self.where(name), error.strerror or str(error))]) from error
 
+    def _path(self, name: str) -> Path:
+        """The file of that name, in another composition of its accents where it has that."""
+        paths = [self.root / spelling for spelling in spellings(name)]
+        if len(paths) == 1:
+            return paths[0]
+        return next((path for path in paths if path.is_file()), paths[0])
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """A name as it is, composed and decomposed: macOS writes `e` and an accent for `\u00e9`."""
+    if name.isascii():
+        return (name,)
+    return name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)
+
 
 class TarFiles:
-    """The files inside a tar, indexed once and read in place through a memory map.
+    """The files inside a `.tar`, `.tar.gz` or `.tgz`, indexed once, read through a memory map.
 
     A memory map needs no seek, so threads and forked workers share it without a lock; an unpickled
     copy maps the archive anew. A compressed tar cannot be read in place: it is unpacked once into
-    an unnamed temporary file, which goes when the object does.
-
-    Args:
-        path: a `.tar`, `.tar.gz` or `.tgz`.
-
-    Raises:
-        DataError: the archive is damaged or cut short; names the last whole member.
+    an unnamed temporary file, which goes when the object does. Links are followed within the
+    archive. A DataError says that it is damaged, or cut short after its last whole member.
     """
 
     def __init__(self, path: Path) -> None:
@@ -190,7 +195,7 @@ class TarFiles:
         return f"{self.path}:{name}"
 
     def __contains__(self, name: object) -> bool:
-        return name in self._index
+        return isinstance(name, str) and any(each in self._index for each in spellings(name))
 
     def names(self, prefix: str = "") -> Iterator[str]:
         """Names below a folder of the archive, in the archive's order."""
@@ -198,9 +203,13 @@ class TarFiles:
 
     def read(self, name: str) -> bytes:
         """The bytes of one member."""
-        if name not in self._index:
+        found = next((self._index[n] for n in spellings(name) if n in self._index), None)
+        if found is None:
             raise DataError([Fault(self.where(name), "there is no such file in the archive")])
-        offset, size = self._index[name]
+        offset, size = found
+        if size < 0:
+            what = "it is a link to what the archive does not hold"
+            raise DataError([Fault(self.where(name), what)])
         return self._bytes[offset : offset + size]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -237,14 +246,22 @@ class TarFiles:
 
     def _read_index(self, plain: IO[bytes]) -> None:
         last = "the start"
+        links: dict[str, str] = {}
         try:
             with tarfile.open(fileobj=plain, mode="r:") as archive:
                 for member in archive:
                     last = member.name
+                    name = member.name.removeprefix("./")
+                    if member.issparse():
+                        what = "a sparse member, whose holes this reader does not fill"
+                        raise DataError([Fault(self.where(name), what)], UNPACK)
                     if member.isreg():
-                        self._index[member.name.removeprefix("./")] = (
-                            member.offset_data,
-                            member.size,
+                        self._index[name] = (member.offset_data, member.size)
+                    elif member.islnk():
+                        links[name] = posixpath.normpath(member.linkname)
+                    elif member.issym():
+                        links[name] = posixpath.normpath(
+                            posixpath.join(posixpath.dirname(name), member.linkname)
                         )
                 end = archive.offset
         except tarfile.TarError as error:
@@ -255,20 +272,36 @@ class TarFiles:
         tail = plain.read(tarfile.BLOCKSIZE)
         if len(tail) < tarfile.BLOCKSIZE or any(tail):
             raise self._damaged(f"cut short or damaged after {last}: no end-of-archive block")
+        self._follow(links)
         if not self._index:
             raise self._damaged("the archive holds no files")
+
+    def _follow(self, links: dict[str, str]) -> None:
+        """Index links to files, also over other links, and then those to folders of files."""
+        folders = {}
+        for link, target in links.items():
+            seen = {link}
+            while target in links and target not in seen:
+                seen.add(target)
+                target = links[target]
+            if target in self._index:
+                self._index[link] = self._index[target]
+            else:
+                folders[link] = target
+        files = tuple(self._index.items())  # not what is added: links to links could go on for ever
+        for link, target in folders.items():
+            below = [(name, place) for name, place in files if name.startswith(f"{target}/")]
+            for name, place in below:
+                self._index[link + name.removeprefix(target)] = place
+            if not below and target not in (".", posixpath.dirname(link)):
+                self._index[link] = (0, -1)
 
     def _damaged(self, what: str) -> DataError:
         return DataError([Fault(str(self.path), what)], "Copy or download the archive again.")
 
 
 class MemoryFiles:
-    """Byte strings held in memory.
-
-    Args:
-        location: where they came from, for messages.
-        contents: bytes by name.
-    """
+    """Byte strings held in memory by name; `location` says where they came from."""
 
     def __init__(self, location: str, contents: Mapping[str, bytes]) -> None:
         self.location = location
@@ -293,36 +326,19 @@ class MemoryFiles:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file of its own.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its bytes.
-
-    Raises:
-        DataError: it cannot be read; names it.
-    """
+    """The bytes of a file of its own; a DataError names it if it cannot be read."""
     return FolderFiles(path.parent).read(path.name)
 
 
-def open_files(path: str | os.PathLike[str]) -> Files:
-    """Open a folder or a tar.
-
-    Args:
-        path: a folder, `.tar`, `.tar.gz` or `.tgz`.
-
-    Returns:
-        Its files by name.
-
-    Raises:
-        FileNotFoundError: there is nothing at `path`.
-        DataError: the archive is damaged.
-    """
+def open_files(path: str | os.PathLike[str] | Files) -> Files:
+    """The files of a folder, a `.tar`, `.tar.gz` or `.tgz`; files are given back."""
+    if not isinstance(path, (str, os.PathLike)):
+        return path
     place = Path(path).expanduser()
     if place.is_dir():
         return FolderFiles(place)
+    if zipfile.is_zipfile(place):
+        raise DataError([Fault(str(place), "zip archives are not read")], UNPACK)
     if place.is_file():
         return TarFiles(place)
     raise FileNotFoundError(f"no folder and no archive at {place}")

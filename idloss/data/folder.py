@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import posixpath
+import warnings
 
-from idloss.data.faces import FileFaces, number_identities
-from idloss.data.files import DataError, Files, open_files, skip_or_raise
-from idloss.data.tables import POINT_COLUMNS, read_points, read_table
+from idloss.data.faces import FileFaces, is_picture, number_identities
+from idloss.data.files import DataError, Files, open_files, skip_or_raise, spellings
+from idloss.data.landmarks import POINT_COLUMNS, check_landmarks, read_points
+from idloss.data.tables import read_table
 
 LANDMARKS = "landmarks.csv"
 IDENTITY = "identity"
@@ -28,7 +31,7 @@ def folder_faces(path: str | os.PathLike[str] | Files, *, skip_missing: bool = F
     Raises:
         DataError: there is no such table, or it has faults; names file and line.
     """
-    files = open_files(path) if isinstance(path, (str, os.PathLike)) else path
+    files = open_files(path)
     name = find_landmarks(files)
     if name is None:
         raise FileNotFoundError(f"no {LANDMARKS} at the top of {files.location} or one folder down")
@@ -42,39 +45,49 @@ def folder_faces(path: str | os.PathLike[str] | Files, *, skip_missing: bool = F
     points = read_points(body)
     folder = name.removesuffix(LANDMARKS)
     faults = points.faults
-    identities = {}
+    identities: dict[str, str] = {}
+    had: dict[str, str] = {}
     for line, cells in body.rows:
-        if cells[0] not in points.by_name or cells[0] in identities:
+        image = cells[0]
+        member = posixpath.normpath(folder + image)
+        if image not in points.by_name or image in identities:
             continue
         if len(cells) != len(header) or not cells[-1]:
             faults.append(body.fault(line, f"expected {len(header)} filled fields, got {cells}"))
-        elif folder + cells[0] not in files:
-            faults.append(body.fault(line, f"{cells[0]} is not in {files.location}"))
+        elif member.startswith(("../", "/")) or member not in files:
+            faults.append(body.fault(line, f"{image} is not in {files.location}"))
+        elif member in had:
+            faults.append(body.fault(line, f"{image} is the photo of {had[member]} once more"))
         else:
-            identities[cells[0]] = cells[11] if IDENTITY in header else ""
+            identities[image] = cells[11] if IDENTITY in header else ""
+            had[member] = image
     skipped = skip_or_raise(faults, skip_missing=skip_missing)
+    listed = set(had) | {posixpath.normpath(folder + cells[0]) for _, cells in body.rows}
+    unlisted = [name for name in files.names(folder) if is_picture(name)]
+    unlisted = [name for name in unlisted if not any(each in listed for each in spellings(name))]
+    if unlisted:
+        warnings.warn(
+            f"{table.where} has no line of {len(unlisted)} pictures, which are not taken, such as "
+            f"{unlisted[0]!a}",
+            UserWarning,
+            stacklevel=2,
+        )
     labels, names = number_identities(identities.values())
     known = IDENTITY in header
-    return FileFaces(
+    found = FileFaces(
         files=files,
-        members=tuple(folder + name for name in identities),
+        members=tuple(had),
         names=tuple(identities),
         labels=labels if known else None,
         identities=names if known else (),
         landmarks=points.stack(identities),
         skipped=skipped,
     )
+    return check_landmarks(found, table.where)
 
 
 def find_landmarks(files: Files) -> str | None:
-    """Where the `landmarks.csv` is.
-
-    Args:
-        files: the folder or archive.
-
-    Returns:
-        Its name, at the top or one folder down, or None.
-    """
+    """Where the `landmarks.csv` is, at the top or one folder down."""
     if LANDMARKS in files:
         return LANDMARKS
     return next((name for name in files.names() if name.split("/")[1:] == [LANDMARKS]), None)

@@ -10,8 +10,9 @@ from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
 from idloss.data.faces import FileFaces, number_identities
 from idloss.data.files import DataError, Fault, Files, FolderFiles, open_files, skip_or_raise
+from idloss.data.landmarks import check_landmarks, read_points
 from idloss.data.pairs import EvaluationSet, index_of, lfw_name, read_lfw_pairs
-from idloss.data.tables import Table, read_number, read_own_table, read_points
+from idloss.data.tables import Table, read_number, read_own_table
 from idloss.weights.files import Piece, download
 
 ARCHIVE = "lfw.tgz"
@@ -19,7 +20,7 @@ PAIRS = "pairs.txt"
 LANDMARKS = "lfw_landmarks.csv"
 FOLDERS = ("lfw/", "lfw-py/lfw/", "")
 ARCHIVES = (ARCHIVE, "lfw.tar", f"lfw-py/{ARCHIVE}")
-IMAGE = re.compile(r"(?P<person>[^/]+)/(?P=person)_\d{4}\.jpg")
+IMAGE = re.compile(r"(?P<name>(?P<person>[^/]+)/(?P=person)_\d{4})\.(?i:jpg|jpeg|png|bmp|webp)")
 
 # Images and pairs: copies kept by scikit-learn on figshare, the university's own host is gone.
 # Landmarks: MTCNN's, of the paper's authors (github.com/johnnysclai/SR_LRFR).
@@ -50,6 +51,7 @@ def lfw(
     pairs: str | os.PathLike[str] | None = None,
     landmarks: str | os.PathLike[str] | None = None,
     people: str | os.PathLike[str] | None = None,
+    crop: str | None = None,
     download: bool = False,
     skip_missing: bool = False,
 ) -> EvaluationSet:
@@ -62,6 +64,8 @@ def lfw(
         landmarks: rows of `Name/Name_0001.jpg` and five points, no header; None looks for
             `lfw_landmarks.csv` likewise.
         people: `lfw-names.txt` or `people.txt`, whose counts of images are then checked.
+        crop: the template the images are aligned to; None for the photos. Names end in `.jpg`
+            whatever the files' ending, so that lists fit aligned copies in PNG too.
         download: fetch `lfw.tgz`, `pairs.txt` and the landmarks into `root` where they are
             missing, verified.
         skip_missing: leave out pairs whose images are missing, and images without landmarks.
@@ -77,15 +81,19 @@ def lfw(
     if download:
         fetch(place)
     files, prefix = find(place)
-    members = {
-        name.removeprefix(prefix): name
-        for name in files.names(prefix)
-        if IMAGE.fullmatch(name.removeprefix(prefix))
-    }
+    members: dict[str, str] = {}
     faults: list[Fault] = []
+    for member in files.names(prefix):
+        if match := IMAGE.fullmatch(member.removeprefix(prefix)):
+            name = f"{match['name']}.jpg"
+            if name in members:
+                what = f"the image {members[name]} once more"
+                faults.append(Fault(files.where(member), what))
+            members.setdefault(name, member)
     points = None
-    if table := _table(landmarks, place, LANDMARKS, ","):
+    if crop is None and (table := _table(landmarks, place, LANDMARKS, ",")):
         points = read_points(table)
+        where = table.where
         faults += points.faults
         without = [name for name in members if name not in points.by_name]
         faults += [Fault(table.where, f"no points of {name}") for name in without]
@@ -105,21 +113,16 @@ def lfw(
         labels=labels,
         identities=names,
         landmarks=points.stack(members) if points else None,
+        crop=crop,
         skipped=skip_or_raise(faults, skip_missing=skip_missing),
     )
+    if points:
+        check_landmarks(faces, where)
     return EvaluationSet("lfw", faces, pair_list.finish() if pair_list else None)
 
 
 def fetch(root: Path) -> None:
-    """Download what of LFW is missing, 184 MB in all.
-
-    Args:
-        root: the folder to put it in; its images are enough where it has them in another layout.
-
-    Raises:
-        NotADirectoryError: it is a file.
-        WeightsError: it could not be had, or is not the pinned file.
-    """
+    """Download into a folder what of LFW is missing, 184 MB in all, verified."""
     if root.is_file():
         raise NotADirectoryError(f"{root} is a file; LFW is downloaded into a folder, name that")
     files = FolderFiles(root)
@@ -135,17 +138,7 @@ def fetch(root: Path) -> None:
 
 
 def find(place: Path) -> tuple[Files, str]:
-    """Find LFW's images.
-
-    Args:
-        place: a folder or an archive.
-
-    Returns:
-        The files, and the folder in them that holds the people.
-
-    Raises:
-        FileNotFoundError: it is not there; lists what was looked for.
-    """
+    """LFW's files, and the folder in them that holds the people."""
     files = open_files(place)
     prefix = _prefix(files)
     if prefix is not None:

@@ -1,19 +1,28 @@
-"""Lists of face pairs, and what an evaluation needs beside the faces."""
+"""Pairs of faces to verify: their lists, their folds, and what an evaluation needs beside faces."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from idloss.data.faces import AlignedFaces, FileFaces
-from idloss.data.files import DataError, Fault
-from idloss.data.folds import FOLDS, balanced_folds
-from idloss.data.tables import Table, read_number
+from idloss.data.faces import Faces, FileFaces
+from idloss.data.files import DataError, Fault, FolderFiles, skip_or_raise
+from idloss.data.folder import LANDMARKS, folder_faces
+from idloss.data.tables import Table, read_number, read_own_table
 
 PAIR_COLUMNS = ["first", "second", "same"]
+FOLDS = 10
+"""Folds of a verification list that does not say its own, as in LFW's View 2 and insightface."""
+
+Remainder = Literal["first", "spread"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,14 +45,7 @@ class Pairs:
         return len(self.same)
 
     def select(self, keep: Tensor) -> Pairs:
-        """Some of the pairs, in their folds.
-
-        Args:
-            keep: int64 positions, or a bool mask `[P]`.
-
-        Returns:
-            The pairs left.
-        """
+        """The pairs at int64 positions or under a bool mask `[P]`, in their folds."""
         return Pairs(self.first[keep], self.second[keep], self.same[keep], self.fold[keep])
 
 
@@ -61,7 +63,7 @@ class EvaluationSet:
     """
 
     name: str
-    faces: FileFaces | AlignedFaces
+    faces: Faces
     pairs: Pairs | None = None
     gallery: Tensor | None = None
     probes: Mapping[str, Tensor] = field(default_factory=dict)
@@ -69,12 +71,7 @@ class EvaluationSet:
 
 @dataclass
 class PairList:
-    """Pairs while they are read; the faults are collected.
-
-    Args:
-        where: the list, for messages.
-        index: the position of each face by name.
-    """
+    """Pairs while they are read from the list `where`, with the position of each face by name."""
 
     where: str
     index: Mapping[str, int]
@@ -83,15 +80,7 @@ class PairList:
     _seen: dict[frozenset[str], str] = field(default_factory=dict)
 
     def add(self, where: str, first: str, second: str, *, same: bool, fold: int = 0) -> None:
-        """Take one pair, or note what is wrong with it.
-
-        Args:
-            where: the file and its line.
-            first: the name of the first face.
-            second: the name of the second face.
-            same: whether they show one person.
-            fold: its fold.
-        """
+        """Take one pair, or note what is wrong with it."""
         pair = frozenset((first, second))
         missing = sorted(pair - self.index.keys())
         if len(pair) == 1:
@@ -106,17 +95,10 @@ class PairList:
         self._seen.setdefault(pair, where)
 
     def finish(self, *, refold: bool = False) -> Pairs:
-        """The pairs taken.
+        """The pairs taken, in the list's order.
 
-        Args:
-            refold: cut them into balanced folds, fewer where there are fewer than ten pairs of a
-                kind; else they keep the folds given.
-
-        Returns:
-            The pairs, in the list's order.
-
-        Raises:
-            DataError: not one pair is left.
+        `refold` cuts them into balanced folds, fewer where there are fewer than ten pairs of a
+        kind; else they keep the folds given. It is a DataError that not one is left.
         """
         if not self.rows:
             raise DataError(self.faults or [Fault(self.where, "there are no pairs")])
@@ -136,15 +118,8 @@ def read_lfw_pairs(table: Table, index: Mapping[str, int]) -> PairList:
     different, pairs in each; then `Name 1 4` is images 1 and 4 of a person and `Name 1 Other 2` is
     one image each of two.
 
-    Args:
-        table: the list, blank-separated.
-        index: the position of each face by name, `Name/Name_0001.jpg`.
-
-    Returns:
-        The pairs, with the faults of single lines.
-
-    Raises:
-        DataError: the number of pairs is not the one announced, or a line cannot be read.
+    Faults of single lines are collected; a DataError says that the number of pairs is not the one
+    announced, or that a line cannot be read.
     """
     if not table.rows:
         raise DataError([Fault(table.where, "the file is empty")])
@@ -172,31 +147,12 @@ def read_lfw_pairs(table: Table, index: Mapping[str, int]) -> PairList:
 
 
 def lfw_name(person: str, number: int) -> str:
-    """LFW's name of an image.
-
-    Args:
-        person: such as `Aaron_Eckhart`.
-        number: counted from 1.
-
-    Returns:
-        `Aaron_Eckhart/Aaron_Eckhart_0001.jpg`.
-    """
+    """LFW's name of an image, `Aaron_Eckhart/Aaron_Eckhart_0001.jpg` for number 1."""
     return f"{person}/{person}_{number:04d}.jpg"
 
 
 def read_pairs_csv(table: Table, index: Mapping[str, int]) -> PairList:
-    """Read rows of two images and 1 (same) or 0, with or without the header `first,second,same`.
-
-    Args:
-        table: the list, comma-separated.
-        index: the position of each face by name.
-
-    Returns:
-        The pairs, with the faults of single lines.
-
-    Raises:
-        DataError: a line is not of that form.
-    """
+    """Read rows of two images and 1 (same) or 0, with or without the header `first,second,same`."""
     rows = table.rows[1:] if table.rows and table.rows[0][1] == PAIR_COLUMNS else table.rows
     pairs = PairList(table.where, index)
     for line, cells in rows:
@@ -210,3 +166,83 @@ def read_pairs_csv(table: Table, index: Mapping[str, int]) -> PairList:
 def index_of(names: Sequence[str]) -> dict[str, int]:
     """The position of each name."""
     return {name: position for position, name in enumerate(names)}
+
+
+def contiguous_folds(count: int, folds: int = FOLDS, remainder: Remainder = "first") -> Tensor:
+    """Cut a list of `count` pairs, in its order, into folds: int64 `[count]`, rising from 0.
+
+    Where it does not go evenly, `"first"` makes each of the first folds a pair longer
+    (scikit-learn's `KFold`, insightface), `"spread"` cuts at `i * count // folds` (the paper's
+    code).
+    """
+    places = torch.arange(folds + 1)
+    if remainder == "spread":
+        cuts = places * count // folds
+    else:
+        cuts = places * (count // folds) + places.clamp(max=count % folds)
+    return torch.arange(folds).repeat_interleave(cuts.diff())
+
+
+def balanced_folds(same: Tensor, folds: int = FOLDS) -> Tensor:
+    """Cut the pairs of each kind, bool `[P]`, into contiguous folds, in whatever order they come.
+
+    Gives the fold of each pair, int64 `[P]`; LFW's own on LFW's list.
+    """
+    fold = torch.empty(len(same), dtype=torch.int64)
+    for kind in (same, ~same):
+        fold[kind] = contiguous_folds(int(kind.sum()), folds)
+    return fold
+
+
+def pairs_csv(
+    path: str | os.PathLike[str], *, crop: str | None = None, skip_missing: bool = False
+) -> EvaluationSet:
+    """Read pairs to verify from a table of one's own.
+
+    Args:
+        path: rows of two images, as paths from the table's folder, and 1 (same person) or 0; with
+            or without the header `first,second,same`.
+        crop: the template the images are aligned to; None for photos, whose points are in a
+            `landmarks.csv` in the same folder.
+        skip_missing: leave out pairs with missing images.
+
+    Returns:
+        The faces and the pairs; each kind of pair is cut into 10 folds, or as many as it has pairs.
+
+    Raises:
+        DataError: the tables or images have faults; names file and line.
+    """
+    place = Path(path).expanduser()
+    table = read_own_table(place)
+    files = FolderFiles(place.parent)
+    if crop is None and LANDMARKS in files:
+        faces = folder_faces(files, skip_missing=skip_missing)
+    else:
+        listed = (name for _, cells in table.rows if cells != PAIR_COLUMNS for name in cells[:2])
+        names = tuple(name for name in dict.fromkeys(listed) if name in files)
+        faces = FileFaces(files, names, names, crop=crop)
+    pairs = read_pairs_csv(table, index_of(faces.names))
+    warn_of_doubles(faces, ((a, b) for a, b, *_ in pairs.rows), table.where)
+    skipped = skip_or_raise(pairs.faults, skip_missing=skip_missing)
+    faces = replace(faces, skipped=faces.skipped + skipped)
+    return EvaluationSet(place.stem, faces, pairs.finish(refold=True))
+
+
+def warn_of_doubles(faces: FileFaces, pairs: Iterable[tuple[int, int]], where: str) -> None:
+    """Say which pairs are of one and the same file under two names."""
+    hashes: dict[int, bytes] = {}
+
+    def hash_of(place: int) -> bytes:
+        if place not in hashes:
+            hashes[place] = hashlib.sha256(faces.files.read(faces.members[place])).digest()
+        return hashes[place]
+
+    doubles = [(a, b) for a, b in pairs if hash_of(a) == hash_of(b)]
+    if doubles:
+        first, second = (ascii(faces.names[place]) for place in doubles[0])
+        warnings.warn(
+            f"{len(doubles)} pairs of {where} are of one and the same picture under two names, "
+            f"such as {first} and {second}",
+            UserWarning,
+            stacklevel=3,
+        )

@@ -22,6 +22,7 @@ from torch import Tensor
 from idloss import __version__
 from idloss.data.faces import Faces, FileFaces, like_sized_batches, map_ahead
 from idloss.data.files import DataError, Fault, skip_or_raise
+from idloss.data.landmarks import check_landmarks, read_clean_list
 from idloss.data.overlap import Exclusion, Match, identity_names, kept_array, matched_faces
 from idloss.data.pairs import index_of
 from idloss.data.prepared import (
@@ -43,7 +44,6 @@ from idloss.data.prepared import (
     write_record,
     write_table,
 )
-from idloss.data.tables import read_clean_list
 from idloss.geometry import Template, get_template
 
 SOFTWARE = ("torch", "numpy", "pillow")
@@ -296,7 +296,8 @@ def _keep_listed(source: Faces, path: Path, *, skip_missing: bool) -> tuple[Face
     dropped += [Fault(name, ABSENT) for name in listed if name not in places]
     chosen = source.select(torch.tensor([i for name, i in places.items() if name in wanted]).long())
     if points.by_name:  # photos are files
-        chosen = replace(cast(FileFaces, chosen), landmarks=points.stack(chosen.names))
+        pointed = replace(cast(FileFaces, chosen), landmarks=points.stack(chosen.names))
+        chosen = check_landmarks(pointed, str(path))
     return chosen, dropped
 
 

@@ -34,8 +34,8 @@ from idloss.data.faces import (
     template_landmarks,
 )
 from idloss.data.files import DataError, Fault
+from idloss.data.landmarks import POINT_COLUMNS
 from idloss.data.overlap import Match
-from idloss.data.tables import POINT_COLUMNS
 from idloss.geometry import Template, get_template
 from idloss.weights.files import written_whole
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import warnings
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,15 +13,18 @@ from typing import Any
 
 import torch
 
-from idloss.data.faces import FileFaces, number_identities
+from idloss.data.faces import FileFaces, is_picture, number_identities
 from idloss.data.files import DataError, Fault, Files, open_files, skip_or_raise
+from idloss.data.landmarks import check_landmarks, read_points
 from idloss.data.pairs import EvaluationSet, PairList, index_of
-from idloss.data.tables import read_own_table, read_points
+from idloss.data.tables import read_own_table
 
-IMAGE = (".jpg", ".jpeg", ".png", ".bmp")
 TINYFACE = ("Testing_Set/", "tinyface/Testing_Set/", "")
+DISTRACTORS = 153_428
+"""Gallery faces of nobody in TinyFace's test set (Cheng, Zhu, Gong 2018)."""
 SURVFACE = ("Face_{}_Test_Set/", "QMUL-SurvFace/Face_{}_Test_Set/", "")
 SCFACE = ("", "SCface_database/", "SCface/")
+NO_PART = "Copy it from the published set; TinyFace can do with distractors=False."
 MUGSHOTS = ("mugshot_frontal_cropped_all/", "mugshot_frontal_original_all/")
 CAMERA = re.compile(r"(?P<subject>\d{3})_cam[1-5]_(?P<distance>[123])\.\w+")
 """A face by daylight; cameras 6, 7 and 8 are infrared (Grgic et al. 2011)."""
@@ -33,6 +37,7 @@ def tinyface(
     *,
     distractors: bool = True,
     landmarks: StrPath | None = None,
+    crop: str | None = None,
     skip_missing: bool = False,
 ) -> EvaluationSet:
     """Read the test set of TinyFace (Cheng, Zhu, Gong, ACCV 2018).
@@ -40,8 +45,10 @@ def tinyface(
     Args:
         root: the folder or tar that holds `Testing_Set/`, or is it, with `Gallery_Match/`,
             `Gallery_Distractor/`, `Probe/` and the two `*_img_ID_pairs.mat`.
-        distractors: take in the 153,428 gallery faces of nobody, as the protocol has it.
+        distractors: take in the 153,428 gallery faces of nobody, as the protocol has it: fewer are
+            a warning, none is an error.
         landmarks: rows of `Probe/name.jpg` and five points; without, the faces have none.
+        crop: the template the faces are aligned to, without landmarks.
         skip_missing: leave out listed images that are missing.
 
     Returns:
@@ -58,15 +65,20 @@ def tinyface(
     parts.take_list("gallery", "Gallery_Match/", "gallery_match_img_ID_pairs.mat", "gallery")
     parts.take_list("probe", "Probe/", "probe_img_ID_pairs.mat", "probe")
     if distractors:
-        parts.take_folder("distractors", "Gallery_Distractor/")
-    faces = parts.faces(landmarks, skip_missing=skip_missing)
+        parts.take_folder("distractors", "Gallery_Distractor/", DISTRACTORS)
+    parts.require_mates("gallery", "probe")
+    faces = parts.faces(landmarks, crop, skip_missing=skip_missing)
     found = parts.positions(faces)
     probes = {"probe": found.pop("probe")}
     return EvaluationSet("tinyface", faces, gallery=torch.cat([*found.values()]), probes=probes)
 
 
 def survface_identification(
-    root: StrPath, *, landmarks: StrPath | None = None, skip_missing: bool = False
+    root: StrPath,
+    *,
+    landmarks: StrPath | None = None,
+    crop: str | None = None,
+    skip_missing: bool = False,
 ) -> EvaluationSet:
     """Read the open-set identification test of QMUL-SurvFace (Cheng, Zhu, Gong 2018).
 
@@ -74,6 +86,7 @@ def survface_identification(
         root: the folder or tar that holds `Face_Identification_Test_Set/`, or is it, with
             `gallery/`, `mated_probe/`, `unmated_probe/` and the two `*_img_ID_pairs.mat`.
         landmarks: rows of `gallery/name.jpg` and five points; without, the faces have none.
+        crop: the template the faces are aligned to, without landmarks.
         skip_missing: leave out listed images that are missing.
 
     Returns:
@@ -90,14 +103,19 @@ def survface_identification(
     parts.take_list("gallery", "gallery/", "gallery_img_ID_pairs.mat", "gallery")
     parts.take_list("mated", "mated_probe/", "mated_probe_img_ID_pairs.mat", "mated_probe")
     parts.take_folder("unmated", "unmated_probe/")
-    faces = parts.faces(landmarks, skip_missing=skip_missing)
+    parts.require_mates("gallery", "mated")
+    faces = parts.faces(landmarks, crop, skip_missing=skip_missing)
     probes = parts.positions(faces)
     gallery = probes.pop("gallery")
     return EvaluationSet("survface-identification", faces, gallery=gallery, probes=probes)
 
 
 def survface_verification(
-    root: StrPath, *, landmarks: StrPath | None = None, skip_missing: bool = False
+    root: StrPath,
+    *,
+    landmarks: StrPath | None = None,
+    crop: str | None = None,
+    skip_missing: bool = False,
 ) -> EvaluationSet:
     """Read the verification test of QMUL-SurvFace, 5,320 pairs of each kind.
 
@@ -105,6 +123,7 @@ def survface_verification(
         root: the folder or tar that holds `Face_Verification_Test_Set/`, or is it, with
             `verification_images/`, `positive_pairs_names.mat` and `negative_pairs_names.mat`.
         landmarks: rows of `verification_images/name.jpg` and five points.
+        crop: the template the faces are aligned to, without landmarks.
         skip_missing: leave out pairs whose images are missing.
 
     Returns:
@@ -121,7 +140,7 @@ def survface_verification(
     base = _base(files, folders, [images], "QMUL-SurvFace verification")
     parts = _Parts(files, base)
     parts.take_folder("all", images)
-    faces = replace(parts.faces(landmarks, skip_missing=skip_missing), labels=None)
+    faces = replace(parts.faces(landmarks, crop, skip_missing=skip_missing), labels=None)
     pairs = PairList(files.where(base), index_of(faces.names))
     for kind in ("positive", "negative"):
         listed = _read_mat(files, f"{base}{kind}_pairs_names.mat", f"{kind}_pairs_names")
@@ -139,6 +158,7 @@ def scface(
     *,
     subjects: Iterable[int] = range(1, 131),
     landmarks: StrPath | None = None,
+    crop: str | None = None,
     skip_missing: bool = False,
 ) -> EvaluationSet:
     """Read SCface (Grgic, Delac, Grgic 2011): a mugshot each, five cameras at three distances.
@@ -148,6 +168,7 @@ def scface(
             `surveillance_cameras_distance_1/` to `_3/` (or `surveillance_cameras_all/`).
         subjects: whom to take. Papers that fine-tune on the first 50 report `range(51, 131)`.
         landmarks: rows of the path below the root and five points.
+        crop: the template the faces are aligned to, without landmarks.
         skip_missing: leave out subjects that lack their mugshot.
 
     Returns:
@@ -189,7 +210,7 @@ def scface(
             what = f"there are no faces of cameras 1 to 5 at distance {distance}"
             parts.faults.append(Fault(files.where(base), what))
         parts.add(f"d{distance}", found)
-    faces = parts.faces(landmarks, skip_missing=skip_missing)
+    faces = parts.faces(landmarks, crop, skip_missing=skip_missing)
     probes = parts.positions(faces)
     return EvaluationSet("scface", faces, gallery=probes.pop("gallery"), probes=probes)
 
@@ -214,15 +235,34 @@ class _Parts:
         folder = self.base + prefix.rpartition("/")[0]
         inside = self.files.names(f"{folder}/" if "/" in prefix else self.base)
         start = self.base + prefix
-        return [name for name in inside if name.startswith(start) and _is_image(name)]
+        return [name for name in inside if name.startswith(start) and is_picture(name)]
 
     def add(self, part: str, members: Sequence[tuple[str, str | None]]) -> None:
         """Take files with their identities."""
         self._parts[part] = members
 
-    def take_folder(self, part: str, folder: str) -> None:
-        """Take all images of a folder, of nobody known."""
-        self.add(part, [(member, None) for member in self.images(folder)])
+    def take_folder(self, part: str, folder: str, count: int | None = None) -> None:
+        """Take all images of a folder, of nobody known; say if they are not `count`."""
+        members = self.images(folder)
+        where = self.files.where(self.base + folder)
+        if not members:
+            raise DataError([Fault(where, f"there are no images ({part})")], NO_PART)
+        if count is not None and len(members) != count:
+            warnings.warn(
+                f"{where} holds {len(members):,} images and the published set {count:,}: figures "
+                "do not compare with those of others",
+                UserWarning,
+                stacklevel=3,
+            )
+        self.add(part, [(member, None) for member in members])
+
+    def require_mates(self, gallery: str, probes: str) -> None:
+        """Probes said to be of somebody in the gallery must be."""
+        enrolled = {identity for _, identity in self._parts[gallery]}
+        for member, identity in self._parts[probes]:
+            if identity not in enrolled and not self.faults:  # a lost gallery is told already
+                what = f"its identity {identity} has no face in the gallery"
+                self.faults.append(Fault(self.files.where(member), what))
 
     def take_list(self, part: str, folder: str, mat: str, key: str) -> None:
         """Take the images that a `.mat` lists (`KEY_set` and `KEY_ids`) from a folder."""
@@ -236,16 +276,26 @@ class _Parts:
         for row, (name, identity) in enumerate(zip(names, identities, strict=True), start=1):
             member = self.base + folder + name
             if member in there:
-                found.append((member, str(identity)))
+                found.append((member, _identity(identity)))
             else:
                 self.faults.append(Fault(f"{where}:row {row}", f"there is no {folder}{name}"))
+        listed = {member for member, _ in found}
+        if len(listed) != len(found):
+            what = f"it lists {len(found) - len(listed)} images a second time"
+            raise DataError([Fault(where, what)])
+        self.faults += [
+            Fault(self.files.where(name), f"{mat} does not list it")
+            for name in sorted(there - listed)
+        ]
         self.add(part, found)
 
-    def faces(self, landmarks: StrPath | None, *, skip_missing: bool) -> FileFaces:
+    def faces(
+        self, landmarks: StrPath | None, crop: str | None, *, skip_missing: bool
+    ) -> FileFaces:
         """All faces taken, with their points where there are some."""
         taken = [item for part in self._parts.values() for item in part]
         points = None
-        if landmarks is not None:
+        if crop is None and landmarks is not None:
             table = read_own_table(landmarks)
             points = read_points(table)
             self.faults += points.faults
@@ -256,15 +306,17 @@ class _Parts:
         skipped = skip_or_raise(self.faults, skip_missing=skip_missing)
         labels, identities = number_identities(identity for _, identity in taken)
         names = [member.removeprefix(self.base) for member, _ in taken]
-        return FileFaces(
+        found = FileFaces(
             files=self.files,
             members=tuple(member for member, _ in taken),
             names=tuple(names),
             labels=labels,
             identities=identities,
             landmarks=points.stack(names) if points else None,
+            crop=crop,
             skipped=skipped,
         )
+        return check_landmarks(found, str(landmarks))
 
     def positions(self, faces: FileFaces) -> dict[str, torch.Tensor]:
         """Where the faces of each part are."""
@@ -275,12 +327,8 @@ class _Parts:
         }
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE)
-
-
 def _has_images(files: Files, folder: str) -> bool:
-    return any(map(_is_image, files.names(folder)))
+    return any(map(is_picture, files.names(folder)))
 
 
 def _base(files: Files, bases: Iterable[str], folders: Iterable[str], what: str) -> str:
@@ -307,6 +355,13 @@ def _read_mat(files: Files, name: str, key: str) -> Any:
     if key not in content:
         raise DataError([Fault(files.where(name), f"there is no variable {key}")])
     return content[key]
+
+
+def _identity(number: object) -> str:
+    """A person's number alike from tables of whole numbers and of floating point."""
+    if isinstance(number, float) and number.is_integer():
+        return str(int(number))
+    return str(number)
 
 
 def _texts(cells: Any) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from idloss.data.folds import FOLDS, Remainder, contiguous_folds
+from idloss.data.pairs import FOLDS, Remainder, contiguous_folds
 from idloss.evaluation.statistics import Bools, Estimate, Floats, Ints, estimate, require_finite
 
 FAR_TARGETS = (1e-1, 1e-2, 1e-3, 1e-4)

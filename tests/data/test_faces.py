@@ -8,7 +8,7 @@ from data.test_files import jpeg
 from torchvision.datasets import CelebA
 
 from idloss.data import DataError, celeba_faces, folder_faces, open_faces
-from idloss.data.tables import POINT_COLUMNS
+from idloss.data.landmarks import POINT_COLUMNS
 
 NUMBERS = "30,52 66,52 48,72 34,92 63,92".replace(" ", ",")
 HEADER = ",".join(["image_id", *POINT_COLUMNS, "identity"])
@@ -35,7 +35,7 @@ def test_folder(tmp_path):
     assert faces.labels.tolist() == [1, 0, 1]
     assert faces.landmarks.shape == (3, 5, 2)
     assert faces.landmarks[0, 4].tolist() == [63, 92]
-    assert faces.read(0).shape == (3, 30, 40)
+    assert faces.read(0).shape == (3, 110, 100)
 
 
 def test_tar_with_a_top_folder_equals_the_folder(tmp_path):
@@ -125,7 +125,7 @@ def test_celeba_layouts(tmp_path, layout):
     assert faces.identities == ("1880", "2880")
     assert faces.labels.tolist() == [1, 0, 1, 0]
     assert faces.landmarks[3, 2].tolist() == [48, 72]
-    assert faces.read(3).shape == (3, 30, 40)
+    assert faces.read(3).shape == (3, 110, 100)
     assert celeba_faces(tmp_path, split="test").names == ("000003.jpg", "000004.jpg")
     assert celeba_faces(tmp_path, split="valid").names == ("000002.jpg",)
 

@@ -44,7 +44,7 @@ def archive(request, folder, tmp_path):
     return path
 
 
-def jpeg(size=(40, 30), seed=0, **options):
+def jpeg(size=(100, 110), seed=0, **options):
     noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).resize(size).save(buffer, "JPEG", **options)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.model_selection import KFold
 
-from idloss.data.folds import balanced_folds, contiguous_folds
+from idloss.data.pairs import balanced_folds, contiguous_folds
 
 
 @pytest.mark.parametrize("count", [10, 17, 61, 600, 607, 6000])

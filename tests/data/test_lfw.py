@@ -13,8 +13,7 @@ from data.test_files import jpeg
 from servers import Fault, FileServer
 
 from idloss.data import DataError, lfw
-from idloss.data.folds import balanced_folds
-from idloss.data.pairs import lfw_name
+from idloss.data.pairs import balanced_folds, lfw_name
 from idloss.weights import NotAsPromisedError
 from idloss.weights.files import Piece
 
@@ -55,7 +54,7 @@ def check(found):
     assert pairs.same.tolist() == [True, True, False, False] * 2
     assert pairs.fold.tolist() == [0] * 4 + [1] * 4
     assert torch.equal(pairs.same, faces.labels[pairs.first] == faces.labels[pairs.second])
-    assert faces.read(faces.names.index("Dee/Dee_0002.jpg")).shape == (3, 30, 40)
+    assert faces.read(faces.names.index("Dee/Dee_0002.jpg")).shape == (3, 110, 100)
 
 
 @pytest.mark.parametrize("layout", ["root", "inner", "torchvision", "bare"])

@@ -56,7 +56,8 @@ def tiny(tmp_path):
 
 @pytest.mark.parametrize("below", ["", "tinyface", "tinyface/Testing_Set"])
 def test_tinyface(tiny, below):
-    found = open_evaluation(tiny / below)
+    with pytest.warns(UserWarning, match="2 images and the published set 153,428"):
+        found = open_evaluation(tiny / below, crop="sphereface")
     faces = found.faces
     assert found.name == "tinyface"
     gallery = [faces.names[i] for i in found.gallery]
@@ -82,10 +83,14 @@ def test_tinyface_missing_image_is_named_with_its_row(tiny):
 def test_tinyface_with_points(tiny, tmp_path):
     names = tinyface(tiny).faces.names
     table = tmp_path / "points.csv"
-    table.write_text("".join(f"{name},{NUMBERS}\n" for name in names))
+    small = ",".join(str(float(number) / 7) for number in NUMBERS.split(","))
+    table.write_text("".join(f"{name},{small}\n" for name in names))
     assert tinyface(tiny, landmarks=table).faces.landmarks.shape == (7, 5, 2)
-    table.write_text("".join(f"{name},{NUMBERS}\n" for name in names[1:]))
+    table.write_text("".join(f"{name},{small}\n" for name in names[1:]))
     with pytest.raises(DataError, match=r"points\.csv: no points of Gallery_Match/1_1\.jpg"):
+        tinyface(tiny, landmarks=table)
+    table.write_text("".join(f"{name},{NUMBERS}\n" for name in names))
+    with pytest.raises(DataError, match=r"outside 7 of 7 photos.*1_1\.jpg \(20x16\)"):
         tinyface(tiny, landmarks=table)
 
 
@@ -133,7 +138,7 @@ def surv(tmp_path):
 
 
 def test_survface_identification(surv):
-    found = open_evaluation(surv, "survface-identification")
+    found = open_evaluation(surv, "survface-identification", crop="arcface")
     labels = found.faces.labels
     assert labels[found.gallery].tolist() == [0, 1]
     assert labels[found.probes["mated"]].tolist() == [1, 0, 0]
@@ -142,7 +147,7 @@ def test_survface_identification(surv):
 
 
 def test_survface_verification(surv):
-    found = open_evaluation(surv, "survface-verification")
+    found = open_evaluation(surv, "survface-verification", crop="arcface")
     pairs, names = found.pairs, found.faces.names
     assert len(pairs) == 24
     assert pairs.same.tolist() == [True] * 12 + [False] * 12

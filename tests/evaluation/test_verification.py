@@ -5,7 +5,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import KFold
 
-from idloss.data.folds import contiguous_folds
+from idloss.data.pairs import contiguous_folds
 from idloss.evaluation.protocols import PROTOCOLS
 from idloss.evaluation.verification import (
     FAR_TARGETS,

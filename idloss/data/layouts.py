@@ -13,8 +13,7 @@ from idloss.data.files import open_files
 from idloss.data.folder import find_landmarks, folder_faces
 from idloss.data.insightface import insightface_bin
 from idloss.data.lfw import lfw
-from idloss.data.listed import pairs_csv
-from idloss.data.pairs import EvaluationSet
+from idloss.data.pairs import EvaluationSet, pairs_csv
 from idloss.data.prepared import PreparedFaces, is_prepared, open_prepared
 from idloss.data.surveillance import (
     scface,
@@ -23,6 +22,7 @@ from idloss.data.surveillance import (
     tinyface,
 )
 from idloss.errors import did_you_mean
+from idloss.geometry import Template, get_template
 
 EVALUATIONS: Mapping[str, Callable[..., EvaluationSet]] = {
     "lfw": lfw,
@@ -85,7 +85,11 @@ def open_training(
 
 
 def open_evaluation(
-    path: str | os.PathLike[str], kind: str | None = None, **options: Any
+    path: str | os.PathLike[str],
+    kind: str | None = None,
+    *,
+    crop: str | Template | None = None,
+    **options: Any,
 ) -> EvaluationSet:
     """Open an evaluation set.
 
@@ -93,6 +97,7 @@ def open_evaluation(
         path: a `pairs.csv`, an insightface `.bin`, or a folder or tar of LFW or of another set.
         kind: a name in `EVALUATIONS`; None takes `.csv` and `.bin` by their suffix and finds the
             others by their layout.
+        crop: Template the pictures are aligned to, which then need no landmarks; None for photos.
         **options: passed on to the reader of that kind.
 
     Returns:
@@ -101,10 +106,25 @@ def open_evaluation(
     Raises:
         FileNotFoundError: there is nothing, or no layout that is known; lists what was looked for.
         DataError: the set has faults; names file and line.
-        ValueError: there is no such kind.
+        ValueError: there is no such kind, or there is nothing to align photos by.
     """
     if kind is not None and kind not in EVALUATIONS:
         raise ValueError(did_you_mean("evaluation set", kind, EVALUATIONS))
+    if crop is not None:
+        options["crop"] = get_template(crop).name
+    found = _open_evaluation(path, kind, options)
+    if found.faces.crop is None and found.faces.landmarks is None:
+        raise ValueError(
+            f"{path} has no landmarks to align its photos by: name a table with landmarks=, put "
+            "landmarks.csv beside a pairs.csv, or name the template the pictures are aligned to "
+            "with crop=sphereface or crop=arcface"
+        )
+    return found
+
+
+def _open_evaluation(
+    path: str | os.PathLike[str], kind: str | None, options: dict[str, Any]
+) -> EvaluationSet:
     kind = kind or SUFFIXES.get(Path(path).suffix.lower())
     if kind is not None:
         return EVALUATIONS[kind](path, **options)
