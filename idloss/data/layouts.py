@@ -112,22 +112,18 @@ def open_evaluation(
         raise ValueError(did_you_mean("evaluation set", kind, EVALUATIONS))
     if crop is not None:
         options["crop"] = get_template(crop).name
-    found = _open_evaluation(path, kind, options)
+    kind = kind or SUFFIXES.get(Path(path).suffix.lower())
+    found = EVALUATIONS[kind](path, **options) if kind else _find(path, options)
     if found.faces.crop is None and found.faces.landmarks is None:
+        way = "put landmarks.csv beside it" if kind == "pairs" else "name a table with landmarks="
         raise ValueError(
-            f"{path} has no landmarks to align its photos by: name a table with landmarks=, put "
-            "landmarks.csv beside a pairs.csv, or name the template the pictures are aligned to "
-            "with crop=sphereface or crop=arcface"
+            f"{path} has no landmarks to align its photos by; {way}, or name the template the "
+            "pictures are aligned to with crop=sphereface or crop=arcface"
         )
     return found
 
 
-def _open_evaluation(
-    path: str | os.PathLike[str], kind: str | None, options: dict[str, Any]
-) -> EvaluationSet:
-    kind = kind or SUFFIXES.get(Path(path).suffix.lower())
-    if kind is not None:
-        return EVALUATIONS[kind](path, **options)
+def _find(path: str | os.PathLike[str], options: dict[str, Any]) -> EvaluationSet:
     absent = []
     for name, reader in EVALUATIONS.items():
         if name in SUFFIXES.values():

@@ -375,8 +375,8 @@ def test_results_outlive_a_disk_that_filled_up(lfw, networks, command, tmp_path,
 
 
 def test_photos_without_points_say_what_to_give(networks, command, tmp_path):
-    picture = Image.fromarray(np.zeros((20, 20, 3), np.uint8))
-    for name in "abcd":
+    for shade, name in enumerate("abcd"):
+        picture = Image.fromarray(np.full((20, 20, 3), shade, np.uint8))
         picture.save(tmp_path / f"{name}.png")
     (tmp_path / "pairs.csv").write_text("a.png,b.png,1\nc.png,d.png,0\n")
     words = ["--fnet", networks[0], "--out", tmp_path / "out"]
