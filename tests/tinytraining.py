@@ -7,11 +7,14 @@ import argparse
 import csv
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from nets import tiny_fnet
+from safetensors.torch import load_file
 
 import idloss.training.saving
 from idloss import HallucinationLoss, create_srnet
@@ -46,22 +49,56 @@ def tiny_faces(count=20, seed=0):
     )
 
 
-def tiny_run(
-    folder, *, resume=False, faces=None, fnet=None, srnet=None, identity_weight=0.5, **fields
-):
-    """Train a very small EDSR; gives the network."""
-    if srnet is None:
-        torch.manual_seed(0)
-        srnet = create_srnet("edsr16_64", depth=1, width=8)
-    criterion = HallucinationLoss(fnet or tiny_fnet(), weight=identity_weight, crop="sphereface")
+def tiny_edsr(**options):
+    """The smallest EDSR there is, seeded."""
+    torch.manual_seed(0)
+    return create_srnet("edsr16_64", **{"depth": 1, "width": 8, **options})
+
+
+def tiny_run(folder, *, resume=False, faces=None, fnet=None, srnet=None, criterion=None, **fields):
+    """Train a very small EDSR; gives the network. `fnets` is the recipe's field."""
+    weight = fields.setdefault("identity_weight", 0.5)
+    if "fnets" in fields:
+        fields["fnet"] = fields.pop("fnets")
+    srnet = tiny_edsr() if srnet is None else srnet
+    if criterion is None:
+        criterion = HallucinationLoss(fnet or tiny_fnet(), weight=weight, crop="sphereface")
     return train(
-        Recipe(**{**FIELDS, "identity_weight": identity_weight, **fields}),
+        Recipe(**{**FIELDS, **fields}),
         folder,
         resume=resume,
         faces=tiny_faces() if faces is None else faces,
         srnet=srnet,
         criterion=criterion,
     )
+
+
+def assert_same(folder, expected, atol=0.0, rtol=0.0):
+    """Two runs went the same way and ended alike; their weights may differ ten times as much."""
+    assert list(losses(folder)) == list(losses(expected))
+    found, wanted = (list(losses(one).values()) for one in (folder, expected))
+    np.testing.assert_allclose(found, wanted, atol=atol, rtol=rtol)
+    state = weights(folder)
+    for key, value in weights(expected).items():
+        torch.testing.assert_close(state[key], value, atol=10 * atol, rtol=10 * rtol)
+
+
+def launch(script, *arguments, processes=1, **popen):
+    """Start a script, alone or under torchrun."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nnodes=1"]
+        command += [f"--nproc-per-node={processes}"]
+    command += [str(one) for one in (script, *arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes, **popen)
+
+
+def finished(process):
+    """Exit status and output of a script that was launched."""
+    shown = process.communicate(timeout=240)[0]
+    return process.returncode, shown
 
 
 def losses(folder):
@@ -74,8 +111,6 @@ def losses(folder):
 
 def weights(folder):
     """Weights that a run saved at its end."""
-    from safetensors.torch import load_file
-
     return load_file(Path(folder) / "model" / "model.safetensors")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -42,7 +41,7 @@ class Draw(NamedTuple):
         step: Which step, counted from 1.
         faces: Positions of its faces in the data, int64 `[rows.stop - rows.start]`.
         rows: Where they stand in the step's whole batch.
-        total: Faces of the whole batch. Random numbers are drawn for all of it, so that they do
+        total: Faces of the whole batch; random numbers are drawn for all of it, so that they do
             not depend on how it is shared out.
     """
 
@@ -62,12 +61,9 @@ class Task(Protocol):
         content: What its data are, as a hash: a run is not resumed on others.
     """
 
-    @property
-    def module(self) -> nn.Module: ...  # noqa: D102
-    @property
-    def network(self) -> nn.Module: ...  # noqa: D102
-    @property
-    def content(self) -> str: ...  # noqa: D102
+    module: nn.Module
+    network: nn.Module
+    content: str
 
     def __len__(self) -> int:
         """Faces there are to draw from."""
@@ -115,19 +111,9 @@ def shares(count: int, *, process: int, processes: int, accumulate: int) -> list
 
 
 class Crops:
-    """Reads the crops of draws, ahead of time where they come from disk.
+    """Reads the crops of draws, ahead of time where they come from disk; photos are aligned.
 
-    Args:
-        faces: Crops, or photos, which are aligned as they are asked for.
-        crop: The crops' template.
-        device: Where they go.
-        hold: `"device"`, `"host"` or `"auto"`; see `RunOptions.hold_crops`.
-        workers: Processes that read photos, or prepared crops on their way to a GPU.
-        skip_missing: Put the next face in the place of one that cannot be read or aligned.
-
-    Raises:
-        ValueError: The faces are aligned to another template, or are photos that are to be held on
-            the device.
+    `hold` and `workers` are those of `RunOptions`, `skip_missing` that of `Recipe`.
     """
 
     def __init__(
@@ -152,10 +138,9 @@ class Crops:
         self.skip_missing = skip_missing
         self.resident: Tensor | None = None
         self._unusable: dict[int, Fault] = {}
-        if faces.crop is None:
-            if hold == "device":
-                raise ValueError("hold_crops=device needs prepared faces: run 'idloss prepare'")
-        elif hold == "device" or (hold == "auto" and self._fits()):
+        if faces.crop is None and hold == "device":
+            raise ValueError("hold_crops=device needs prepared faces: run 'idloss prepare'")
+        if faces.crop and (hold == "device" or (hold == "auto" and self._fits())):
             self.resident = faces.crops_at(torch.arange(len(faces))).to(device)
 
     def _fits(self) -> bool:
@@ -258,11 +243,7 @@ def check_crop(encoder: FaceEncoder, crop: str) -> None:
 
 
 def stored_features(
-    faces: Faces,
-    identity: IdentityPreservedLoss,
-    *,
-    device: torch.device,
-    progress: bool = True,
+    faces: Faces, identity: IdentityPreservedLoss, *, device: torch.device, progress: bool = True
 ) -> Tensor:
     """HR features of all crops and of their mirror images, float32 `[2, N, D]`.
 
@@ -273,24 +254,20 @@ def stored_features(
     folder: Path | None = getattr(faces, "folder", None)
     key = features_key(faces.content, identity)
     if folder is None or key is None:
-        return torch.from_numpy(compute_features(faces, identity, device, progress=progress))
+        return compute_features(faces, identity, device, progress=progress)
     path = folder / f"features-{key}.npy"
     if not path.is_file():
-        wanted = 8 * len(faces) * identity.num_features
+        features = compute_features(faces, identity, device, progress=progress)
         try:
-            if shutil.disk_usage(folder).free < wanted:
-                raise OSError(f"{wanted >> 20} MiB are needed")  # noqa: TRY301
-            with written_whole(path) as temporary:
-                found = compute_features(faces, identity, device, progress=progress, file=temporary)
-                found.flush()  # type: ignore[attr-defined]
+            with written_whole(path) as temporary, temporary.open("wb") as file:
+                np.save(file, features.numpy())
         except OSError as error:
             warnings.warn(
-                f"HR features cannot be kept in {folder} ({error}) and are computed for this run "
-                "alone: prepare the faces into another folder to keep them",
-                UserWarning,
+                f"HR features cannot be kept in {folder} ({error}) and serve this run alone: "
+                "prepare the faces into another folder to keep them",
                 stacklevel=2,
             )
-            return torch.from_numpy(compute_features(faces, identity, device, progress=progress))
+            return features
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
@@ -308,28 +285,17 @@ def features_key(content: str, identity: IdentityPreservedLoss) -> str | None:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def compute_features(
-    faces: Faces,
-    identity: IdentityPreservedLoss,
-    device: torch.device,
-    *,
-    progress: bool = True,
-    file: Path | None = None,
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """Embed every crop and its mirror image, float32 `[2, N, D]`, in memory or in an `.npy`."""
-    shape = (2, len(faces), identity.num_features)
-    features: np.ndarray[tuple[int, ...], np.dtype[np.float32]]
-    if file is None:
-        features = np.empty(shape, np.float32)
-    else:
-        features = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+    faces: Faces, identity: IdentityPreservedLoss, device: torch.device, *, progress: bool = True
+) -> Tensor:
+    """Embed every crop and its mirror image, float32 `[2, N, D]`."""
+    features = torch.empty(2, len(faces), identity.num_features)
     bar = tqdm(total=len(faces), desc="HR features", unit="face", delay=2, disable=not progress)
     with bar:
         for places in torch.arange(len(faces)).split(FEATURE_BATCH):
             hr = to_float(faces.crops_at(places).to(device))
             both = identity.embed(torch.cat((hr, hr.flip(-1))))
-            rows = slice(int(places[0]), int(places[-1]) + 1)
-            features[:, rows] = both.float().cpu().numpy().reshape(2, len(places), -1)
+            features[:, places] = both.float().cpu().reshape(2, len(places), -1)
             bar.update(len(places))
     return features

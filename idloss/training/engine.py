@@ -22,6 +22,7 @@ from accelerate.tracking import GeneralTracker, get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, TorchDynamoPlugin
 from huggingface_hub.utils.tqdm import tqdm
 from safetensors.torch import save_file
+from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.step_lr import StepLRScheduler
@@ -33,7 +34,7 @@ from idloss.encoder import resolve_device
 from idloss.errors import did_you_mean
 from idloss.training.batches import Batch, Draw, Task, shares, shuffled_batches
 from idloss.training.recipe import RunOptions
-from idloss.training.saving import Checkpoints, Progress
+from idloss.training.saving import Checkpoints
 from idloss.weights.files import written_whole
 
 Validate = Callable[[nn.Module, int], dict[str, float]]
@@ -165,7 +166,11 @@ class Engine:
         if options.channels_last:
             task.module.to(memory_format=torch.channels_last)
         if options.grad_checkpointing:
-            _checkpoint_activations(task.network)
+            enable = getattr(task.network, "set_grad_checkpointing", None)  # timm's convention
+            if enable is None:
+                kind = type(task.network).__name__
+                raise ValueError(f"{kind} has no set_grad_checkpointing: unset grad_checkpointing")
+            enable(True)
         task.module.to(accelerator.device).train()
         self.ema: ModelEmaV3 | None = None
         if options.ema:
@@ -173,7 +178,7 @@ class Engine:
         optimizer = create_optimizer(trained, options)
         self.schedule = create_schedule(optimizer, options)
         self.model, self.optimizer = accelerator.prepare(task.module, optimizer)
-        self.progress = Progress(task.content)
+        self.losses: list[dict[str, float]] = []  # of steps since the last row of the log
         copies = 3 if options.optimizer != "sgd" else 2  # weights and moments
         weights = sum(p.numel() * p.element_size() for p in trained)
         self.checkpoints = Checkpoints(
@@ -232,8 +237,8 @@ class Engine:
             unit="step",
             disable=not self.accelerator.is_main_process,
         )
-        if start and self._validates(start):  # the checkpoint was written first
-            self._validate(start)
+        if start:
+            self._validate_if_due(start)  # the checkpoint was written first
         self._clock = time.perf_counter(), start
         with bar:
             for step in range(start + 1, options.iterations + 1):
@@ -247,17 +252,12 @@ class Engine:
                 overdue = logs and step - saved > options.checkpoint_every  # there was no room
                 if step % options.checkpoint_every == 0 or overdue or last or stop:
                     saved = self._save(step, must=last or stop) or saved
-                if self._validates(step):
-                    self._validate(step)
+                self._validate_if_due(step)
                 if stop and not last:
                     raise TrainingStoppedError(
                         f"stopped after step {step} of {options.iterations}, as asked; resume to "
                         "go on"
                     )
-
-    def _validates(self, step: int) -> bool:
-        due = self.validate_every and step % self.validate_every == 0
-        return self.validate is not None and bool(due or step == self.options.iterations)
 
     def _take_up(self, *, resume: bool) -> int:
         """Load the newest whole checkpoint, and tell its step."""
@@ -278,10 +278,11 @@ class Engine:
                 f"iterations={self.options.iterations}: raise iterations"
             )
         decay = [group["weight_decay"] for group in self.optimizer.param_groups]
-        self.progress = self.checkpoints.load(step, self.ema)
+        progress = self.checkpoints.load(step, self.ema)
+        self.losses = progress["losses"]
         for group, value in zip(self.optimizer.param_groups, decay, strict=True):
             group["weight_decay"] = value  # this run's; the schedule sets the rate anew
-        if self.progress.content != self.task.content:
+        if progress["content"] != self.task.content:
             raise ValueError(
                 f"the run in {self.folder} was on other faces than these: give it the same data, "
                 "or choose another folder"
@@ -306,7 +307,8 @@ class Engine:
             held.append(next(batches))
             last = part == parts - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                torch.compiler.cudagraph_mark_step_begin()
+                if self.options.compile != "no":  # seconds to import
+                    torch.compiler.cudagraph_mark_step_begin()
                 losses = self.model(**held[-1])
                 found.append(torch.stack([loss.detach().float() for loss in losses.values()]))
                 if last:
@@ -316,10 +318,10 @@ class Engine:
                     row = torch.cat((torch.stack(found).mean(0), flag))
                     read = _sent_to_host(self.accelerator.reduce(row, "mean"))
                 self.accelerator.backward(losses["loss"] / parts)
-        names = list(losses)
         *values, stopped = read()
+        figures = dict(zip(losses, values, strict=True))
         if not all(map(math.isfinite, values)):
-            self._refuse(step, dict(zip(names, values, strict=True)), held)
+            self._refuse(step, figures, held)
         else:
             self._skipped = 0
             if self.options.clip_norm is not None:
@@ -327,7 +329,7 @@ class Engine:
             self.optimizer.step()
             if self.ema is not None:
                 self.ema.update(self.task.network, step=step)
-            self.progress.add(names, values)
+            self.losses.append(figures)
         self.optimizer.zero_grad()
         return stopped > 0
 
@@ -335,41 +337,38 @@ class Engine:
         process = self.accelerator.process_index
         path = self.folder / f"not-finite-step-{step:06d}-process-{process}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {
-                f"{part}/{name}": tensor.detach().cpu().contiguous()
-                for part, batch in enumerate(batches)
-                for name, tensor in batch.items()
-            },
-            path,
-        )
+        tensors = {
+            f"{part}/{name}": tensor.detach().cpu().contiguous()
+            for part, batch in enumerate(batches)
+            for name, tensor in batch.items()
+        }
+        save_file(tensors, path)
         self._skipped += 1
         shown = ", ".join(f"{name} {value}" for name, value in losses.items())
         what = f"step {step} has a loss that is not finite ({shown}); its batch is in {path}"
+        calmer = "with a lower learning_rate, clip_norm or precision=fp32"
         if self.options.non_finite == "stop":
             raise TrainingStoppedError(
-                f"{what}. Resume with non_finite=skip to leave it out, or with a lower "
-                "learning_rate, clip_norm or precision=fp32"
+                f"{what}. Resume with non_finite=skip to leave it out, or {calmer}"
             )
         if self._skipped == GIVE_UP_AFTER:
             raise TrainingStoppedError(
                 f"{what}, like those of the {GIVE_UP_AFTER - 1} steps before: the weights are "
-                "lost. Resume with a lower learning_rate, clip_norm or precision=fp32"
+                f"lost. Resume {calmer}"
             )
         self.accelerator.print(f"skipped: {what}")
 
     def _log(self, step: int) -> str:
         then, since = self._clock
-        now = time.perf_counter()
-        rate = (step - since) * self.options.batch_size / max(now - then, 1e-9)
-        self._clock = now, step
-        means = self.progress.take_means()
-        if not means:  # every step was skipped
+        self._clock = time.perf_counter(), step
+        rate = (step - since) * self.options.batch_size / max(self._clock[0] - then, 1e-9)
+        taken, self.losses = self.losses, []
+        if not taken:  # every step was skipped
             return ""
+        means = {name: sum(one[name] for one in taken) / len(taken) for name in taken[0]}
         values = {**means, "learning_rate": self.optimizer.param_groups[0]["lr"]}
         self.accelerator.log({**values, "faces_per_second": round(rate, 2)}, step=step)
-        shown = [f"{name} {value:.4f}" for name, value in means.items()]
-        return ", ".join([*shown, f"{rate:.0f} faces/s"])
+        return ", ".join([*(f"{name} {means[name]:.4f}" for name in means), f"{rate:.0f} faces/s"])
 
     def _save(self, step: int, *, must: bool) -> int | None:
         """Write a checkpoint if there is room and the weights are sound."""
@@ -379,7 +378,8 @@ class Engine:
                 "resume with a lower learning_rate or clip_norm"
             )
         try:
-            self.checkpoints.save(step, self.progress, self.ema)
+            progress = {"content": self.task.content, "losses": self.losses}
+            self.checkpoints.save(step, progress, self.ema)
         except OSError as error:
             if must:
                 raise
@@ -387,8 +387,11 @@ class Engine:
             return None
         return step
 
-    def _validate(self, step: int) -> None:
-        if self.accelerator.is_main_process and self.validate is not None:
+    def _validate_if_due(self, step: int) -> None:
+        due = self.validate_every and step % self.validate_every == 0
+        if self.validate is None or not (due or step == self.options.iterations):
+            return
+        if self.accelerator.is_main_process:
             with _lent(self.network) as network:
                 figures = self.validate(network, step)
             self.accelerator.log(
@@ -408,18 +411,16 @@ class CsvTracker(GeneralTracker):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder = folder
+        self.paths = folder / "training.csv", folder / "validation.csv"
 
     @property
     def tracker(self) -> Path:
         """The folder, as Accelerate wants to know it."""
         return self.folder
 
-    def _paths(self) -> tuple[Path, Path]:
-        return self.folder / "training.csv", self.folder / "validation.csv"
-
     def cut(self, start: int) -> None:
         """Drop the rows of a run that was cut off; what goes on after `start` writes them again."""
-        for path, last in zip(self._paths(), (start, start - 1), strict=True):
+        for path, last in zip(self.paths, (start, start - 1), strict=True):
             if not path.exists():
                 continue
             head, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -432,9 +433,8 @@ class CsvTracker(GeneralTracker):
 
     def log(self, values: Mapping[str, Any], step: int | None = None, **_: Any) -> None:
         """Add a row of figures by name."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        validating = any(name.startswith(VALIDATION) for name in values)
-        path = self._paths()[validating]
+        path = self.paths[any(name.startswith(VALIDATION) for name in values)]
+        path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
         with path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -444,31 +444,26 @@ class CsvTracker(GeneralTracker):
 
 
 def create_optimizer(parameters: Iterable[nn.Parameter], options: RunOptions) -> Optimizer:
-    """The optimizer by name, its update fused into one kernel."""
-    common: dict[str, Any] = {
-        "lr": options.learning_rate,
-        "weight_decay": options.weight_decay,
-        "fused": True,
-    }
-    if options.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **common)
-    kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, **common)
+    """The optimizer by name, its update fused into one kernel; SGD has Nesterov's momentum."""
+    optimizer: Optimizer = create_optimizer_v2(
+        list(parameters),
+        options.optimizer,
+        lr=options.learning_rate,
+        weight_decay=options.weight_decay,
+        momentum=0.9,
+        fused=True,
+    )
+    return optimizer
 
 
 def create_schedule(optimizer: Optimizer, options: RunOptions) -> Scheduler:
     """Timm's scheduler: `step_update(step)` before each step sets the rate by the step alone."""
-    warmup: dict[str, Any] = {
-        "warmup_t": options.warmup,
-        "warmup_prefix": True,
-        "t_in_epochs": False,
-    }
+    warmup: Any = {"warmup_t": options.warmup, "warmup_prefix": True, "t_in_epochs": False}
     if options.schedule == "cosine":
         decaying = max(1, options.iterations - options.warmup) + 1  # zero would be one step later
         return CosineLRScheduler(optimizer, t_initial=decaying, **warmup)
-    constant = options.schedule == "constant"
     every = options.decay_every or max(1, options.iterations // 2)
-    rate = 1.0 if constant else options.decay_rate
+    rate = 1.0 if options.schedule == "constant" else options.decay_rate
     return StepLRScheduler(optimizer, decay_t=every, decay_rate=rate, **warmup)
 
 
@@ -499,25 +494,20 @@ def _lent(network: nn.Module) -> Iterator[nn.Module]:
 
     A deep copy would do but for networks that keep outputs, or weights made of others.
     """
-    modules = list(network.modules())
-    modes = [module.training for module in modules]
-    parameters = [(p, p.data, p.requires_grad) for p in network.parameters()]
-    owners = [(module, dict(module._parameters), dict(module._buffers)) for module in modules]
+    modules = [(one, one.training, dict(one._buffers)) for one in network.modules()]
+    parameters = [(one, one.data, one.requires_grad) for one in network.parameters()]
     for parameter, data, _ in parameters:
         parameter.data = data.clone()
-    for module, _, buffers in owners:
-        for name, buffer in buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.clone()
+    for module, _, buffers in modules:
+        module._buffers.update({k: v if v is None else v.clone() for k, v in buffers.items()})
     try:
         yield network.eval()
     finally:
-        for module, own, buffers in owners:
-            module._parameters.update(own)
-            module._buffers.update(buffers)
         for parameter, data, trained in parameters:
             parameter.data = data
             parameter.requires_grad_(trained)
-        for module, training in zip(modules, modes, strict=True):
+        for module, training, buffers in modules:
+            module._buffers.update(buffers)
             module.training = training
 
 
@@ -535,13 +525,3 @@ def _sent_to_host(row: Tensor) -> Callable[[], list[float]]:
         return values
 
     return read
-
-
-def _checkpoint_activations(network: nn.Module) -> None:
-    """By timm's convention: the network knows where."""
-    enable = getattr(network, "set_grad_checkpointing", None)
-    if enable is None:
-        raise ValueError(
-            f"{type(network).__name__} has no set_grad_checkpointing: unset grad_checkpointing"
-        )
-    enable(True)

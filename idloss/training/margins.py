@@ -44,6 +44,7 @@ class Margin(nn.Module):
 
         Margins that grow need the step, counted from 1; None is for their end.
         """
+        self.loss.step = step  # type: ignore[assignment]
         with torch.autocast(embeddings.device.type, enabled=False):
             return self.loss(embeddings.float(), labels)  # type: ignore[no-any-return]
 
@@ -63,39 +64,24 @@ def softmax(num_identities: int, num_features: int, *, scale: float = 20.0) -> M
     return Margin(NormalizedSoftmaxLoss(num_identities, num_features, temperature=1 / scale))
 
 
-class AnnealedMargin(Margin):
-    """A-Softmax whose margin grows in the first steps, without which it hardly converges."""
-
-    def __init__(
-        self, loss: AnnealedSphereFaceLoss, base: float, decay: float, least: float
-    ) -> None:
-        # authors' margin_inner_product_layer.cpp: of length 1
-        super().__init__(loss, len(loss.W) ** -0.5)
-        self.base = base
-        self.decay = decay
-        self.least = least
-
-    @torch.compiler.disable
-    def forward(self, embeddings: Tensor, labels: Tensor, step: Tensor | None = None) -> Tensor:
-        """Judge embeddings; see `Margin`."""
-        if step is not None:
-            easy = (self.base / (1 + self.decay * step)).clamp(min=self.least)
-        else:
-            easy = embeddings.new_tensor(self.least, dtype=torch.float32)
-        self.loss.easy = easy
-        loss: Tensor = super().forward(embeddings, labels)
-        return loss
-
-
 class AnnealedSphereFaceLoss(SphereFaceLoss):
-    """pytorch-metric-learning's A-Softmax, and what it lacks: lambda, the weight of no margin."""
+    """pytorch-metric-learning's A-Softmax, and what it lacks: lambda, the weight of no margin.
 
-    easy: Tensor
+    The margin grows in the first steps, without which it hardly converges.
+    """
+
+    def __init__(self, *sizes: int, margin: int, base: float, decay: float, least: float) -> None:
+        super().__init__(*sizes, margin=margin)
+        self.step: Tensor | None = None
+        self.base, self.decay, self.least = base, decay, least
 
     def modify_cosine_of_target_classes(self, cosine: Tensor) -> Tensor:
         """Blend psi, the margin's function of the cosine (paper, section 3.2), with the cosine."""
         hard: Tensor = super().modify_cosine_of_target_classes(cosine)
-        return (self.easy * cosine + hard) / (1 + self.easy)
+        easy: Tensor | float = self.least
+        if self.step is not None:
+            easy = (self.base / (1 + self.decay * self.step)).clamp(min=self.least)
+        return (easy * cosine + hard) / (1 + easy)
 
 
 def sphereface(
@@ -117,11 +103,12 @@ def sphereface(
     _check(num_identities, margin=margin)
     if margin != int(margin):
         raise ValueError(f"margin of 'sphereface' is a whole factor of the angle, got {margin}")
-    for name, value in (("base", base), ("decay", decay), ("least", least)):
+    annealing = {"base": base, "decay": decay, "least": least}
+    for name, value in annealing.items():
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
-    loss = AnnealedSphereFaceLoss(num_identities, num_features, margin=int(margin))
-    return AnnealedMargin(loss, base, decay, least)
+    loss = AnnealedSphereFaceLoss(num_identities, num_features, margin=int(margin), **annealing)
+    return Margin(loss, num_features**-0.5)  # margin_inner_product_layer.cpp: of length 1
 
 
 def cosface(
@@ -170,21 +157,13 @@ class AdaFaceLoss(nn.Module):
     running_std: Tensor
 
     def __init__(
-        self,
-        num_identities: int,
-        num_features: int,
-        *,
-        margin: float,
-        scale: float,
-        concentration: float,
-        momentum: float,
+        self, *sizes: int, margin: float, scale: float, concentration: float, momentum: float
     ) -> None:
         super().__init__()
+        num_identities, num_features = sizes
         self.W = nn.Parameter(torch.empty(num_features, num_identities))
-        self.margin = margin
-        self.scale = scale
-        self.concentration = concentration
-        self.momentum = momentum
+        self.margin, self.scale = margin, scale
+        self.concentration, self.momentum = concentration, momentum
         # head.py begins so: at first every face has about mean quality, and the margin is CosFace's
         self.register_buffer("running_mean", torch.tensor(20.0))
         self.register_buffer("running_std", torch.tensor(100.0))
@@ -228,25 +207,13 @@ def adaface(
     _check(num_identities, margin=margin, scale=scale)
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
-    loss = AdaFaceLoss(
-        num_identities,
-        num_features,
-        margin=margin,
-        scale=scale,
-        concentration=concentration,
-        momentum=momentum,
-    )
+    options = {"scale": scale, "concentration": concentration, "momentum": momentum}
+    loss = AdaFaceLoss(num_identities, num_features, margin=margin, **options)
     return Margin(loss, num_features**-0.5)  # head.py: of length 1
 
 
 MARGINS: Mapping[str, Callable[..., Margin]] = MappingProxyType(
-    {
-        "softmax": softmax,
-        "sphereface": sphereface,
-        "cosface": cosface,
-        "arcface": arcface,
-        "adaface": adaface,
-    }
+    {make.__name__: make for make in (softmax, sphereface, cosface, arcface, adaface)}
 )
 """Margin losses by name."""
 

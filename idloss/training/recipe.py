@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from idloss.degradation import list_degradations, sizes_of
 from idloss.errors import did_you_mean
 from idloss.geometry import get_template
-from idloss.losses import get_distance
+from idloss.losses import get_distance, get_image_loss
 from idloss.resample import Size, parse_size
 from idloss.weights.files import written_whole
 from idloss.weights.sources import zoo_folder
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
 AboveZero = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Options = TypeVar("Options", bound="RunOptions")
+
+_WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
 
 
 class RunOptions(BaseModel):
@@ -72,7 +65,7 @@ class RunOptions(BaseModel):
     """`adam`, `adamw` or `sgd` (momentum 0.9, Nesterov)."""
     learning_rate: AboveZero = 1e-4
     """Its peak."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NotNegative = 0.0
     """As the optimizer has it."""
     schedule: Literal["step", "cosine", "constant"] = "step"
     """`step`: times `decay_rate` after every `decay_every` steps, counted as in the paper's
@@ -122,52 +115,23 @@ class RunOptions(BaseModel):
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         """Explain every field in the class's docstring, inherited ones too."""
         lines = [
-            f"        {name}: {' '.join(str(field.description).split())}"
-            for name, field in cls.model_fields.items()
+            f"        {name}: {' '.join(_explained(cls, name).split())}"
+            for name in cls.model_fields
         ]
         cls.__doc__ = "\n".join([f"{(cls.__doc__ or '').rstrip()}\n\n    Attributes:", *lines])
 
-    @classmethod
-    def parse(cls, fields: Mapping[str, Any], where: str = "the recipe") -> Self:
-        """Check fields that a person wrote.
 
-        Args:
-            fields: Values by name.
-            where: What to call their place in an error.
-
-        Returns:
-            The options.
-
-        Raises:
-            ValueError: A field is unknown or its value is not valid; one line that names each.
-        """
-        try:
-            return cls.model_validate(dict(fields))
-        except ValidationError as error:
-            complaints = [cls._complaint(one) for one in error.errors()]
-            raise ValueError(f"{where}: {'; '.join(complaints)}") from None
-
-    @classmethod
-    def _complaint(cls, error: Any) -> str:
-        name = ".".join(str(part) for part in error["loc"])
-        if error["type"] == "extra_forbidden":
-            return did_you_mean("field", name, cls.model_fields)
-        message = error["msg"].removeprefix("Value error, ")
-        if not name:
-            return str(message)
-        return f"{name}: {message[:1].lower()}{message[1:]}, got {error['input']!r}"
+def _explained(kind: type[RunOptions], name: str) -> str:
+    return kind.model_fields[name].description or RunOptions.model_fields[name].description or ""
 
 
 class FaceOptions(RunOptions):
     """What faces to train on, how they are made small, and what a run is validated on."""
 
     # Data may have moved: what counts is the hash of their content.
-    PASSIVE: ClassVar[frozenset[str]] = RunOptions.PASSIVE | {
-        "data",
-        "skip_missing",
-        "validate_on",
-        "validate_every",
-    }
+    PASSIVE: ClassVar[frozenset[str]] = RunOptions.PASSIVE | frozenset(
+        {"data", "skip_missing", "validate_on", "validate_every"}
+    )
 
     data: Path | None = None
     """A folder that `idloss prepare` made, CelebA, or a folder or tar with `landmarks.csv`."""
@@ -220,12 +184,12 @@ class Recipe(FaceOptions):
     """Its arguments, such as `depth`."""
     fnet: str | dict[str, float] = "sface"
     """Name of the FNet of the identity loss, or names with their weights."""
-    identity_weight: Annotated[float, Field(ge=0)] = 0.5
+    identity_weight: NotNegative = 0.5
     """Lambda of the identity loss; 0 leaves the image loss alone."""
     distance: str = "cosine"
     """Between embeddings."""
-    image_loss: Literal["l1", "mse", "smooth_l1"] = "l1"
-    """Between SR and MR, both in [-1, 1]."""
+    image_loss: str = "l1"
+    """Between SR and MR, both in [-1, 1]: `l1`, `mse`, `huber`, or what a plug-in registered."""
     store_hr_features: bool = True
     """Compute HR features once for the whole set, kept beside prepared data, instead of in each
     step."""
@@ -244,6 +208,7 @@ class Recipe(FaceOptions):
     @model_validator(mode="after")
     def _check_names_and_sizes(self) -> Recipe:
         get_distance(self.distance)
+        get_image_loss(self.image_loss)
         self.lr_sizes()
         return self
 
@@ -260,20 +225,15 @@ class FNetRecipe(FaceOptions):
     batch norm, the network may not survive their rate otherwise.
     """
 
+    # explained where RunOptions has them
     iterations: Positive = 28_000
-    """Optimizer steps."""
     batch_size: Positive = 256
-    """Faces of a step, over all processes and parts of it."""
     optimizer: Literal["adam", "adamw", "sgd"] = "sgd"
-    """`adam`, `adamw` or `sgd` (momentum 0.9, Nesterov)."""
     learning_rate: AboveZero = 0.1
-    """Its peak."""
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    """As the optimizer has it."""
+    weight_decay: NotNegative = 5e-4
     schedule: Literal["step", "cosine", "constant"] = "cosine"
-    """`step` (see `Recipe`), `cosine` to zero or `constant`."""
     clip_norm: AboveZero | None = 1.0
-    """Largest norm of the gradient; null to leave it."""
+
     fnet: str = "sface"
     """Name of the FNet."""
     fnet_options: dict[str, Any] = Field(default_factory=dict)
@@ -309,13 +269,13 @@ def load_recipe(
 ) -> Options:
     """Read a recipe and change some of its fields.
 
-    YAML is read as its version 1.2 has it (`no` is a word, `0045` is 45), and fields that hold text
-    get it as it is written.
+    A value is what its field takes it for, not what YAML 1.1 does: `no` is a word in a text, 0045
+    a text or 45.
 
     Args:
         recipe: A name in `recipe_names()`, or the path of a YAML file.
-        overrides: `field=value`, the value in YAML, or for a text as it is: `batch_size=32`,
-            `factors=[4, 8]`, `data=my faces #1`.
+        overrides: `field=value`, a list or mapping in YAML, anything else as it is written:
+            `batch_size=32`, `factors=[4, 8]`, `data=my faces #1`.
         kind: The class of its fields.
 
     Returns:
@@ -335,23 +295,27 @@ def load_recipe(
             )
     if not path.is_file():
         raise FileNotFoundError(f"no recipe at {path}")
-    text = path.read_text(encoding="utf-8")
-    fields = _yaml(text, str(path), _Typed)
+    fields = _texts(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(fields, dict):
         raise ValueError(  # noqa: TRY004 - its content, not an argument's type
             f"{path}: a recipe is a list of 'field: value', got {fields!r}"
         )
-    as_written = _yaml(text, str(path), yaml.BaseLoader).values()
-    fields = {
-        str(name): written if value is not None and _holds_text(kind, name) else value
-        for (name, value), written in zip(fields.items(), as_written, strict=True)
-    }
     for override in overrides:
         name, equals, value = override.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"{override!r} is not field=value, such as batch_size=32")
-        fields[name] = _value(value.strip(), override, text=_holds_text(kind, name))
-    return kind.parse(fields, path.name)
+        value = value.strip()
+        fields[name] = _texts(value, override) if value[:1] in tuple("[{\"'") else value
+    for name, value in fields.items():
+        if isinstance(value, dict) and name.endswith("_options"):
+            fields[name] = _typed(value)
+        elif isinstance(value, str) and _WORDS.get(value.lower(), value) is None:
+            fields[name] = None
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        complaints = "; ".join(_complaint(kind, one) for one in error.errors())
+        raise ValueError(f"{path.name}: {complaints}") from None
 
 
 def save_recipe(options: RunOptions, path: Path) -> None:
@@ -361,56 +325,45 @@ def save_recipe(options: RunOptions, path: Path) -> None:
         temporary.write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
 
 
-class _Typed(yaml.SafeLoader):
-    """Scalars by YAML 1.2's core schema, and no key twice."""
+def _complaint(kind: type[RunOptions], error: Any) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return did_you_mean("field", name, kind.model_fields)
+    message = error["msg"].removeprefix("Value error, ")
+    if not name:
+        return str(message)
+    return f"{name}: {message[:1].lower()}{message[1:]}, got {_typed(error['input'])!r}"
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012
+
+class _Texts(yaml.BaseLoader):
+    """Reads every scalar as the text that is written, and no key twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        keys = [key.value for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"{key} is said twice")
         return super().construct_mapping(node, deep)
 
 
-for _kind, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
-):
-    _Typed.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_kind}",
-        re.compile(rf"^(?:{_pattern})$"),
-        [letter.replace("\0", "") for letter in _first],
-    )
-_Typed.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(str(node.value)))
-
-
-def _yaml(text: str, where: str, loader: type[Any]) -> Any:
+def _texts(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, loader)
+        return yaml.load(text, _Texts)
     except yaml.YAMLError as error:
         raise ValueError(f"{where}: not YAML ({' '.join(str(error).split())})") from None
 
 
-def _value(value: str, where: str, *, text: bool) -> Any:
-    """What is written behind `field=`: of a text all of it, but for lists and quotes."""
-    if not text:
-        return _yaml(value, where, _Typed)
-    if value in ("", "~", "null"):
-        return None
-    return _yaml(value, where, yaml.BaseLoader) if value[0] in "[{\"'" else value
-
-
-def _holds_text(kind: type[RunOptions], name: object) -> bool:
-    """Whether a field holds text, alone or in a list."""
-
-    def text(annotation: Any) -> bool:
-        if annotation in (str, Path) or isinstance(annotation, str):
-            return True
-        return get_origin(annotation) is not dict and any(map(text, get_args(annotation)))
-
-    field = kind.model_fields.get(str(name))
-    return field is not None and text(field.annotation)
+def _typed(value: Any) -> Any:
+    """What a text says where no field tells its type: a number, true, false, null, or a text."""
+    if isinstance(value, dict):
+        return {key: _typed(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_typed(one) for one in value]
+    if not isinstance(value, str):
+        return value
+    if value.lower() in _WORDS:
+        return _WORDS[value.lower()]
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(value)
+    return value

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from idloss import __version__
 from idloss.data import EvaluationSet, Faces, open_evaluation, open_training
@@ -18,44 +17,37 @@ from idloss.degradation import Degradation, get_degradation
 from idloss.encoder import FaceEncoder
 from idloss.evaluation import HR, evaluate, write_sheets
 from idloss.geometry import get_template
-from idloss.losses import HallucinationLoss, ImageLoss
+from idloss.losses import HallucinationLoss
 from idloss.registry import create_fnet, create_srnet
 from idloss.resample import Size
 from idloss.training.batches import Crops, check_crop, stored_features
 from idloss.training.engine import Engine, Validate, create_accelerator
 from idloss.training.recipe import FaceOptions, FNetRecipe, Recipe, save_recipe
-from idloss.training.saving import (
-    Kind,
-    cfg_of,
-    name_of,
-    save_network,
-    try_to_save,
-    unwrapped,
-)
+from idloss.training.saving import Kind, cfg_of, name_of, save_network, try_to_save, unwrapped
 from idloss.training.tasks import (
     Distillation,
-    DistillationTask,
+    FaceTask,
+    FNetTask,
     Hallucination,
     HallucinationTask,
-    LowResolution,
     Recognition,
-    RecognitionTask,
-    Views,
     labels_of,
     only_labelled,
 )
 
-IMAGE_LOSSES: Mapping[str, ImageLoss] = {
-    "l1": F.l1_loss,
-    "mse": F.mse_loss,
-    "smooth_l1": F.smooth_l1_loss,
-}
-"""Image losses by name."""
 SHOWN = 5
 """Faces on a sheet of pictures."""
 SR_CROP = "sphereface"
 """Template of the crops that probes are made of, as in the paper."""
 RECIPE, CHANGES, MODEL = "recipe.yaml", "changes.csv", "model"
+REPLACED = {
+    "srnet": {"srnet", "srnet_options", "pretrained"},
+    "criterion": {"fnet", "identity_weight", "distance", "image_loss"},
+    "degradation": {"degradation", "degradation_options"},
+    "fnet": {"fnet", "fnet_options", "pretrained"},
+    "teacher": {"teacher"},
+}
+"""Fields of a recipe that do not hold where a thing was given instead."""
 
 
 def train(
@@ -95,25 +87,27 @@ def train(
         TrainingStoppedError: Training ended before its time.
         OSError: The disk is full, or no checkpoint is whole.
     """
-    run = _Run(recipe, Path(folder), faces, resume=resume)
-    network = unwrapped(srnet) if srnet is not None else None
-    if network is None:
-        network = create_srnet(recipe.srnet, pretrained=recipe.pretrained, **recipe.srnet_options)
+    given = {"srnet": srnet, "criterion": criterion, "degradation": degradation}
+    run = _Run(recipe, Path(folder), faces, given, resume=resume)
+    options = {} if srnet is not None else recipe.srnet_options
+    network = create_srnet(
+        recipe.srnet if srnet is None else unwrapped(srnet),
+        pretrained=recipe.pretrained,
+        **options,
+    )
     if criterion is None:
         criterion = HallucinationLoss(
             recipe.fnet,
             weight=recipe.identity_weight,
-            image_loss=IMAGE_LOSSES[recipe.image_loss],
+            image_loss=recipe.image_loss,
             crop=recipe.crop,
             distance=recipe.distance,
         )
-        criterion_given = None
-    else:
-        criterion_given = criterion
     module = Hallucination(network, criterion)
     _check_fit(recipe, module)
     task = HallucinationTask(
         module.to(run.device),
+        network,
         run.crops(),
         recipe.lr_sizes(),
         degradation or get_degradation(recipe.degradation, **recipe.degradation_options),
@@ -132,14 +126,7 @@ def train(
                 task.take_features(
                     stored_features(run.faces, identity, device=run.device, progress=show)
                 )
-    replaced = {
-        "srnet": (srnet, ("srnet", "srnet_options", "pretrained")),
-        "criterion": (criterion_given, ("fnet", "identity_weight", "distance", "image_loss")),
-        "degradation": (degradation, ("degradation", "degradation_options")),
-    }
-    probe = torch.rand(1, 3, *recipe.lr_sizes()[0], generator=torch.Generator().manual_seed(0))
-    options = {} if srnet is not None else recipe.srnet_options
-    return run.carry_out(task, "srnet", probe, options, replaced, validate)
+    return run.carry_out(task, "srnet", (1, 3, *recipe.lr_sizes()[0]), options, validate)
 
 
 def train_fnet(
@@ -170,60 +157,57 @@ def train_fnet(
         ValueError: As for `train`, like the others: `FileNotFoundError`, `FileExistsError`,
             `TrainingStoppedError` and `OSError`.
     """
-    run = _Run(recipe, Path(folder), faces, resume=resume)
+    run = _Run(recipe, Path(folder), faces, {"fnet": fnet, "teacher": teacher}, resume=resume)
     options = {} if fnet is not None else recipe.fnet_options
     network = create_fnet(
-        unwrapped(fnet) if fnet is not None else recipe.fnet,
-        pretrained=recipe.pretrained,
-        **options,
+        recipe.fnet if fnet is None else unwrapped(fnet), pretrained=recipe.pretrained, **options
     )
     taught_by = teacher or recipe.teacher
     if taught_by is None:
         run.faces, left_out = only_labelled(run.faces)
         if left_out:
             run.accelerator.print(left_out)
-    low = LowResolution(
-        recipe.low_resolution,
-        recipe.sizes_by_factor(recipe.crop),
-        get_degradation(recipe.degradation, **recipe.degradation_options),
-    )
-    views = Views(
-        run.crops(),
-        network,
-        seed=recipe.seed,
-        low_resolution=low if recipe.low_resolution else None,
-        channels_last=recipe.channels_last,
-    )
-    check_crop(views.input, recipe.crop)
-    task: RecognitionTask | DistillationTask
+    module: Recognition | Distillation
     if taught_by is not None:
         encoder = FaceEncoder(taught_by, crop=recipe.crop)
         check_crop(encoder, recipe.crop)
-        task = DistillationTask(Distillation(network, encoder).to(run.device), views)
+        module = Distillation(network, encoder)
     else:
         from idloss.training.margins import get_margin  # slow to import
 
         width: Any = network.num_features
         identities = int(labels_of(run.faces).max()) + 1
         margin = get_margin(recipe.margin, identities, width, **recipe.margin_options)
-        task = RecognitionTask(Recognition(network, margin).to(run.device), views)
-    replaced = {
-        "fnet": (fnet, ("fnet", "fnet_options", "pretrained")),
-        "teacher": (teacher, ("teacher",)),
-    }
-    input_size = network.pretrained_cfg["input_size"]  # type: ignore[index]
-    probe = torch.rand(2, *input_size, generator=torch.Generator().manual_seed(0))
-    return run.carry_out(task, "fnet", probe, options, replaced, _fnet_validation(recipe, run))
+        module = Recognition(network, margin)
+    task = FNetTask(
+        module.to(run.device),
+        run.crops(),
+        recipe.sizes_by_factor(recipe.crop),
+        get_degradation(recipe.degradation, **recipe.degradation_options),
+        low_resolution=recipe.low_resolution,
+        seed=recipe.seed,
+        channels_last=recipe.channels_last,
+    )
+    check_crop(task.input, recipe.crop)
+    shape = (2, *network.pretrained_cfg["input_size"])  # type: ignore[index]
+    return run.carry_out(task, "fnet", shape, options, _fnet_validation(recipe, run))
 
 
 class _Run:
-    """How every run on faces begins and ends."""
+    """How every run on faces begins and ends; `given` is what takes the place of names."""
 
     def __init__(
-        self, recipe: FaceOptions, folder: Path, faces: Faces | None, *, resume: bool
+        self,
+        recipe: FaceOptions,
+        folder: Path,
+        faces: Faces | None,
+        given: Mapping[str, object],
+        *,
+        resume: bool,
     ) -> None:
         self.recipe = recipe
         self.folder = folder
+        self.given = {name: name_of(one) for name, one in given.items() if one is not None}
         self.resume = resume
         self.changes = _changes(recipe, folder, resume=resume)
         self.accelerator = create_accelerator(recipe, folder)
@@ -244,26 +228,13 @@ class _Run:
 
     def carry_out(
         self,
-        task: HallucinationTask | RecognitionTask | DistillationTask,
+        task: FaceTask,
         kind: Kind,
-        probe: Tensor,
+        shape: tuple[int, ...],
         options: Mapping[str, Any],
-        replaced: Mapping[str, tuple[object | None, tuple[str, ...]]],
         validate: Validate | None,
     ) -> nn.Module:
-        """Try to save, train, save.
-
-        Args:
-            task: What to train.
-            kind: What its network is.
-            probe: An input of the network.
-            options: What it was made with.
-            replaced: What was given instead of fields of the recipe, which then do not hold.
-            validate: Judges the network.
-
-        Returns:
-            The trained network.
-        """
+        """Try to save, train, save; `shape` is that of an input, `options` made the network."""
         engine = Engine(
             task,
             self.recipe,
@@ -272,57 +243,46 @@ class _Run:
             validate=validate,
             validate_every=self.recipe.validate_every,
         )
-        told = self._told(task.network, kind, replaced)
-        own = ""
+        told = self._told(task.network, kind)
+        model, log = self.folder / MODEL, self.folder / CHANGES
         if self.accelerator.is_main_process:
-            own = try_to_save(
-                task.network, self.folder / MODEL, told, options, probe.to(self.device)
-            )
+            probe = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+            own = try_to_save(task.network, model, told, options, probe)
+            told["registered"] = not own
             if own:
                 print(f"the saved network will open with open_trained(folder, network): {own}")
 
         def start(step: int) -> None:
             save_recipe(self.recipe, self.folder / RECIPE)
-            _record(self.changes, step, self.folder / CHANGES)
+            _record(self.changes, step, log)
 
         trained = engine.run(resume=self.resume, on_start=start)
         if self.accelerator.is_main_process:
-            told |= {"registered": not own, "changes": _recorded(self.folder / CHANGES)}
-            save_network(trained, self.folder / MODEL, told, options)
+            told["changes"] = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+            save_network(trained, model, told, options)
         self.accelerator.wait_for_everyone()
         return trained
 
-    def _told(
-        self,
-        network: nn.Module,
-        kind: Kind,
-        replaced: Mapping[str, tuple[object | None, tuple[str, ...]]],
-    ) -> dict[str, Any]:
+    def _told(self, network: nn.Module, kind: Kind) -> dict[str, Any]:
         """What a saved network tells of its run."""
-        given = {name: name_of(one) for name, (one, _) in replaced.items() if one is not None}
-        untrue = {field for name in given for field in replaced[name][1]}
-        fields = self.recipe.model_dump(mode="json")
-        left_out = untrue | self.recipe.PASSIVE
+        left_out = self.recipe.PASSIVE.union(*(REPLACED[name] for name in self.given))
         told: dict[str, Any] = {
             "idloss": __version__,
             "kind": kind,
             "class": name_of(network),
             "registered": True,
-            "recipe": {key: value for key, value in fields.items() if key not in left_out},
-            "given": given,
+            "recipe": self.recipe.model_dump(mode="json", exclude=set(left_out)),
+            "given": self.given,
             "data": {
                 "sha256": self.faces.content,
                 "faces": len(self.faces),
                 "identities": len(self.faces.identities),
             },
         }
-        cfg = cfg_of(network)
-        if self.recipe.pretrained and kind not in given:
-            told["began_with"] = {
-                key: cfg[key]
-                for key in ("architecture", "tag", "license", "origin_url")
-                if key in cfg
-            }
+        if self.recipe.pretrained and kind not in self.given:
+            facts = ("architecture", "tag", "license", "origin_url")
+            cfg = cfg_of(network)
+            told["began_with"] = {key: cfg[key] for key in facts if key in cfg}
         return told
 
 
@@ -338,16 +298,16 @@ def _changes(
     before = yaml.safe_load(written.read_text(encoding="utf-8"))
     changed = {
         name: (before.get(name), value)
-        for name, value in recipe.model_dump(mode="json").items()
+        for name, value in recipe.model_dump(mode="json", exclude=set(recipe.PASSIVE)).items()
         if before.get(name) != value
     }
-    fixed = changed.keys() - recipe.PASSIVE - recipe.CHANGEABLE
+    fixed = sorted(changed.keys() - recipe.CHANGEABLE)
     if fixed:
         was = "; ".join(
-            f"{name} was {changed[name][0]!r} and is {changed[name][1]!r}" for name in sorted(fixed)
+            f"{name} was {changed[name][0]!r} and is {changed[name][1]!r}" for name in fixed
         )
         raise ValueError(f"the run in {folder} cannot be resumed with another recipe: {was}")
-    return {name: both for name, both in changed.items() if name in recipe.CHANGEABLE}
+    return changed
 
 
 def _record(changes: Mapping[str, tuple[object, object]], step: int, path: Path) -> None:
@@ -361,13 +321,6 @@ def _record(changes: Mapping[str, tuple[object, object]], step: int, path: Path)
         for name, (before, now) in changes.items():
             writer.writerow((step, name, before, now))
             print(f"from step {step + 1} on: {name} was {before!r} and is {now!r}")
-
-
-def _recorded(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def _open_faces(recipe: FaceOptions) -> Faces:
@@ -428,41 +381,32 @@ def _open_pairs(recipe: FaceOptions) -> EvaluationSet | None:
 
 
 def _srnet_validation(recipe: Recipe, run: _Run) -> Validate | None:
+    """Verify pairs by the first FNet on restored probes, and draw the first faces."""
     data = _open_pairs(recipe)
     if data is None:
         return None
     name = recipe.fnet if isinstance(recipe.fnet, str) else next(iter(recipe.fnet))
     fnet = create_fnet(name, pretrained=True)
-    return srnet_validation(data, fnet, recipe.lr_sizes(), run.folder / "pictures", run.device)
-
-
-def _fnet_validation(recipe: FNetRecipe, run: _Run) -> Validate | None:
-    data = _open_pairs(recipe)
-    sizes = recipe.sizes_by_factor(SR_CROP)
-    restored = create_srnet("bilinear")
-    if data is None:
-        return None
-    return lambda network, _: verification_rates(data, network, restored, sizes, run.device)
-
-
-def srnet_validation(
-    data: EvaluationSet,
-    fnet: nn.Module,
-    sizes: tuple[Size, ...],
-    folder: Path,
-    device: torch.device,
-) -> Validate:
-    """Verify pairs by an FNet on restored probes, and draw the first faces into a folder."""
+    sizes, device = recipe.lr_sizes(), run.device
 
     def validate(network: nn.Module, step: int) -> dict[str, float]:
         rates = verification_rates(data, fnet, network, sizes, device)
         shown = {"bicubic": create_srnet("bicubic"), "srnet": network}
-        sheets = folder / f"step-{step:06d}"
+        sheets = run.folder / "pictures" / f"step-{step:06d}"
         write_sheets(sheets, data, {"fnet": fnet}, shown, sizes, count=SHOWN, device=device)
         del rates["HR"]  # of the FNet alone, and always the same
         return rates
 
     return validate
+
+
+def _fnet_validation(recipe: FNetRecipe, run: _Run) -> Validate | None:
+    data = _open_pairs(recipe)
+    if data is None:
+        return None
+    sizes = recipe.sizes_by_factor(SR_CROP)
+    restored = create_srnet("bilinear")
+    return lambda network, _: verification_rates(data, network, restored, sizes, run.device)
 
 
 def verification_rates(

@@ -26,35 +26,16 @@ _PARTIAL = ".partial"
 _HASHES = "sha256.json"
 _PROGRESS = "progress.json"
 _AVERAGE = "average.safetensors"
+_UNFIT = (pickle.UnpicklingError, SafetensorError, KeyError, TypeError, RuntimeError)
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INPUT_FACTS = (
     *("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std"),
     *("num_classes", "pool_size", "first_conv", "classifier"),
 )
 """What a saved network keeps of its `pretrained_cfg`: the rest told whose weights it began with."""
+_FOR_CREATE_FNET = {"input_size", "mean", "std", "crop"}
 Kind = Literal["srnet", "fnet"]
 _CREATE: Mapping[str, Callable[..., nn.Module]] = {"srnet": create_srnet, "fnet": create_fnet}
-
-
-class Progress:
-    """What of a run's state is neither weights nor optimizer."""
-
-    def __init__(self, content: str) -> None:
-        self.content = content
-        self.sums: dict[str, float] = {}
-        self.count = 0
-
-    def add(self, names: list[str], values: list[float]) -> None:
-        """Take note of the losses of a step."""
-        for name, value in zip(names, values, strict=True):
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
-
-    def take_means(self) -> dict[str, float]:
-        """Mean losses since the last time, by name."""
-        means = {name: value / self.count for name, value in self.sums.items()}
-        self.sums, self.count = {}, 0
-        return means
 
 
 class Checkpoints:
@@ -63,12 +44,7 @@ class Checkpoints:
     Accelerate writes weights, optimizer, scaler and the random numbers of each process. Its own
     rotation deletes the oldest state before it writes the next, and in place: killed then, a run
     would have none. Nothing is read back that could run code, and nothing whose hash has changed.
-
-    Args:
-        folder: Where they are.
-        accelerator: Of the run.
-        keep: How many stay.
-        size: Bytes that one takes, about.
+    One takes about `size` bytes, and `keep` of them stay.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, *, keep: int, size: int) -> None:
@@ -84,7 +60,7 @@ class Checkpoints:
         found = (_CHECKPOINT.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted(int(match[1]) for match in found if match)
 
-    def save(self, step: int, progress: Progress, ema: ModelEmaV3 | None) -> None:
+    def save(self, step: int, progress: Mapping[str, Any], ema: ModelEmaV3 | None) -> None:
         """Write a checkpoint, then drop those that are too old; every process calls it.
 
         An OSError reaches every process if any could not write its part; nothing of it is left
@@ -100,7 +76,7 @@ class Checkpoints:
             self.check_room()
             self.accelerator.save_state(str(partial))
             if self.accelerator.is_main_process:
-                (partial / _PROGRESS).write_text(json.dumps(vars(progress)), encoding="utf-8")
+                (partial / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
                 if ema is not None:
                     save_file(plain_state(ema.module), partial / _AVERAGE)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -147,8 +123,8 @@ class Checkpoints:
             self.accelerator.print(f"damaged: {'; '.join(damaged)}. Going on from step {whole}")
         return whole
 
-    def load(self, step: int, ema: ModelEmaV3 | None) -> Progress:
-        """Take a state up again, into everything that Accelerate has prepared."""
+    def load(self, step: int, ema: ModelEmaV3 | None) -> dict[str, Any]:
+        """Take a state up again, into everything that Accelerate has prepared; gives `progress`."""
         path = self._path(step)
         scaler = self.accelerator.scaler
         if not (path / "scaler.pt").is_file():  # it was of another precision
@@ -157,17 +133,9 @@ class Checkpoints:
             self.accelerator.load_state(str(path))
             if ema is not None:
                 ema.module.load_state_dict(load_file(path / _AVERAGE))
-            progress = Progress("")
-            vars(progress).update(json.loads((path / _PROGRESS).read_text(encoding="utf-8")))
-        except (
-            pickle.UnpicklingError,
-            SafetensorError,
-            KeyError,
-            TypeError,
-            RuntimeError,
-        ) as error:
-            first = str(error).strip().splitlines()[0]
-            raise OSError(f"{path} is no checkpoint of this run: {first}") from error
+            progress: dict[str, Any] = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
+        except _UNFIT as error:
+            raise OSError(f"{path} is no checkpoint of this run: {_first_line(error)}") from error
         finally:
             self.accelerator.scaler = scaler
         return progress
@@ -210,14 +178,19 @@ def _is_about_writing(error: Exception) -> bool:
     return isinstance(error, OSError) or any(word in str(error).lower() for word in words)
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def plain_state(network: nn.Module) -> dict[str, Tensor]:
     """A network's state as safetensors takes it: contiguous, nothing shared, by its own names."""
-    return {
-        key.replace("_orig_mod.", ""): value.detach()
-        .cpu()
-        .clone(memory_format=torch.contiguous_format)
-        for key, value in network.state_dict().items()
-    }
+    plain = torch.contiguous_format
+    state = network.state_dict().items()
+    return {_own_name(key): value.detach().cpu().clone(memory_format=plain) for key, value in state}
+
+
+def _own_name(key: str) -> str:
+    return key.replace("_orig_mod.", "")
 
 
 def open_trained(folder: str | Path, network: nn.Module | None = None) -> nn.Module:
@@ -255,7 +228,7 @@ def open_trained(folder: str | Path, network: nn.Module | None = None) -> nn.Mod
             )
         return create(f"local-dir:{folder}", pretrained=True).eval()
     network = unwrapped(network)
-    own_names = {key.replace("_orig_mod.", ""): key for key in network.state_dict()}
+    own_names = {_own_name(key): key for key in network.state_dict()}
     try:
         state = load_file(folder / WEIGHTS)
         network.load_state_dict({own_names.get(key, key): value for key, value in state.items()})
@@ -283,18 +256,13 @@ def save_network(
     """
     cfg = cfg_of(network)
     arguments = {**getattr(network, "_model_args", {}), **options}
+    unregistered = f"{told['class']} (not registered)"
     config: dict[str, Any] = {
-        "architecture": cfg["architecture"]
-        if told["registered"]
-        else f"{told['class']} (not registered)",
+        "architecture": cfg["architecture"] if told["registered"] else unregistered,
         "num_classes": getattr(network, "num_classes", None),
         "num_features": getattr(network, "num_features", None),
         # what create_fnet takes for itself stands in pretrained_cfg
-        "model_args": {
-            key: value
-            for key, value in arguments.items()
-            if key not in ("input_size", "mean", "std", "crop")
-        },
+        "model_args": {key: arguments[key] for key in arguments.keys() - _FOR_CREATE_FNET},
         "pretrained_cfg": {key: cfg[key] for key in INPUT_FACTS if cfg.get(key) is not None},
         "idloss": told,
     }
@@ -334,7 +302,7 @@ def try_to_save(
         raise ValueError(f"{name_of(network)} cannot be saved: {error}") from error
     finally:
         network.train(training)
-        for left in (trial, trial.with_name(f"{trial.name}.partial")):
+        for left in trial.parent.glob(f"{trial.name}*"):
             shutil.rmtree(left, ignore_errors=True)
     return why_not
 
@@ -355,7 +323,7 @@ def _why_not_registered(
         if not torch.allclose(opened(probe), network(probe), 1e-3, 1e-4):
             return f"{architecture} was built with other settings than its own"
     except Exception as error:  # whatever it is, the other way is left
-        return f"it is no {architecture} ({str(error).strip().splitlines()[0]})"
+        return f"it is no {architecture} ({_first_line(error)})"
     same = getattr(opened, "crop", None) == getattr(network, "crop", None)
     return "" if same else f"its crop is not that of {architecture}"
 

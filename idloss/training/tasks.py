@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from idloss.data import Faces
-from idloss.degradation import Degradation, draw_batch, mirror
+from idloss.degradation import BatchDraw, Degradation, draw_batch, mirror
 from idloss.encoder import FaceEncoder
 from idloss.losses import HallucinationLoss, cosine_distance
 from idloss.resample import Size, resize, to_float
@@ -42,21 +41,13 @@ class Hallucination(nn.Module):
         return {"loss": total, **parts}
 
 
-class HallucinationTask:
-    """Faces made small at random, one size for each batch (paper, section 4.1).
-
-    Args:
-        module: SRNet and losses.
-        crops: HR crops.
-        sizes: LR sizes that batches are drawn at.
-        degradation: From HR to LR.
-        seed: Of the sizes, mirrorings and degradations.
-        channels_last: Give images in that memory format.
-    """
+class FaceTask:
+    """Crops on their way to a module that learns from them; see `Task`."""
 
     def __init__(
         self,
-        module: Hallucination,
+        module: nn.Module,
+        network: nn.Module,
         crops: Crops,
         sizes: tuple[Size, ...],
         degradation: Degradation,
@@ -65,33 +56,46 @@ class HallucinationTask:
         channels_last: bool = True,
     ) -> None:
         self.module = module
-        self.network = module.srnet
+        self.network = network
         self.crops = crops
         self.content = crops.faces.content
         self.sizes = sizes
         self.degradation = degradation
         self.seed = seed
-        self.features: Tensor | None = None
         self.format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __len__(self) -> int:
         return len(self.crops.faces)
+
+    def batches(self, draws: Iterable[Draw]) -> Iterator[Batch]:
+        """Inputs of the module for each draw."""
+        for draw, crops in self.crops.read(draws):
+            yield self.batch(draw, crops)
+
+    def batch(self, draw: Draw, crops: Tensor) -> Batch:
+        """Inputs of the module for one draw, made of its crops, uint8 RGB `[B, 3, H, W]`."""
+        raise NotImplementedError
+
+    def mirror(self, draw: Draw, crops: Tensor) -> tuple[BatchDraw, Tensor]:
+        """What chance has for a whole batch, and the crops of a draw, mirrored by it."""
+        chance = draw_batch(draw.step, draw.total, seed=self.seed, sizes=self.sizes)
+        mirrored = chance.mirrored[draw.rows].to(crops.device, non_blocking=True)
+        return chance, mirror(crops, mirrored)
+
+
+class HallucinationTask(FaceTask):
+    """Faces made small at random, at one of the sizes for each batch (paper, section 4.1)."""
+
+    features: Tensor | None = None
 
     def take_features(self, features: Tensor) -> None:
         """Spare each step the FNet's pass over HR by stored features `[2, N, D]`."""
         resident = self.crops.resident is not None
         self.features = features.to(self.crops.device) if resident else features
 
-    def batches(self, draws: Iterable[Draw]) -> Iterator[Batch]:
-        """LR, HR and, where they are stored, HR features of each draw."""
-        for draw, crops in self.crops.read(draws):
-            yield self.batch(draw, crops)
-
     def batch(self, draw: Draw, crops: Tensor) -> Batch:
-        """Degrade the crops of one draw, uint8 RGB `[B, 3, H, W]`."""
-        chance = draw_batch(draw.step, draw.total, seed=self.seed, sizes=self.sizes)
-        mirrored = chance.mirrored[draw.rows]
-        hr = mirror(crops, mirrored.to(crops.device, non_blocking=True))
+        """LR, HR and, where they are stored, HR features."""
+        chance, hr = self.mirror(draw, crops)
         lr = self.degradation(hr, chance.size, seeds=chance.seeds[draw.rows])
         batch = {
             "lr": lr.contiguous(memory_format=self.format),
@@ -99,7 +103,8 @@ class HallucinationTask:
         }
         if self.features is not None:
             at = self.features.device
-            rows = self.features[mirrored.long().to(at), draw.faces.to(at)]
+            mirrored = chance.mirrored[draw.rows].long().to(at)
+            rows = self.features[mirrored, draw.faces.to(at)]
             batch["target_features"] = rows.to(crops.device, non_blocking=True)
         return batch
 
@@ -119,10 +124,8 @@ class Recognition(nn.Module):
         """
         embeddings = self.fnet(images)
         right = self.margin.nearest(embeddings) == labels
-        return {
-            "loss": self.margin(embeddings, labels, step),
-            "accuracy": right.float().mean(),
-        }
+        loss = self.margin(embeddings, labels, step)
+        return {"loss": loss, "accuracy": right.float().mean()}
 
 
 class Distillation(nn.Module):
@@ -149,133 +152,55 @@ class Distillation(nn.Module):
         return {"loss": cosine_distance(embeddings.float(), targets.float()).mean()}
 
 
-@dataclass(frozen=True)
-class LowResolution:
-    """A share of faces that are made small and enlarged again, as a probe is that nobody restores.
+class FNetTask(FaceTask):
+    """Faces on their way into an FNet, some of them at low resolution.
 
-    Args:
-        share: In [0, 1].
-        sizes: LR sizes, rows and columns; one is drawn for each batch.
-        degradation: From HR to LR.
-    """
-
-    share: float
-    sizes: tuple[Size, ...]
-    degradation: Degradation
-
-    def choose(self, draw: Draw, seed: int) -> list[int]:
-        """Which rows of a draw are made small, by the seed of the run."""
-        chance = torch.rand(draw.total, generator=generator_for(seed, _LOW, draw.step))
-        places: list[int] = (chance[draw.rows] < self.share).nonzero().flatten().tolist()
-        return places
-
-    def __call__(self, faces: Tensor, size: Size, seeds: list[int]) -> Tensor:
-        """Make uint8 faces `[B, 3, H, W]` small, with a seed each; gives float32 of their size."""
-        lr = self.degradation(faces, size, seeds=seeds)
-        return resize(lr, faces.shape[-2:], mode="bilinear")
-
-
-class Views:
-    """Crops on their way into an FNet: mirrored at random, some at low resolution.
-
-    Args:
-        crops: HR crops.
-        fnet: From `create_fnet`; only what it says of its input matters.
-        seed: Of mirrorings and degradations.
-        low_resolution: What happens to a share of the faces; None for nothing.
-        channels_last: Give images in that memory format.
+    These are made small and enlarged again, as a probe is that nobody restores. A `Recognition`
+    gets who is seen and which step it is, too; a `Distillation` the faces as they were.
     """
 
     def __init__(
         self,
+        module: Recognition | Distillation,
         crops: Crops,
-        fnet: nn.Module,
+        sizes: tuple[Size, ...],
+        degradation: Degradation,
         *,
+        low_resolution: float = 0.0,
         seed: int,
-        low_resolution: LowResolution | None = None,
         channels_last: bool = True,
     ) -> None:
-        self.crops = crops
-        self.input = input_of(fnet, crops.template.name).to(crops.device)
-        self.seed = seed
-        self.low = low_resolution
-        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        super().__init__(
+            *(module, module.fnet, crops, sizes, degradation),
+            seed=seed,
+            channels_last=channels_last,
+        )
+        self.input = input_of(module.fnet, crops.template.name).to(crops.device)
+        self.low_resolution = low_resolution
+        self.labels = labels_of(crops.faces) if isinstance(module, Recognition) else None
 
-    def read(self, draws: Iterable[Draw]) -> Iterator[tuple[Draw, Tensor, Tensor]]:
-        """Each draw, inputs of the FNet `[B, 3, h, w]`, and the faces `[B, 3, H, W]` as they were.
-
-        The faces are RGB [0, 1], and mirrored like the inputs.
-        """
-        for draw, crops in self.crops.read(draws):
-            faces, seen = self.view(draw, crops)
-            images = self.input.preprocess(seen).contiguous(memory_format=self.format)
-            yield draw, images, faces.contiguous(memory_format=self.format)
-
-    def view(self, draw: Draw, crops: Tensor) -> tuple[Tensor, Tensor]:
-        """The uint8 crops of a draw mirrored, and what of them is to be seen, both RGB [0, 1]."""
-        sizes = (self.crops.template.size,) if self.low is None else self.low.sizes
-        chance = draw_batch(draw.step, draw.total, seed=self.seed, sizes=sizes)
-        mirrored = mirror(crops, chance.mirrored[draw.rows].to(crops.device, non_blocking=True))
+    def batch(self, draw: Draw, crops: Tensor) -> Batch:
+        """Input of the FNet, and what its lesson needs."""
+        chance, mirrored = self.mirror(draw, crops)
         faces = to_float(mirrored)
-        chosen = () if self.low is None else self.low.choose(draw, self.seed)
-        if self.low is None or not len(chosen):
-            return faces, faces
-        places = torch.tensor(chosen, device=crops.device)
-        seeds = chance.seeds[draw.rows]
-        low = self.low(mirrored[places], chance.size, [seeds[place] for place in chosen])
-        return faces, faces.index_copy(0, places, low)
+        chosen = self.choose(draw)
+        seen = faces
+        if chosen:
+            places = torch.tensor(chosen, device=crops.device)
+            seeds = [chance.seeds[draw.rows][place] for place in chosen]
+            lr = self.degradation(mirrored[places], chance.size, seeds=seeds)
+            seen = faces.index_copy(0, places, resize(lr, faces.shape[-2:], mode="bilinear"))
+        batch = {"images": self.input.preprocess(seen).contiguous(memory_format=self.format)}
+        if self.labels is None:
+            return batch | {"faces": faces.contiguous(memory_format=self.format)}
+        labels = self.labels[draw.faces].to(crops.device, non_blocking=True)
+        return batch | {"labels": labels, "step": torch.full((), draw.step, device=crops.device)}
 
-
-class RecognitionTask:
-    """Labelled faces, to be told apart.
-
-    Args:
-        module: FNet and margin.
-        views: The faces.
-
-    Raises:
-        ValueError: Faces are without identities, or identities without faces.
-    """
-
-    def __init__(self, module: Recognition, views: Views) -> None:
-        self.module = module
-        self.network = module.fnet
-        self.views = views
-        self.content = views.crops.faces.content
-        self.labels = labels_of(views.crops.faces)
-
-    def __len__(self) -> int:
-        return len(self.views.crops.faces)
-
-    def batches(self, draws: Iterable[Draw]) -> Iterator[Batch]:
-        """Input of the FNet, who is seen, and which step it is."""
-        for draw, images, _ in self.views.read(draws):
-            labels = self.labels[draw.faces].to(images.device, non_blocking=True)
-            step = torch.full((), draw.step, device=images.device)
-            yield {"images": images, "labels": labels, "step": step}
-
-
-class DistillationTask:
-    """Faces of anybody, to be embedded as a teacher does.
-
-    Args:
-        module: FNet and teacher.
-        views: The faces.
-    """
-
-    def __init__(self, module: Distillation, views: Views) -> None:
-        self.module = module
-        self.network = module.fnet
-        self.views = views
-        self.content = views.crops.faces.content
-
-    def __len__(self) -> int:
-        return len(self.views.crops.faces)
-
-    def batches(self, draws: Iterable[Draw]) -> Iterator[Batch]:
-        """Input of the FNet, and what the teacher sees."""
-        for _, images, faces in self.views.read(draws):
-            yield {"images": images, "faces": faces}
+    def choose(self, draw: Draw) -> list[int]:
+        """Which rows of a draw are made small, by the seed of the run."""
+        chance = torch.rand(draw.total, generator=generator_for(self.seed, _LOW, draw.step))
+        places: list[int] = (chance[draw.rows] < self.low_resolution).nonzero().flatten().tolist()
+        return places
 
 
 def only_labelled(faces: Faces) -> tuple[Faces, str]:

@@ -8,7 +8,7 @@ from nets import tiny_fnet
 from tinytraining import losses, tiny_faces, tiny_run
 
 from idloss import IdentityPreservedLoss
-from idloss.data import align_all, lfw, prepare
+from idloss.data import DataError, Fault, align_all, lfw, prepare
 from idloss.resample import to_float
 from idloss.training.batches import (
     Crops,
@@ -67,7 +67,7 @@ def test_photos_cannot_stay_on_the_device(photos):
 
 def test_features_are_those_of_the_crops_and_their_mirror_images():
     faces, identity = tiny_faces(), IdentityPreservedLoss(tiny_fnet(), crop="sphereface")
-    features = torch.from_numpy(compute_features(faces, identity, CPU, progress=False))
+    features = compute_features(faces, identity, CPU, progress=False)
     assert features.shape == (2, 20, 16)
     hr = to_float(faces.crops)
     torch.testing.assert_close(features[0], identity.embed(hr))
@@ -84,6 +84,20 @@ def test_features_are_kept_beside_prepared_faces(prepared, monkeypatch):
     assert torch.equal(first, again)  # from the disk
     (file,) = prepared.folder.glob("features-*.npy")
     assert np.load(file).shape == (2, len(prepared), 16)
+
+
+def test_features_that_cannot_be_kept_stay_in_memory(prepared, monkeypatch):
+    """A full or read-only disk costs a warning, not the work."""
+    identity = IdentityPreservedLoss(tiny_fnet(seed=2), crop="sphereface")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("numpy.save", full)
+    with pytest.warns(UserWarning, match=r"cannot be kept in .*No space left.*another folder"):
+        features = stored_features(prepared, identity, device=CPU, progress=False)
+    assert features.equal(compute_features(prepared, identity, CPU, progress=False))
+    assert not list(prepared.folder.glob(f"*{features_key(prepared.content, identity)}*"))
 
 
 def test_features_of_other_faces_or_fnets_are_not_taken(prepared):
@@ -105,3 +119,44 @@ def test_a_run_gives_the_same_on_photos_and_prepared(photos, prepared, tmp_path)
     one, other = losses(tmp_path / "prepared"), losses(tmp_path / "photos")
     np.testing.assert_allclose(list(one.values()), list(other.values()), atol=1e-3)
     assert not list((tmp_path / "photos").rglob("features-*"))
+
+
+# faces that fail in mid-run
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_photo_that_breaks_names_itself_or_is_replaced(tmp_path, workers):
+    root = mini_lfw(tmp_path / "lfw", people=4, photos=3)
+    faces = lfw(root).faces
+    broken = sorted(root.rglob("*.jpg"))[4]
+    broken.write_bytes(broken.read_bytes()[:200])
+    fields = {"iterations": 2, "batch_size": 8, "workers": workers, "identity_weight": 0}
+    with pytest.raises(DataError) as caught:
+        tiny_run(tmp_path / "strict", faces=faces, **fields)
+    assert broken.stem in str(caught.value)
+    assert "set skip_missing=true" in str(caught.value)
+    assert len(caught.value.faults) == 1
+    if workers:
+        return  # what follows is the main process's
+    with pytest.warns(UserWarning, match=f"replaced by the next faces: .*{broken.stem}"):
+        tiny_run(tmp_path / "lenient", faces=faces, skip_missing=True, **fields)
+
+
+def test_the_label_of_a_replaced_face_goes_with_it(tmp_path, monkeypatch):
+    faces = tiny_faces(8)
+    crops = Crops(faces, device=CPU, skip_missing=True)
+    read = type(crops.faces).crops_at
+
+    def failing(self, indices, crop=None, *, faults=None):
+        found = read(self, indices, crop, faults=faults)
+        for row, face in enumerate(torch.as_tensor(indices).tolist()):
+            if face in (2, 3) and faults is not None:
+                faults[face] = Fault(f"face {face}", "gone")
+                found[row] = 0
+        return found
+
+    monkeypatch.setattr(type(crops.faces), "crops_at", failing)
+    with pytest.warns(UserWarning, match="face 2: gone"):
+        [(draw, pixels)] = crops.read([Draw(1, torch.tensor([0, 2]), slice(0, 2), 2)])
+    assert draw.faces.tolist() == [0, 4]
+    assert pixels[1].equal(faces.crops[4])

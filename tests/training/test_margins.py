@@ -23,27 +23,17 @@ def made(name, **options):
     return get_margin(name, K, D, **options)
 
 
-def cosines_of(margin, embeddings):
-    centres = margin.loss.W.detach().double().numpy()
-    x = embeddings.double().numpy()
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)) @ (
-        centres / np.linalg.norm(centres, axis=0, keepdims=True)
-    )
-
-
-def cross_entropy(logits, labels):
-    shifted = logits - logits.max(1, keepdims=True)
-    logs = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    return -logs[np.arange(len(labels)), labels].mean()
-
-
 def expected(margin, embeddings, labels, target, scale):
     """Softmax of scaled cosines, those of the right identities changed by a function of both."""
-    cosines, labels = cosines_of(margin, embeddings), labels.numpy()
-    rows = np.arange(len(labels))
-    logits = cosines.copy()
-    logits[rows, labels] = target(cosines[rows, labels])
-    return cross_entropy(np.asarray(scale) * logits, labels)
+    centres = margin.loss.W.detach().double().numpy()
+    x = embeddings.double().numpy()
+    cosines = (x / np.linalg.norm(x, axis=1, keepdims=True)) @ (
+        centres / np.linalg.norm(centres, axis=0, keepdims=True)
+    )
+    own = np.arange(len(labels)), labels.numpy()
+    cosines[own] = target(cosines[own])
+    logits = np.asarray(scale) * cosines
+    return (np.log(np.exp(logits - logits.max()).sum(1)) - logits[own] + logits.max()).mean()
 
 
 def steps(cosine, m):
@@ -58,46 +48,41 @@ def steps(cosine, m):
     [
         ("softmax", lambda c: c, 20),
         ("cosface", lambda c: c - 0.35, 64),
-        ("arcface", lambda c: np.cos(np.arccos(c) + 0.5), 64),
+        ("arcface", lambda c: np.cos(np.arccos(c) + 0.5), 64),  # no angle is beyond pi - 0.5
     ],
     ids=["softmax", "cosface", "arcface"],
 )
 def test_papers_formula_with_papers_constants(name, target, scale):
     embeddings, labels = drawn()
     margin = made(name)
-    assert cosines_of(margin, embeddings).min() > -math.cos(0.5)  # no angle beyond pi - m
     found = margin(embeddings, labels)
     assert found.shape == ()
-    assert found.item() == pytest.approx(
-        expected(margin, embeddings, labels, target, scale), rel=1e-5
-    )
+    wanted = expected(margin, embeddings, labels, target, scale)
+    assert found.item() == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("step", "easy"), [(None, 5), (10**6, 5), (1, 1000 / 1.12), (500, 1000 / 61)]
+    ("step", "easy", "options"),
+    [
+        (None, 5, {}),
+        (10**6, 5, {}),
+        (1, 1000 / 1.12, {}),
+        (500, 1000 / 61, {}),
+        (None, 0, {"least": 0}),  # the paper's, without annealing
+    ],
 )
 @pytest.mark.parametrize("m", [1, 2, 3, 4])
-def test_a_softmax_and_its_annealing(m, step, easy):
+def test_a_softmax_and_its_annealing(m, step, easy, options):
     embeddings, labels = drawn()
-    margin = made("sphereface", margin=m)
+    margin = made("sphereface", margin=m, **options)
     lengths = embeddings.double().norm(dim=1, keepdim=True).numpy()
     found = margin(embeddings, labels, None if step is None else torch.tensor(step))
 
     def target(cosine):
         return (easy * cosine + steps(cosine, m)) / (1 + easy)
 
-    assert found.item() == pytest.approx(
-        expected(margin, embeddings, labels, target, lengths), rel=1e-5
-    )
-
-
-def test_a_softmax_without_annealing_is_the_papers():
-    embeddings, labels = drawn(seed=1, length=1.0)
-    margin = made("sphereface", least=0)
-    lengths = embeddings.double().norm(dim=1, keepdim=True).numpy()
-    assert margin(embeddings, labels).item() == pytest.approx(
-        expected(margin, embeddings, labels, lambda c: steps(c, 4), lengths), rel=1e-5
-    )
+    wanted = expected(margin, embeddings, labels, target, lengths)
+    assert found.item() == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -115,9 +100,8 @@ def test_adaface_is_arcface_for_poor_faces_and_cosface_for_average_ones(quality,
     margin = made("adaface").eval()  # what it knows of other faces stands still
     margin.loss.running_std.fill_(1e-2)
     assert margin.loss.quality(embeddings) == pytest.approx(quality, abs=1e-4)
-    assert margin(embeddings, labels).item() == pytest.approx(
-        expected(margin, embeddings, labels, target, 64), rel=1e-4
-    )
+    wanted = expected(margin, embeddings, labels, target, 64)
+    assert margin(embeddings, labels).item() == pytest.approx(wanted, rel=1e-4)
 
 
 def test_adaface_takes_note_of_lengths_as_the_authors_code_does():
@@ -154,15 +138,16 @@ def test_gradient_is_finite_wherever_a_face_lies(name):
 
 
 @pytest.mark.parametrize("name", MARGINS)
-def test_under_autocast_it_computes_in_float32(name):
+def test_state_travels_and_autocast_computes_in_float32(name):
     embeddings, labels = drawn()
-    margin = made(name)
-    plain = margin(embeddings.bfloat16().float(), labels)
-    margin = made(name)
+    first, second = made(name), get_margin(name, K, D)
+    assert [p.shape for p in first.parameters()] == [(D, K)]
+    assert not first.loss.W.equal(second.loss.W)
+    second.load_state_dict(first.state_dict())
+    plain = first(embeddings.bfloat16().float(), labels)
     with torch.autocast("cpu", torch.bfloat16):
-        half = margin(embeddings.bfloat16(), labels)
-    assert half.dtype == torch.float32
-    assert margin.loss.W.dtype == torch.float32
+        half = second(embeddings.bfloat16(), labels)
+    assert half.dtype == second.loss.W.dtype == torch.float32
     assert half.equal(plain)
 
 
@@ -187,16 +172,6 @@ def test_it_teaches(name):
         optimizer.step()
     assert margin.nearest(embeddings).equal(labels)
     assert gap() > before + 0.05
-
-
-@pytest.mark.parametrize("name", MARGINS)
-def test_state_travels(name):
-    embeddings, labels = drawn()
-    first, second = made(name), get_margin(name, K, D)
-    assert not first.loss.W.equal(second.loss.W)
-    second.load_state_dict(first.state_dict())
-    assert second(embeddings, labels).equal(first(embeddings, labels))
-    assert [p.shape for p in first.parameters()] == [(D, K)]
 
 
 def test_nearest_is_by_angle():
@@ -226,11 +201,8 @@ def test_what_does_not_fit_is_refused(name, options, message):
         get_margin(name, K, D, **options)
 
 
-def test_sizes_are_no_options():
+def test_sizes_are_no_options_and_one_identity_cannot_be_told_apart():
     with pytest.raises(ValueError, match="unknown option of margin 'arcface' 'num_features'"):
         check_margin("arcface", {"num_features": 3})
-
-
-def test_one_identity_cannot_be_told_apart():
     with pytest.raises(ValueError, match="takes at least 2, got 1"):
         get_margin("cosface", 1, D)

@@ -6,20 +6,14 @@ import pytest
 import torch
 from nets import TinyFNet, TinySRNet, tiny_fnet
 from timm.models import build_model_with_cfg
-from tinytraining import FIELDS, tiny_faces, tiny_run, weights
+from tinytraining import FIELDS, tiny_edsr, tiny_faces, tiny_run, weights
 from torch import nn
 
 from idloss import HallucinationLoss, create_srnet, register_srnet
-from idloss.data import SyntheticFaces
 from idloss.training import FNetRecipe, Recipe, load_recipe, open_trained, train, train_fnet
 from idloss.training.engine import _lent
 
 LR = torch.rand(2, 3, 7, 6, generator=torch.Generator().manual_seed(1))
-
-
-def small(**options):
-    torch.manual_seed(0)
-    return create_srnet("edsr16_64", **{"depth": 1, "width": 8, **options})
 
 
 class Tied(nn.Module):
@@ -80,7 +74,7 @@ class Remembering(TinySRNet):
         TinySRNet,
         Tied,
         Transposed,
-        lambda: Adapter(small()),
+        lambda: Adapter(tiny_edsr()),
         lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1)),
         normed,
         Remembering,
@@ -111,15 +105,15 @@ def test_networks_of_ones_own_train_are_judged_save_and_open(tmp_path, build, em
     ids=["DataParallel", "compiled", "both"],
 )
 def test_what_is_wrapped_is_saved_as_it_is_without(tmp_path, wrap):
-    tiny_run(tmp_path / "plain", srnet=small(), iterations=1)
-    tiny_run(tmp_path / "wrapped", srnet=wrap(small()), iterations=1)
+    tiny_run(tmp_path / "plain", srnet=tiny_edsr(), iterations=1)
+    tiny_run(tmp_path / "wrapped", srnet=wrap(tiny_edsr()), iterations=1)
     expected, found = weights(tmp_path / "plain"), weights(tmp_path / "wrapped")
     assert all(found[key].equal(value) for key, value in expected.items())
     assert open_trained(tmp_path / "wrapped").scale == 4
 
 
 def test_settings_that_weights_do_not_show_come_back(tmp_path):
-    trained = tiny_run(tmp_path, srnet=small(scale=2), iterations=1)
+    trained = tiny_run(tmp_path, srnet=tiny_edsr(scale=2), iterations=1)
     opened = create_srnet(f"local-dir:{tmp_path}/model", pretrained=True)
     torch.testing.assert_close(opened(LR), trained(LR))
 
@@ -160,12 +154,9 @@ def test_what_cannot_be_saved_is_refused_before_the_first_step(tmp_path):
 
 def test_a_saved_network_tells_its_own_run(tmp_path):
     """Not that of the weights in the zoo under the same name."""
-    trained = train(
-        Recipe(**FIELDS | {"iterations": 1}, srnet_options={"depth": 1, "width": 8}),
-        tmp_path,
-        faces=tiny_faces(),
-        criterion=HallucinationLoss(tiny_fnet(), weight=0.25, crop="sphereface"),
-    )
+    recipe = Recipe(**FIELDS | {"iterations": 1}, srnet_options={"depth": 1, "width": 8})
+    criterion = HallucinationLoss(tiny_fnet(), weight=0.25, crop="sphereface")
+    trained = train(recipe, tmp_path, faces=tiny_faces(), criterion=criterion)
     text = (tmp_path / "model" / "config.json").read_text()
     for lie in ("celeba295", "LFW", "zoo", "file://", "research"):
         assert lie not in text
@@ -182,12 +173,8 @@ def test_a_saved_network_tells_its_own_run(tmp_path):
 
 
 def test_an_fnet_of_ones_own(tmp_path):
-    trained = train_fnet(
-        FNetRecipe(**FIELDS | {"iterations": 1, "margin": "cosface"}),
-        tmp_path,
-        faces=tiny_faces(),
-        fnet=tiny_fnet(),
-    )
+    recipe = FNetRecipe(**FIELDS | {"iterations": 1, "margin": "cosface"})
+    trained = train_fnet(recipe, tmp_path, faces=tiny_faces(), fnet=tiny_fnet())
     opened = open_trained(tmp_path, TinyFNet())
     images = torch.rand(2, 3, 28, 24)
     torch.testing.assert_close(opened(images), trained(images))
@@ -252,49 +239,3 @@ def test_a_device_that_is_not_there(tmp_path):
         tiny_run(tmp_path, device="cuda:1")
     with pytest.raises(ValueError, match="device: string should match pattern"):
         load_recipe("paper_edsr16_64", ["device=gpu"])
-
-
-# faces that fail in mid-run
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_photo_that_breaks_names_itself_or_is_replaced(tmp_path, workers):
-    from minilfw import mini_lfw
-
-    from idloss.data import DataError, lfw
-
-    root = mini_lfw(tmp_path / "lfw", people=4, photos=3)
-    faces = lfw(root).faces
-    broken = sorted(root.rglob("*.jpg"))[4]
-    broken.write_bytes(broken.read_bytes()[:200])
-    fields = {"iterations": 2, "batch_size": 8, "workers": workers, "identity_weight": 0}
-    with pytest.raises(DataError) as caught:
-        tiny_run(tmp_path / "strict", faces=faces, **fields)
-    assert broken.stem in str(caught.value)
-    assert "set skip_missing=true" in str(caught.value)
-    assert len(caught.value.faults) == 1
-    with pytest.warns(UserWarning, match=f"replaced by the next faces: .*{broken.stem}"):
-        tiny_run(tmp_path / "lenient", faces=faces, skip_missing=True, **fields)
-
-
-def test_the_label_of_a_replaced_face_goes_with_it(tmp_path, monkeypatch):
-    from idloss.data import Fault
-    from idloss.training.batches import Crops, Draw
-
-    faces = SyntheticFaces(4, 2).render(progress=False)
-    crops = Crops(faces, device=torch.device("cpu"), skip_missing=True)
-    read = type(crops.faces).crops_at
-
-    def failing(self, indices, crop=None, *, faults=None):
-        found = read(self, indices, crop, faults=faults)
-        for row, face in enumerate(torch.as_tensor(indices).tolist()):
-            if face in (2, 3) and faults is not None:
-                faults[face] = Fault(f"face {face}", "gone")
-                found[row] = 0
-        return found
-
-    monkeypatch.setattr(type(crops.faces), "crops_at", failing)
-    with pytest.warns(UserWarning, match="face 2: gone"):
-        [(draw, pixels)] = crops.read([Draw(1, torch.tensor([0, 2]), slice(0, 2), 2)])
-    assert draw.faces.tolist() == [0, 4]
-    assert pixels[1].equal(faces.crops[4])

@@ -8,32 +8,23 @@ import torch
 from minilfw import mini_lfw
 from nets import tiny_fnet
 from PIL import Image
-from tinytraining import FIELDS, losses, tiny_faces
+from tinytraining import FIELDS, losses, tiny_edsr, tiny_faces, tiny_run
 
-from idloss import HallucinationLoss, create_srnet
-from idloss.data import lfw
-from idloss.training import Recipe, create_accelerator, train
+from idloss import HallucinationLoss
+from idloss.training import Recipe, create_accelerator
 from idloss.training.batches import Crops
 from idloss.training.engine import Engine
-from idloss.training.runs import srnet_validation
 from idloss.training.tasks import Hallucination, HallucinationTask
-
-SIZES = ((14, 12), (7, 6))
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return lfw(mini_lfw(tmp_path_factory.mktemp("lfw"), people=4, photos=3))
 
 
 def engine(folder, validate, every=0, **fields):
     recipe = Recipe(**{**FIELDS, **fields})
     accelerator = create_accelerator(recipe, folder)
-    torch.manual_seed(0)
-    srnet = create_srnet("edsr16_64", depth=1, width=8)
+    srnet = tiny_edsr()
     criterion = HallucinationLoss(tiny_fnet(), weight=0.5, crop="sphereface")
     task = HallucinationTask(
         Hallucination(srnet, criterion),
+        srnet,
         Crops(tiny_faces(), device=accelerator.device),
         recipe.lr_sizes(),
         lambda hr, size, *, seeds: torch.zeros(len(hr), 3, *size),
@@ -47,16 +38,24 @@ def read(folder):
         return list(csv.DictReader(file))
 
 
-def test_it_verifies_every_so_often_and_at_the_end(pairs, tmp_path):
-    verification = srnet_validation(
-        pairs, tiny_fnet(), SIZES, tmp_path / "pictures", torch.device("cpu")
-    )
-    engine(tmp_path, verification, every=3).run()
-    rows = read(tmp_path)
-    assert [row["step"] for row in rows] == ["3", "6", "8"]
+def test_pairs_are_verified_every_so_often_and_at_the_end(tmp_path, monkeypatch):
+    """By the first FNet of the recipe; with faces on a sheet."""
+    named = []
+
+    def fnet(name, pretrained):
+        named.append((name, pretrained))
+        return tiny_fnet()
+
+    monkeypatch.setattr("idloss.training.runs.create_fnet", fnet)
+    data = mini_lfw(tmp_path / "lfw", people=4, photos=3)
+    fields = {"validate_on": data, "validate_every": 3, "sizes": ["14x12", "7x6"]}
+    tiny_run(tmp_path / "run", iterations=5, fnets={"one": 1, "two": 2}, **fields)
+    assert named == [("one", True)]
+    rows = read(tmp_path / "run")
+    assert [row["step"] for row in rows] == ["3", "5"]
+    assert rows[0].keys() == {"step", "14x12", "7x6"}
     assert all(0 <= float(row[size]) <= 1 for row in rows for size in ("14x12", "7x6"))
-    sheets = tmp_path / "pictures" / "step-000006"
-    with Image.open(sheets / "faces-7x6.png") as sheet:
+    with Image.open(tmp_path / "run/pictures/step-000003/faces-7x6.png") as sheet:
         assert np.asarray(sheet).std() > 10
 
 
@@ -87,24 +86,3 @@ def test_a_validation_that_was_cut_off_is_made_up_for(tmp_path):
     engine(tmp_path, lambda network, step: {"figure": step}, every=3).run(resume=True)
     assert [row["step"] for row in read(tmp_path)] == ["3", "6", "8"]
     assert list(losses(tmp_path)) == list(range(1, 9))
-
-
-def test_by_recipe_the_first_fnet_judges(tmp_path, monkeypatch):
-    data = mini_lfw(tmp_path / "lfw", people=4, photos=3)
-    named = []
-
-    def fnet(name, pretrained):
-        named.append((name, pretrained))
-        return tiny_fnet()
-
-    monkeypatch.setattr("idloss.training.runs.create_fnet", fnet)
-    fields = {"validate_on": data, "sizes": ["7x6"], "fnet": {"one": 1, "two": 2}}
-    train(
-        Recipe(**FIELDS | fields),
-        tmp_path / "run",
-        faces=tiny_faces(),
-        srnet=create_srnet("edsr16_64", depth=1, width=8),
-        criterion=HallucinationLoss(tiny_fnet(), crop="sphereface"),
-    )
-    assert named == [("one", True)]
-    assert read(tmp_path / "run")[0].keys() == {"step", "7x6"}
