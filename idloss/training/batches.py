@@ -7,12 +7,12 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from huggingface_hub.utils.tqdm import tqdm
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from idloss import __version__
@@ -37,39 +37,15 @@ FEATURE_BATCH = 64
 class Draw(NamedTuple):
     """The share of one step's batch that one process computes in one go.
 
-    Attributes:
-        step: Which step, counted from 1.
-        faces: Positions of its faces in the data, int64 `[rows.stop - rows.start]`.
-        rows: Where they stand in the step's whole batch.
-        total: Faces of the whole batch; random numbers are drawn for all of it, so that they do
-            not depend on how it is shared out.
+    `faces`, int64 `[B]`, are positions in the data, and `rows` where they stand in the step's whole
+    batch of `total` faces: random numbers are drawn for all of it, so that they do not depend on
+    how it is shared out. Steps are counted from 1.
     """
 
     step: int
     faces: Tensor
     rows: slice
     total: int
-
-
-class Task(Protocol):
-    """A module to train and where its batches come from.
-
-    Attributes:
-        module: What is trained, and what may be compiled and wrapped. Its `forward(**batch)` gives
-            losses by name, scalars that are means over the faces; `"loss"` is minimised.
-        network: The part of `module` that is kept: averaged, validated, saved.
-        content: What its data are, as a hash: a run is not resumed on others.
-    """
-
-    module: nn.Module
-    network: nn.Module
-    content: str
-
-    def __len__(self) -> int:
-        """Faces there are to draw from."""
-
-    def batches(self, draws: Iterable[Draw]) -> Iterator[Batch]:
-        """Inputs of `module`, one batch for each draw, made of the draw alone."""
 
 
 def generator_for(seed: int, *words: int) -> torch.Generator:
@@ -243,7 +219,7 @@ def check_crop(encoder: FaceEncoder, crop: str) -> None:
 
 
 def stored_features(
-    faces: Faces, identity: IdentityPreservedLoss, *, device: torch.device, progress: bool = True
+    faces: Faces, identity: IdentityPreservedLoss, device: torch.device, *, progress: bool = True
 ) -> Tensor:
     """HR features of all crops and of their mirror images, float32 `[2, N, D]`.
 

@@ -32,9 +32,10 @@ from torch.optim import Optimizer
 
 from idloss.encoder import resolve_device
 from idloss.errors import did_you_mean
-from idloss.training.batches import Batch, Draw, Task, shares, shuffled_batches
+from idloss.training.batches import Batch, Draw, shares, shuffled_batches
 from idloss.training.recipe import RunOptions
 from idloss.training.saving import Checkpoints
+from idloss.training.tasks import FaceTask
 from idloss.weights.files import written_whole
 
 Validate = Callable[[nn.Module, int], dict[str, float]]
@@ -57,17 +58,6 @@ def create_accelerator(options: RunOptions, folder: Path) -> Accelerator:
     """Make the Accelerator that a run's options ask for, and set the arithmetic.
 
     Under `torchrun` or `accelerate launch` it joins the other processes.
-
-    Args:
-        options: Device, precision, compilation and trackers.
-        folder: Where logs go.
-
-    Returns:
-        The Accelerator.
-
-    Raises:
-        ValueError: A tracker is unknown or not installed, the device is not there or lacks the
-            precision, or the processes that were started do not find each other.
     """
     available = {str(tracker.value) for tracker in get_available_trackers()}
     for name in options.trackers:
@@ -118,27 +108,16 @@ def create_accelerator(options: RunOptions, folder: Path) -> Accelerator:
 
 
 class Engine:
-    """Trains a task.
+    """Trains a task; `validate` judges the network every `validate_every` steps and at the end.
 
     What comes out depends on the task and the options alone, not on the number of processes, the
-    parts a step is computed in, or interruptions; only rounding does.
-
-    Args:
-        task: What to train; its module is moved to the accelerator's device.
-        options: How.
-        folder: Where checkpoints and logs go.
-        accelerator: From `create_accelerator`, which the task's data are on already.
-        validate: Judges the network every `validate_every` steps and at the end.
-        validate_every: Steps; 0 for the end alone.
-
-    Raises:
-        ValueError: Options that do not fit together or the task.
-        OSError: The disk has no room for the checkpoints.
+    parts a step is computed in, or interruptions; only rounding does. Checkpoints and logs go to
+    the folder.
     """
 
     def __init__(
         self,
-        task: Task,
+        task: FaceTask,
         options: RunOptions,
         folder: Path,
         accelerator: Accelerator,
@@ -158,23 +137,21 @@ class Engine:
             processes=accelerator.num_processes,
             accumulate=options.accumulate,
         )
+        kind = type(task.network).__name__
         next(shuffled_batches(len(task), options.batch_size, seed=0))  # enough faces for one
         trained = [p for p in task.module.parameters() if p.requires_grad]
         if not trained:
-            kind = type(task.network).__name__
             raise ValueError(f"{kind} has nothing to train: choose a network that learns")
         if options.channels_last:
             task.module.to(memory_format=torch.channels_last)
         if options.grad_checkpointing:
             enable = getattr(task.network, "set_grad_checkpointing", None)  # timm's convention
             if enable is None:
-                kind = type(task.network).__name__
                 raise ValueError(f"{kind} has no set_grad_checkpointing: unset grad_checkpointing")
             enable(True)
         task.module.to(accelerator.device).train()
-        self.ema: ModelEmaV3 | None = None
-        if options.ema:
-            self.ema = ModelEmaV3(task.network, decay=options.ema, use_warmup=True)
+        ema = options.ema
+        self.ema = ModelEmaV3(task.network, decay=ema, use_warmup=True) if ema else None
         optimizer = create_optimizer(trained, options)
         self.schedule = create_schedule(optimizer, options)
         self.model, self.optimizer = accelerator.prepare(task.module, optimizer)
@@ -197,21 +174,9 @@ class Engine:
     def run(
         self, *, resume: bool = False, on_start: Callable[[int], object] | None = None
     ) -> nn.Module:
-        """Train to the last step.
+        """Train to the last step, from the newest whole checkpoint if there is one to `resume`.
 
-        Args:
-            resume: Go on from the newest whole checkpoint in the folder; from the start if there
-                is none.
-            on_start: Told on the main process after which step the run goes on, before it does.
-
-        Returns:
-            The network, in eval mode.
-
-        Raises:
-            TrainingStoppedError: A loss was not finite, or a signal asked to stop; says how to go
-                on.
-            FileExistsError: The folder holds a run and `resume` is False.
-            OSError: There is no room for the last checkpoint, or none there is whole.
+        The main process is told by `on_start` after which step the run goes on, before it does.
         """
         start = self._take_up(resume=resume)
         self.accelerator.init_trackers("logs")
@@ -254,10 +219,8 @@ class Engine:
                     saved = self._save(step, must=last or stop) or saved
                 self._validate_if_due(step)
                 if stop and not last:
-                    raise TrainingStoppedError(
-                        f"stopped after step {step} of {options.iterations}, as asked; resume to "
-                        "go on"
-                    )
+                    where = f"step {step} of {options.iterations}"
+                    raise TrainingStoppedError(f"stopped after {where}, as asked; resume to go on")
 
     def _take_up(self, *, resume: bool) -> int:
         """Load the newest whole checkpoint, and tell its step."""
@@ -277,11 +240,10 @@ class Engine:
                 f"the run in {self.folder} is at step {step}, beyond "
                 f"iterations={self.options.iterations}: raise iterations"
             )
-        decay = [group["weight_decay"] for group in self.optimizer.param_groups]
         progress = self.checkpoints.load(step, self.ema)
         self.losses = progress["losses"]
-        for group, value in zip(self.optimizer.param_groups, decay, strict=True):
-            group["weight_decay"] = value  # this run's; the schedule sets the rate anew
+        for group in self.optimizer.param_groups:  # the schedule sets the rate anew
+            group["weight_decay"] = self.options.weight_decay
         if progress["content"] != self.task.content:
             raise ValueError(
                 f"the run in {self.folder} was on other faces than these: give it the same data, "

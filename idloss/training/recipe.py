@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from idloss.degradation import list_degradations, sizes_of
+from idloss.degradation import get_degradation, sizes_of
 from idloss.errors import did_you_mean
 from idloss.geometry import get_template
 from idloss.losses import get_distance, get_image_loss
@@ -18,11 +18,13 @@ from idloss.resample import Size, parse_size
 from idloss.weights.files import written_whole
 from idloss.weights.sources import zoo_folder
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
 AboveZero = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Options = TypeVar("Options", bound="RunOptions")
 
 _WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
@@ -155,12 +157,15 @@ class FaceOptions(RunOptions):
     validate_every: Count = 0
     """Steps between validations; 0 for one at the end."""
 
-    @field_validator("degradation")
-    @classmethod
-    def _check_degradation(cls, name: str) -> str:
-        if name not in list_degradations():
-            raise ValueError(did_you_mean("degradation", name, list_degradations()))
-        return name
+    @model_validator(mode="after")
+    def _check_degradation_and_sizes(self) -> Self:
+        get_degradation(self.degradation, **self.degradation_options)
+        self.lr_sizes()
+        return self
+
+    def lr_sizes(self) -> tuple[Size, ...]:
+        """LR sizes that batches are drawn at, rows and columns."""
+        return self.sizes_by_factor(self.crop)
 
     def sizes_by_factor(self, crop: str) -> tuple[Size, ...]:
         """LR sizes, rows and columns, that the factors give of crops of a template."""
@@ -206,15 +211,14 @@ class Recipe(FaceOptions):
         return fields
 
     @model_validator(mode="after")
-    def _check_names_and_sizes(self) -> Recipe:
+    def _check_losses(self) -> Self:
         get_distance(self.distance)
         get_image_loss(self.image_loss)
-        self.lr_sizes()
         return self
 
     def lr_sizes(self) -> tuple[Size, ...]:
         """LR sizes that batches are drawn at, rows and columns."""
-        return self.sizes or self.sizes_by_factor(self.crop)
+        return self.sizes or super().lr_sizes()
 
 
 class FNetRecipe(FaceOptions):
@@ -244,16 +248,15 @@ class FNetRecipe(FaceOptions):
     """Its arguments."""
     teacher: str | None = None
     """Name of an FNet whose embeddings are to be learned, instead of identities."""
-    low_resolution: Share = 0.0
+    low_resolution: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the faces that are made small and enlarged again before the FNet sees them, at
     sizes that `factors` give; a teacher sees them as they were."""
 
     @model_validator(mode="after")
-    def _check_names_and_factors(self) -> FNetRecipe:
+    def _check_margin(self) -> Self:
         from idloss.training.margins import check_margin  # slow to import
 
         check_margin(self.margin, self.margin_options)
-        self.sizes_by_factor(self.crop)
         return self
 
 
@@ -318,11 +321,18 @@ def load_recipe(
         raise ValueError(f"{path.name}: {complaints}") from None
 
 
-def save_recipe(options: RunOptions, path: Path) -> None:
-    """Write a recipe with every field resolved, whole or not at all."""
-    fields = options.model_dump(mode="json")
+def save_recipe(options: RunOptions, path: Path, notes: Sequence[str] = ()) -> None:
+    """Write a recipe with every field resolved, below some notes, whole or not at all."""
+    above = "".join(f"# {note}\n" for note in notes)
+    fields = yaml.safe_dump(options.model_dump(mode="json"), sort_keys=False)
     with written_whole(path) as temporary:
-        temporary.write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
+        temporary.write_text(above + fields, encoding="utf-8")
+
+
+def read_notes(path: Path) -> list[str]:
+    """The notes above a recipe; none if there is none."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [line.removeprefix("# ") for line in lines if line.startswith("# ")]
 
 
 def _complaint(kind: type[RunOptions], error: Any) -> str:

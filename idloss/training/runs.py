@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from idloss.registry import create_fnet, create_srnet
 from idloss.resample import Size
 from idloss.training.batches import Crops, check_crop, stored_features
 from idloss.training.engine import Engine, Validate, create_accelerator
-from idloss.training.recipe import FaceOptions, FNetRecipe, Recipe, save_recipe
+from idloss.training.recipe import FaceOptions, FNetRecipe, Recipe, read_notes, save_recipe
 from idloss.training.saving import Kind, cfg_of, name_of, save_network, try_to_save, unwrapped
 from idloss.training.tasks import (
     Distillation,
@@ -31,7 +30,6 @@ from idloss.training.tasks import (
     Hallucination,
     HallucinationTask,
     Recognition,
-    labels_of,
     only_labelled,
 )
 
@@ -39,7 +37,7 @@ SHOWN = 5
 """Faces on a sheet of pictures."""
 SR_CROP = "sphereface"
 """Template of the crops that probes are made of, as in the paper."""
-RECIPE, CHANGES, MODEL = "recipe.yaml", "changes.csv", "model"
+RECIPE, MODEL = "recipe.yaml", "model"
 REPLACED = {
     "srnet": {"srnet", "srnet_options", "pretrained"},
     "criterion": {"fnet", "identity_weight", "distance", "image_loss"},
@@ -70,7 +68,7 @@ def train(
         folder: Where everything goes: `recipe.yaml`, `training.csv`, `checkpoints/`, `pictures/`,
             and at the end `model/`, which `open_trained` opens.
         resume: Go on from the newest whole checkpoint in the folder. Fields in
-            `recipe.CHANGEABLE` may have other values from there on; `changes.csv` tells them.
+            `recipe.CHANGEABLE` may have other values from there on; `recipe.yaml` tells them.
         faces: Faces to train on.
         srnet: The network; a compiled or data-parallel one is unwrapped.
         criterion: The losses.
@@ -122,10 +120,8 @@ def train(
         else:
             # one process of each machine computes them, the others read its file
             with run.accelerator.local_main_process_first():
-                show = run.accelerator.is_local_main_process
-                task.take_features(
-                    stored_features(run.faces, identity, device=run.device, progress=show)
-                )
+                first = run.accelerator.is_local_main_process
+                task.take_features(stored_features(run.faces, identity, run.device, progress=first))
     return run.carry_out(task, "srnet", (1, 3, *recipe.lr_sizes()[0]), options, validate)
 
 
@@ -176,13 +172,13 @@ def train_fnet(
         from idloss.training.margins import get_margin  # slow to import
 
         width: Any = network.num_features
-        identities = int(labels_of(run.faces).max()) + 1
+        identities = len(run.faces.identities)
         margin = get_margin(recipe.margin, identities, width, **recipe.margin_options)
         module = Recognition(network, margin)
     task = FNetTask(
         module.to(run.device),
         run.crops(),
-        recipe.sizes_by_factor(recipe.crop),
+        recipe.lr_sizes(),
         get_degradation(recipe.degradation, **recipe.degradation_options),
         low_resolution=recipe.low_resolution,
         seed=recipe.seed,
@@ -244,7 +240,7 @@ class _Run:
             validate_every=self.recipe.validate_every,
         )
         told = self._told(task.network, kind)
-        model, log = self.folder / MODEL, self.folder / CHANGES
+        model, path = self.folder / MODEL, self.folder / RECIPE
         if self.accelerator.is_main_process:
             probe = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
             own = try_to_save(task.network, model, told, options, probe)
@@ -253,12 +249,14 @@ class _Run:
                 print(f"the saved network will open with open_trained(folder, network): {own}")
 
         def start(step: int) -> None:
-            save_recipe(self.recipe, self.folder / RECIPE)
-            _record(self.changes, step, log)
+            changes = [f"from step {step + 1} on: {change}" for change in self.changes]
+            if changes:
+                print("\n".join(changes))
+            save_recipe(self.recipe, path, (*read_notes(path), *changes))
 
         trained = engine.run(resume=self.resume, on_start=start)
         if self.accelerator.is_main_process:
-            told["changes"] = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+            told["changes"] = read_notes(path)
             save_network(trained, model, told, options)
         self.accelerator.wait_for_everyone()
         return trained
@@ -286,41 +284,25 @@ class _Run:
         return told
 
 
-def _changes(
-    recipe: FaceOptions, folder: Path, *, resume: bool
-) -> dict[str, tuple[object, object]]:
+def _changes(recipe: FaceOptions, folder: Path, *, resume: bool) -> list[str]:
     """What a resumed run changes of its recipe; refuses what would make it another run."""
     written = folder / RECIPE
     if not written.is_file():
-        return {}
+        return []
     if not resume:
         raise FileExistsError(f"{folder} holds a run: resume it, or choose another folder")
     before = yaml.safe_load(written.read_text(encoding="utf-8"))
     changed = {
-        name: (before.get(name), value)
+        name: f"{name} was {before.get(name)!r} and is {value!r}"
         for name, value in recipe.model_dump(mode="json", exclude=set(recipe.PASSIVE)).items()
         if before.get(name) != value
     }
-    fixed = sorted(changed.keys() - recipe.CHANGEABLE)
+    fixed = [changed[name] for name in sorted(changed.keys() - recipe.CHANGEABLE)]
     if fixed:
-        was = "; ".join(
-            f"{name} was {changed[name][0]!r} and is {changed[name][1]!r}" for name in fixed
+        raise ValueError(
+            f"the run in {folder} cannot be resumed with another recipe: {'; '.join(fixed)}"
         )
-        raise ValueError(f"the run in {folder} cannot be resumed with another recipe: {was}")
-    return changed
-
-
-def _record(changes: Mapping[str, tuple[object, object]], step: int, path: Path) -> None:
-    if not changes:
-        return
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(("after_step", "field", "before", "now"))
-        for name, (before, now) in changes.items():
-            writer.writerow((step, name, before, now))
-            print(f"from step {step + 1} on: {name} was {before!r} and is {now!r}")
+    return list(changed.values())
 
 
 def _open_faces(recipe: FaceOptions) -> Faces:
@@ -390,7 +372,7 @@ def _srnet_validation(recipe: Recipe, run: _Run) -> Validate | None:
     sizes, device = recipe.lr_sizes(), run.device
 
     def validate(network: nn.Module, step: int) -> dict[str, float]:
-        rates = verification_rates(data, fnet, network, sizes, device)
+        rates = _verification_rates(data, fnet, network, sizes, device)
         shown = {"bicubic": create_srnet("bicubic"), "srnet": network}
         sheets = run.folder / "pictures" / f"step-{step:06d}"
         write_sheets(sheets, data, {"fnet": fnet}, shown, sizes, count=SHOWN, device=device)
@@ -404,12 +386,11 @@ def _fnet_validation(recipe: FNetRecipe, run: _Run) -> Validate | None:
     data = _open_pairs(recipe)
     if data is None:
         return None
-    sizes = recipe.sizes_by_factor(SR_CROP)
-    restored = create_srnet("bilinear")
-    return lambda network, _: verification_rates(data, network, restored, sizes, run.device)
+    sizes, restored = recipe.sizes_by_factor(SR_CROP), create_srnet("bilinear")
+    return lambda network, _: _verification_rates(data, network, restored, sizes, run.device)
 
 
-def verification_rates(
+def _verification_rates(
     data: EvaluationSet,
     fnet: nn.Module,
     srnet: nn.Module,

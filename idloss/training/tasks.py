@@ -42,7 +42,12 @@ class Hallucination(nn.Module):
 
 
 class FaceTask:
-    """Crops on their way to a module that learns from them; see `Task`."""
+    """A module to train, and its batches, each made of its draw alone.
+
+    `module`'s `forward(**batch)` gives losses by name, scalars that are means over the faces;
+    `"loss"` is minimised. `network` is the part of it that is kept: averaged, validated, saved. A
+    run is not resumed on data of another `content`.
+    """
 
     def __init__(
         self,
@@ -177,7 +182,7 @@ class FNetTask(FaceTask):
         )
         self.input = input_of(module.fnet, crops.template.name).to(crops.device)
         self.low_resolution = low_resolution
-        self.labels = labels_of(crops.faces) if isinstance(module, Recognition) else None
+        self.labels = crops.faces.labels if isinstance(module, Recognition) else None
 
     def batch(self, draw: Draw, crops: Tensor) -> Batch:
         """Input of the FNet, and what its lesson needs."""
@@ -206,7 +211,10 @@ class FNetTask(FaceTask):
 def only_labelled(faces: Faces) -> tuple[Faces, str]:
     """Leave out faces of nobody known and identities without faces, and say so in a line."""
     if faces.labels is None:
-        return faces, ""
+        raise ValueError(
+            "the faces have no identities to tell apart: give labelled ones, or a teacher to learn "
+            "from"
+        )
     kept = faces.select(faces.labels >= 0)
     counts = {
         "faces of nobody known": len(faces) - len(kept),
@@ -214,23 +222,6 @@ def only_labelled(faces: Faces) -> tuple[Faces, str]:
     }
     lost = [f"{count} {what}" for what, count in counts.items() if count]
     return (kept, f"left out: {', '.join(lost)}") if lost else (faces, "")
-
-
-def labels_of(faces: Faces) -> Tensor:
-    """Who faces are, int64 `[N]` in 0 ... K-1, if it is known of all, and all K are there."""
-    if faces.labels is None:
-        raise ValueError(
-            "the faces have no identities to tell apart: give labelled ones, or a teacher to learn "
-            "from"
-        )
-    unknown = int((faces.labels < 0).sum())
-    if unknown:
-        raise ValueError(f"{unknown} of {len(faces)} faces are of nobody known: leave them out")
-    counts = faces.labels.bincount(minlength=len(faces.identities))
-    if not counts.all():
-        lacking = faces.identities[int(counts.argmin())]
-        raise ValueError(f"identity {lacking!r} has no faces: leave it out")
-    return faces.labels
 
 
 def input_of(fnet: nn.Module, crop: str) -> FaceEncoder:

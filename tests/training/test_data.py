@@ -77,10 +77,10 @@ def test_features_are_those_of_the_crops_and_their_mirror_images():
 def test_features_are_kept_beside_prepared_faces(prepared, monkeypatch):
     identity = IdentityPreservedLoss(tiny_fnet(), crop="sphereface")
     calls = identity.encoders[0].fnet.calls
-    first = stored_features(prepared, identity, device=CPU, progress=False)
+    first = stored_features(prepared, identity, CPU, progress=False)
     assert calls
     monkeypatch.setattr("idloss.training.batches.compute_features", None)
-    again = stored_features(prepared, identity, device=CPU, progress=False)
+    again = stored_features(prepared, identity, CPU, progress=False)
     assert torch.equal(first, again)  # from the disk
     (file,) = prepared.folder.glob("features-*.npy")
     assert np.load(file).shape == (2, len(prepared), 16)
@@ -95,7 +95,7 @@ def test_features_that_cannot_be_kept_stay_in_memory(prepared, monkeypatch):
 
     monkeypatch.setattr("numpy.save", full)
     with pytest.warns(UserWarning, match=r"cannot be kept in .*No space left.*another folder"):
-        features = stored_features(prepared, identity, device=CPU, progress=False)
+        features = stored_features(prepared, identity, CPU, progress=False)
     assert features.equal(compute_features(prepared, identity, CPU, progress=False))
     assert not list(prepared.folder.glob(f"*{features_key(prepared.content, identity)}*"))
 

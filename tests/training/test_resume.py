@@ -14,6 +14,7 @@ import torch
 from tinytraining import assert_same, finished, launch, losses, tiny_faces, tiny_run, weights
 
 from idloss.training import TrainingStoppedError, load_recipe
+from idloss.training.recipe import read_notes
 from idloss.weights.files import file_sha256
 
 SCRIPT = Path(__file__).parents[1] / "tinytraining.py"
@@ -88,7 +89,7 @@ def test_only_the_same_run_is_resumed(tmp_path):
     with pytest.raises(ValueError, match="at step 2, beyond iterations=1: raise iterations"):
         tiny_run(tmp_path, resume=True, iterations=1)
     tiny_run(tmp_path, resume=True, iterations=2, log_every=7)  # changes no number
-    assert not (tmp_path / "changes.csv").exists()
+    assert read_notes(tmp_path / "recipe.yaml") == []
 
 
 def test_what_advice_names_may_change_on_resuming_and_is_recorded(tmp_path):
@@ -98,10 +99,9 @@ def test_what_advice_names_may_change_on_resuming_and_is_recorded(tmp_path):
     tiny_run(tmp_path, resume=True, schedule="constant", weight_decay=0.0, **fields)
     assert losses(tmp_path)[4][-1] == 1e-3
     assert losses(tmp_path)[5][-1] == 1e-4
-    recorded = (tmp_path / "changes.csv").read_text().splitlines()
-    assert recorded[0] == "after_step,field,before,now"
-    assert "4,learning_rate,0.001,0.0001" in recorded
-    assert len(recorded) == 6
+    recorded = read_notes(tmp_path / "recipe.yaml")
+    assert "from step 5 on: learning_rate was 0.001 and is 0.0001" in recorded
+    assert len(recorded) == 5
     assert load_recipe(tmp_path / "recipe.yaml").learning_rate == 1e-4
     told = json.loads((tmp_path / "model" / "config.json").read_text())["idloss"]
     assert told["changes"] == recorded

@@ -11,9 +11,9 @@ from PIL import Image
 from tinytraining import FIELDS, losses, tiny_edsr, tiny_faces, tiny_run
 
 from idloss import HallucinationLoss
-from idloss.training import Recipe, create_accelerator
+from idloss.training import Recipe
 from idloss.training.batches import Crops
-from idloss.training.engine import Engine
+from idloss.training.engine import Engine, create_accelerator
 from idloss.training.tasks import Hallucination, HallucinationTask
 
 
