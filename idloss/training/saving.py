@@ -262,7 +262,7 @@ def save_network(
         "num_classes": getattr(network, "num_classes", None),
         "num_features": getattr(network, "num_features", None),
         # what create_fnet takes for itself stands in pretrained_cfg
-        "model_args": {key: arguments[key] for key in arguments.keys() - _FOR_CREATE_FNET},
+        "model_args": {key: arguments[key] for key in arguments if key not in _FOR_CREATE_FNET},
         "pretrained_cfg": {key: cfg[key] for key in INPUT_FACTS if cfg.get(key) is not None},
         "idloss": told,
     }

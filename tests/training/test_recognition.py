@@ -16,7 +16,7 @@ from idloss.data import SyntheticFaces, folder_faces
 from idloss.degradation import get_degradation
 from idloss.fnets.mobilefacenet import mobilefacenet_bubbliiiing
 from idloss.resample import resize, to_float
-from idloss.training import FNetRecipe, TrainingStoppedError, load_recipe, recipe_names, train_fnet
+from idloss.training import FNetRecipe, load_recipe, recipe_names, train_fnet
 from idloss.training.batches import Crops, Draw, generator_for
 from idloss.training.margins import get_margin
 from idloss.training.tasks import Distillation, FNetTask, Recognition, input_of
@@ -318,24 +318,22 @@ def test_faces_of_nobody_and_identities_without_faces_are_left_out(tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("field", "message"),
     [
-        ({"margin": "arcfase"}, r"unknown margin 'arcfase'. Did you mean 'arcface'"),
-        ({"margin_options": {"angle": 1}}, r"unknown option of margin 'sphereface' 'angle'"),
-        ({"degradation": "blur"}, r"unknown degradation 'blur'"),
-        ({"low_resolution": 1.5}, r"low_resolution: .*less than or equal to 1, got 1.5"),
-        ({"factors": []}, r"factors is empty"),
-        ({"factors": [5]}, r"factor 5 does not divide 112x96"),
-        ({"crop": "arcfase"}, r"unknown template 'arcfase'"),
-        ({"identity_weight": 0.5}, r"unknown field 'identity_weight'"),
+        ("margin=arcfase", r"unknown margin 'arcfase'. Did you mean 'arcface'"),
+        ("margin_options={angle: 1}", r"unknown option of margin 'sphereface' 'angle'"),
+        ("degradation=blur", r"unknown degradation 'blur'"),
+        ("degradation_options={angle: 1}", r"unknown option of degradation 'bicubic' 'angle'"),
+        ("low_resolution=1.5", r"low_resolution: .*less than or equal to 1, got 1.5"),
+        ("factors=[]", r"factors is empty"),
+        ("factors=[5]", r"factor 5 does not divide 112x96"),
+        ("crop=arcfase", r"unknown template 'arcfase'"),
+        ("identity_weight=0.5", r"unknown field 'identity_weight'"),
     ],
-    ids=str,
 )
-def test_a_recipe_that_does_not_fit_says_so(fields, message):
+def test_a_recipe_that_does_not_fit_says_so(field, message):
     with pytest.raises(ValueError, match=message):
-        load_recipe(
-            "fnet_sphereface20", [f"{name}={value}" for name, value in fields.items()], FNetRecipe
-        )
+        load_recipe("fnet_sphereface20", [field], FNetRecipe)
 
 
 @pytest.mark.parametrize(
@@ -362,14 +360,6 @@ def test_faces_must_be_named_and_only_the_same_run_is_resumed(tmp_path):
     run(tmp_path, iterations=1)
     with pytest.raises(ValueError, match="margin was 'cosface' and is 'arcface'"):
         run(tmp_path, iterations=1, margin="arcface", resume=True)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    fnet = tiny_fnet()
-    with torch.no_grad():
-        fnet.head.bias.fill_(float("nan"))
-    with pytest.raises(TrainingStoppedError, match="step 1 has a loss that is not finite"):
-        run(tmp_path, fnet=fnet)
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("fnet_")])
