@@ -6,14 +6,17 @@ matplotlib's global state: each is a `Figure` of its own, to be changed or saved
 
 from __future__ import annotations
 
+import io
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from idloss.evaluation.results import (
@@ -22,9 +25,9 @@ from idloss.evaluation.results import (
     Cell,
     Record,
     Results,
-    Task,
     metric_title,
     pretty_size,
+    write_together,
 )
 from idloss.evaluation.verification import Roc
 from idloss.resample import to_uint8
@@ -32,6 +35,27 @@ from idloss.resample import to_uint8
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_P = ParamSpec("_P")
+_DPI = 200
+_FONT = 9.0
+_STYLE = {
+    "figure.titlesize": 10.0,
+    "axes.titlesize": 10.0,
+    "axes.labelsize": _FONT,
+    "xtick.labelsize": _FONT - 1,
+    "ytick.labelsize": _FONT - 1,
+    "axes.grid": True,
+    "grid.color": "#D9D9D9",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.markersize": 5.0,
+    "legend.frameon": False,
+    "legend.fontsize": _FONT - 0.5,
+    "legend.handlelength": 2.6,
+}
 
 
 class Style(NamedTuple):
@@ -45,29 +69,26 @@ class Style(NamedTuple):
 # The colours of Okabe and Ito (jfly.uni-koeln.de/color), told apart by colour-blind readers;
 # markers and line styles repeat the distinction for print in grey. A network and its
 # identity-preserving twin share a family: light and dark blue, orange and vermilion.
-DASHED = "--"
-BLACK, _GREY, _SKY, BLUE = "#000000", "#767676", "#56B4E9", "#0072B2"
-ORANGE, _VERMILION, _GREEN, _PURPLE = "#E69F00", "#D55E00", "#009E73", "#CC79A7"
+_DASHED = "--"
+_BLACK, _GREY, _SKY, _BLUE = "#000000", "#767676", "#56B4E9", "#0072B2"
+_ORANGE, _VERMILION, _GREEN, _PURPLE = "#E69F00", "#D55E00", "#009E73", "#CC79A7"
 _FIXED = {
-    HR: Style(BLACK, "*", DASHED),
+    HR: Style(_BLACK, "*", _DASHED),
     "bilinear": Style(_GREY, "v", ":"),
-    "bicubic": Style(_GREY, "^", DASHED),
-    "edsr16_64": Style(_SKY, "s", DASHED),
-    "edsr16_64_id": Style(BLUE, "s", "-"),
-    "edsr32_256": Style(ORANGE, "o", DASHED),
+    "bicubic": Style(_GREY, "^", _DASHED),
+    "edsr16_64": Style(_SKY, "s", _DASHED),
+    "edsr16_64_id": Style(_BLUE, "s", "-"),
+    "edsr32_256": Style(_ORANGE, "o", _DASHED),
     "edsr32_256_id": Style(_VERMILION, "o", "-"),
 }
 _SPARE = (
     Style(_GREEN, "D", "-"),
     Style(_PURPLE, "P", "-"),
-    Style(BLUE, "X", "-."),
+    Style(_BLUE, "X", "-."),
     Style(_VERMILION, "h", "-."),
-    Style(_GREEN, "<", DASHED),
-    Style(_PURPLE, ">", DASHED),
+    Style(_GREEN, "<", _DASHED),
+    Style(_PURPLE, ">", _DASHED),
 )
-_NAMES = {HR: "HR", LR: "LR"}
-
-Styles = Mapping[str, Style]
 
 
 def method_styles(methods: Iterable[str]) -> dict[str, Style]:
@@ -76,12 +97,6 @@ def method_styles(methods: Iterable[str]) -> dict[str, Style]:
     Interpolations, HR and the paper's networks always look alike. Others take what is left in the
     order of their names: where figures show different subsets of them, hand all figures the styles
     of the whole set.
-
-    Args:
-        methods: Names of SRNets and interpolations.
-
-    Returns:
-        Style by name.
     """
     names = list(dict.fromkeys(methods))
     others = sorted(set(names) - set(_FIXED))
@@ -89,115 +104,137 @@ def method_styles(methods: Iterable[str]) -> dict[str, Style]:
     return {name: _FIXED[name] if name in _FIXED else spare[name] for name in names}
 
 
-def method_name(method: str) -> str:
-    """What a method is called in figures."""
-    return _NAMES.get(method, method)
+def _in_style(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
+    """Draw in the house's style, with fonts that hold all the letters."""
+
+    @wraps(draw)
+    def drawn(*args: _P.args, **options: _P.kwargs) -> Figure:
+        try:
+            from matplotlib import rc_context
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "figures need matplotlib, which comes with the extra: pip install 'idloss[eval]'"
+            ) from error
+        with rc_context(_STYLE):
+            figure = draw(*args, **options)
+        _add_fonts(figure)
+        return figure
+
+    return drawn
 
 
-_DPI = 200
-
-Curves = Mapping[str, Roc]
-
-
+@_in_style
 def accuracy_figure(
     results: Results,
-    task: Task = "verification",
+    task: str = "verification",
     metric: str | None = None,
     *,
-    styles: Styles | None = None,
+    styles: Mapping[str, Style] | None = None,
 ) -> Figure:
     """Accuracy against probe resolution (Fig. 1), a panel for each FNet.
 
     Sizes stand at equal distances, from small to large; bars are the intervals over folds or
-    draws, cut off at 0 and 100 %; HR is a line across.
-
-    Args:
-        results: The run.
-        task: Which task to show.
-        metric: The metric; None for accuracy, rank 1, or the first there is.
-        styles: Styles by method; None for those of the run's methods.
-
-    Returns:
-        The figure.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is missing.
-        ValueError: The run has no such results.
+    draws, cut off at 0 and 100 %; HR is a line across. The metric is accuracy, rank 1, or the first
+    there is, where none is named.
     """
     records = results.select(task, metric)
     styles = styles or method_styles(cell.srnet for cell in results.cells())
     fnets = list(dict.fromkeys(record.cell.fnet for record in records))
-    figure, panels = lay_out(len(fnets), width=3.6, height=3.3, share_y=True)
+    figure, panels = _panels(len(fnets), width=3.6, height=3.3)
     for fnet, axes in zip(fnets, panels, strict=True):
         mine = [record for record in records if record.cell.fnet == fnet]
         _accuracy_panel(axes, mine, styles)
-        axes.set_title(wrapped(fnet, 36), fontsize=TITLE)
+        axes.set_title(_wrapped(_shown(fnet), 36))
     panels[0].set_ylabel(f"{metric_title(records[0].metric)} (%)")
-    legend(figure, panels)
+    _add_legend(figure, panels)
     return figure
 
 
+def _accuracy_panel(axes: Axes, records: Sequence[Record], styles: Mapping[str, Style]) -> None:
+    def size_of(cell: Cell) -> tuple[int, int]:
+        return cell.height, cell.width
+
+    degraded = [record for record in records if record.cell.srnet != HR]
+    sizes = sorted({size_of(record.cell) for record in degraded}, key=lambda s: (s[0] * s[1], s))
+    names = list(dict.fromkeys(record.cell.srnet for record in degraded))
+    apart = min(0.08, 0.5 / max(1, len(names)))
+    for number, name in enumerate(names):
+        mine = [record for record in degraded if record.cell.srnet == name]
+        mine.sort(key=lambda record: sizes.index(size_of(record.cell)))
+        found = [record.estimate for record in mine]
+        values = 100 * np.array([one.value for one in found])
+        # the interval is round the mean of the folds, which need not be the figure of all pairs
+        reach = 100 * np.array([[one.mean - one.low, one.high - one.mean] for one in found]).T
+        # Student's interval of a few folds may reach beyond all that a share can be
+        reach = np.minimum(np.nan_to_num(reach), [values, 100 - values])
+        # side by side, so that one method's bar does not hide another's
+        shift = apart * (number - (len(names) - 1) / 2)
+        axes.errorbar(
+            [sizes.index(size_of(record.cell)) + shift for record in mine],
+            values,
+            yerr=reach,
+            color=styles[name].colour,
+            linestyle=styles[name].line,
+            marker=styles[name].marker,
+            capsize=2,
+            elinewidth=1,
+            label=_shown(name),
+        )
+    for record in records:
+        if record.cell.srnet == HR:
+            style = {**_FIXED, **styles}[HR]
+            value = 100 * record.estimate.value
+            axes.axhline(value, color=style.colour, linestyle=style.line, linewidth=1, label="HR")
+    axes.set_xticks(range(len(sizes)), [pretty_size(size) for size in sizes])
+    axes.set_xlim(-0.3, len(sizes) - 0.7)
+    if len(sizes) > 5:
+        axes.tick_params(axis="x", labelrotation=45)
+    axes.set_xlabel("Probe resolution (pixels, height \N{MULTIPLICATION SIGN} width)")
+
+
+@_in_style
 def roc_figure(
-    curves: Curves, *, title: str = "", far_floor: float = 1e-4, styles: Styles | None = None
+    curves: Mapping[str, Roc],
+    *,
+    title: str = "",
+    far_floor: float = 1e-4,
+    styles: Mapping[str, Style] | None = None,
 ) -> Figure:
-    """ROC curves over a logarithmic FAR.
-
-    Args:
-        curves: ROC of each method.
-        title: What was measured.
-        far_floor: Left end of the FAR axis.
-        styles: Styles by method.
-
-    Returns:
-        The figure.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is missing.
-        ValueError: There are no curves.
-    """
+    """ROC curves of each method over a logarithmic FAR that begins at `far_floor`."""
     styles = styles or method_styles(_require_some(curves))
-    figure, (axes,) = lay_out(1, width=4.8, height=3.9)
+    figure, (axes,) = _panels(1, width=4.8, height=3.9)
     for name, curve in curves.items():
-        style = styles[name]
         # FAR 0 has no place on the axis: a step from its left end to the first false accept
-        far = np.maximum(curve.far, far_floor / 10)
         axes.step(
-            far,
+            np.maximum(curve.far, far_floor / 10),
             100 * curve.tar,
             where="post",
-            color=style.colour,
-            linestyle=style.line,
-            label=f"{method_name(name)} (AUC {curve.auc:.4f})",
+            color=styles[name].colour,
+            linestyle=styles[name].line,
+            label=f"{_shown(name)} (AUC {curve.auc:.4f})",
         )
     axes.set_xscale("log")
     axes.set_xlim(far_floor, 1)
-    _finish_curves(figure, axes, "False accept rate", "True accept rate (%)", title)
+    _name_rates(figure, axes, "False accept rate", "True accept rate (%)", title)
     return figure
 
 
+@_in_style
 def cmc_figure(
-    curves: Mapping[str, ArrayLike], *, title: str = "", styles: Styles | None = None
+    curves: Mapping[str, ArrayLike],
+    *,
+    title: str = "",
+    styles: Mapping[str, Style] | None = None,
 ) -> Figure:
-    """CMC curves: mean over the draws, and one standard deviation either side as a band.
-
-    Args:
-        curves: CMC of each method in each draw, `[draws, R]`.
-        title: What was measured.
-        styles: Styles by method.
-
-    Returns:
-        The figure.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is missing.
-        ValueError: There are no curves.
-    """
+    """CMC curves `[draws, R]` of each method: the mean, one deviation either side as a band."""
     styles = styles or method_styles(_require_some(curves))
-    figure, (axes,) = lay_out(1, width=4.8, height=3.9)
+    figure, (axes,) = _panels(1, width=4.8, height=3.9)
+    longest = 1
     for name, draws in curves.items():
         style = styles[name]
         shares = 100 * np.atleast_2d(np.asarray(draws))
         ranks = np.arange(1, shares.shape[1] + 1)
+        longest = max(longest, len(ranks))
         mean, spread = shares.mean(0), shares.std(0)
         axes.plot(
             ranks,
@@ -206,20 +243,19 @@ def cmc_figure(
             linestyle=style.line,
             marker=style.marker,
             markevery=max(1, len(ranks) // 10),
-            markersize=5,
-            label=f"{method_name(name)} (rank 1: {mean[0]:.2f} %)",
+            label=f"{_shown(name)} (rank 1: {mean[0]:.2f} %)",
         )
         axes.fill_between(
             ranks, mean - spread, mean + spread, color=style.colour, alpha=0.2, linewidth=0
         )
-    longest = max(np.atleast_2d(np.asarray(draws)).shape[1] for draws in curves.values())
     step = max(1, longest // 20) * 5 if longest > 10 else 1
     axes.set_xticks(sorted({1, *range(step, longest + 1, step)}))
     axes.set_xlim(0.5, longest + 0.5)
-    _finish_curves(figure, axes, "Rank", "Identification rate (%)", title)
+    _name_rates(figure, axes, "Rank", "Identification rate (%)", title)
     return figure
 
 
+@_in_style
 def similarity_figure(
     scores: Mapping[str, ArrayLike],
     same: ArrayLike,
@@ -227,40 +263,24 @@ def similarity_figure(
     thresholds: Mapping[str, float] | None = None,
     title: str = "",
 ) -> Figure:
-    """Histograms of the similarities of same-person and different-person pairs.
-
-    Args:
-        scores: Cosines of each method, `[N]`; a panel for each.
-        same: Whether each pair is of one person, `[N]`.
-        thresholds: Threshold of each method, drawn as a line.
-        title: What was measured.
-
-    Returns:
-        The figure.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is missing.
-        ValueError: There are no scores.
-    """
+    """Histograms of the cosines `[N]` of same-person and different-person pairs, by method."""
     _require_some(scores)
     truth = np.asarray(same).astype(bool)
     values = {name: np.asarray(row, dtype=np.float64) for name, row in scores.items()}
-    low = min(row.min() for row in values.values())
-    high = max(row.max() for row in values.values())
-    edges = np.linspace(low, high, 61)
+    everything = np.concatenate([*values.values()])
+    edges = np.linspace(everything.min(), everything.max(), 61)
     columns = min(3, len(values))
-    figure, panels = lay_out(len(values), width=3.1, height=2.5, columns=columns, share_y=True)
+    figure, panels = _panels(len(values), width=3.1, height=2.5, columns=columns)
     for place, (name, row) in enumerate(values.items()):
         axes = panels[place]
         for members, colour, hatch, label in (
-            (~truth, ORANGE, None, "different people"),
-            (truth, BLUE, "////", "same person"),
+            (~truth, _ORANGE, None, "different people"),
+            (truth, _BLUE, "////", "same person"),
         ):
-            weights = np.full(int(members.sum()), 100 / max(1, int(members.sum())))
             axes.hist(
                 row[members],
                 edges.tolist(),
-                weights=weights,
+                weights=np.full(int(members.sum()), 100 / max(1, int(members.sum()))),
                 histtype="stepfilled",
                 facecolor=(colour, 0.35),
                 edgecolor=colour,
@@ -270,19 +290,20 @@ def similarity_figure(
             )
         if thresholds and name in thresholds:
             axes.axvline(
-                thresholds[name], color=BLACK, linestyle=DASHED, linewidth=1, label="threshold"
+                thresholds[name], color=_BLACK, linestyle=_DASHED, linewidth=1, label="threshold"
             )
-        axes.set_title(wrapped(method_name(name), 32), fontsize=TITLE)
+        axes.set_title(_wrapped(_shown(name), 32))
         if place + columns >= len(values):
             axes.set_xlabel("Cosine similarity")
         if place % columns == 0:
             axes.set_ylabel("Pairs (% of class)")
     if title:
-        figure.suptitle(title, fontsize=TITLE)
-    legend(figure, panels[:1])
+        figure.suptitle(_title(figure, title))
+    _add_legend(figure, panels[:1])
     return figure
 
 
+@_in_style
 def picture_sheet(
     columns: Mapping[str, Tensor],
     cosines: Mapping[str, ArrayLike] | None = None,
@@ -314,49 +335,45 @@ def picture_sheet(
         raise ValueError(f"columns hold different numbers of faces: {counts}")
     rows = next(iter(counts.values()))
     marks = {name: np.asarray(row, dtype=np.float64) for name, row in (cosines or {}).items()}
-    rated = [name for name in columns if name in marks and name != HR]
+    rated = [row for name, row in marks.items() if name in columns and name != HR]
     height, width = list(columns.values())[-1].shape[-2:]
     side = 1.15
-    figure, panels = lay_out(
+    figure, panels = _panels(
         rows * len(columns),
         width=side,
         height=side * height / width + (0.2 if marks else 0.05),
         columns=len(columns),
-        grid=False,
+        share_y=False,
     )
     for column, (name, images) in enumerate(columns.items()):
-        pictures = _pictures(images)
+        levels = to_uint8(images) if images.is_floating_point() else images
+        pictures = levels.permute(0, 2, 3, 1).cpu().numpy()
         for row in range(rows):
             axes = panels[row * len(columns) + column]
             axes.imshow(pictures[row], extent=(0, width, height, 0), interpolation="nearest")
-            axes.set_xticks([])
-            axes.set_yticks([])
-            for edge in axes.spines.values():
-                edge.set_visible(False)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
             if row == 0:
-                head = wrapped(method_name(name), 14)
+                head = _wrapped(_shown(name), 14)
                 if images.shape[-2:] != (height, width):
                     head += f"\n{pretty_size(images.shape[-2:])}"
-                axes.set_title(head, fontsize=FONT)
+                axes.set_title(head, fontsize=_FONT)
             if column == 0 and names:
-                axes.set_ylabel(names[row], fontsize=FONT - 1)
+                axes.set_ylabel(_shown(names[row]), fontsize=_FONT - 1)
             if name in marks:
-                best = name in rated and marks[name][row] >= max(marks[r][row] for r in rated)
-                axes.set_xlabel(
-                    f"{marks[name][row]:.3f}",
-                    fontsize=FONT,
-                    labelpad=2,
-                    fontweight="bold" if best else "normal",
-                )
+                own = marks[name][row]
+                best = name != HR and own >= max(other[row] for other in rated)
+                weight = "bold" if best else "normal"
+                axes.set_xlabel(f"{own:.3f}", labelpad=2, fontweight=weight)
     if title:
-        figure.suptitle(title, fontsize=TITLE)
+        figure.suptitle(_title(figure, title))
     if marks:
-        figure.supxlabel("Under each face: cosine similarity to HR", fontsize=FONT - 0.5)
+        figure.supxlabel("Under each face: cosine similarity to HR", fontsize=_FONT - 0.5)
     return figure
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> list[Path]:
-    """Save a figure as PNG and PDF beside each other.
+    """Save a figure as PNG and PDF beside each other, both of them or none.
 
     Args:
         figure: The figure.
@@ -368,146 +385,43 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> list[Path]:
     Raises:
         OSError: The folder cannot be written to.
     """
-    import matplotlib as mpl
+    from matplotlib import rc_context
 
     given = Path(path)
     stem = given.with_suffix("") if given.suffix in (".png", ".pdf") else given
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf")]
+    contents = {}
     # TrueType fonts in the PDF: publishers refuse matplotlib's default, Type 3
-    with mpl.rc_context({"pdf.fonttype": 42}):
-        for file in files:
-            figure.savefig(file, dpi=_DPI)
-    return files
+    with rc_context({"pdf.fonttype": 42}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # told when the figure was made
+        for kind in ("png", "pdf"):
+            drawn = io.BytesIO()
+            figure.savefig(drawn, dpi=_DPI, format=kind)
+            contents[f"{stem.name}.{kind}"] = drawn.getvalue()
+    return write_together(stem.parent, contents)
 
 
-def _finish_curves(figure: Figure, axes: Axes, across: str, up: str, title: str) -> None:
-    """Name the axes of a figure of rates, and the methods."""
-    axes.set_ylim(0, 101)
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
-    axes.set_title(title, fontsize=TITLE)
-    legend(figure, [axes])
-
-
-def _accuracy_panel(axes: Axes, records: Sequence[Record], styles: Styles) -> None:
-    degraded = [record for record in records if record.cell.srnet != HR]
-    sizes = sorted({_size(record.cell) for record in degraded}, key=lambda s: (s[0] * s[1], s))
-    names = list(dict.fromkeys(record.cell.srnet for record in degraded))
-    apart = min(0.08, 0.5 / max(1, len(names)))
-    for number, name in enumerate(names):
-        mine = [record for record in degraded if record.cell.srnet == name]
-        mine.sort(key=lambda record: sizes.index(_size(record.cell)))
-        found = [record.estimate for record in mine]
-        values = 100 * np.array([one.value for one in found])
-        # the interval is round the mean of the folds, which need not be the figure of all pairs
-        reach = 100 * np.array([[one.mean - one.low, one.high - one.mean] for one in found]).T
-        # Student's interval of a few folds may reach beyond all that a share can be
-        reach = np.minimum(np.nan_to_num(reach), [values, 100 - values])
-        # side by side, so that one method's bar does not hide another's
-        shift = apart * (number - (len(names) - 1) / 2)
-        style = styles[name]
-        axes.errorbar(
-            [sizes.index(_size(record.cell)) + shift for record in mine],
-            values,
-            yerr=reach,
-            color=style.colour,
-            linestyle=style.line,
-            marker=style.marker,
-            markersize=5,
-            capsize=2,
-            elinewidth=1,
-            label=method_name(name),
-        )
-    for record in records:
-        if record.cell.srnet == HR:
-            value = 100 * record.estimate.value
-            style = {**method_styles([HR]), **styles}[HR]
-            axes.axhline(value, color=style.colour, linestyle=style.line, linewidth=1, label="HR")
-    axes.set_xticks(range(len(sizes)), [pretty_size(size) for size in sizes])
-    axes.set_xlim(-0.3, len(sizes) - 0.7)
-    if len(sizes) > 5:
-        axes.tick_params(axis="x", labelrotation=45)
-    axes.set_xlabel("Probe resolution (pixels, height \N{MULTIPLICATION SIGN} width)")
-
-
-def _require_some(curves: Mapping[str, Any]) -> list[str]:
-    if not curves:
-        raise ValueError("nothing to draw: give at least one method")
-    return list(curves)
-
-
-def _pictures(images: Tensor) -> NDArray[np.uint8]:
-    levels = to_uint8(images) if images.is_floating_point() else images
-    pictures: NDArray[np.uint8] = levels.permute(0, 2, 3, 1).cpu().numpy()
-    return pictures
-
-
-def _size(cell: Cell) -> tuple[int, int]:
-    return cell.height, cell.width
-
-
-FONT = 9.0
-TITLE = 10.0
-_GRID = "#D9D9D9"
-
-
-def lay_out(
-    count: int,
-    *,
-    width: float,
-    height: float,
-    columns: int | None = None,
-    share_y: bool = False,
-    grid: bool = True,
+def _panels(
+    count: int, *, width: float, height: float, columns: int | None = None, share_y: bool = True
 ) -> tuple[Figure, list[Axes]]:
-    """Make a figure of panels; the places that are over stay empty.
+    """A figure of panels of so many inches, row by row; the places that are over stay empty."""
+    from matplotlib.figure import Figure
 
-    Args:
-        count: How many panels.
-        width: Of a panel, in inches.
-        height: Of a panel, in inches.
-        columns: Panels side by side; None for all.
-        share_y: One y axis for all.
-        grid: Draw a grid, and no frame above and to the right.
-
-    Returns:
-        The figure and its panels, row by row.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is missing.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "figures need matplotlib, which comes with the extra: pip install 'idloss[eval]'"
-        ) from error
     columns = columns or count
     rows = -(-count // columns)
     figure = Figure(figsize=(width * columns + 0.6, height * rows + 0.7), layout="constrained")
-    laid_out = figure.subplots(rows, columns, sharey=share_y, squeeze=False).ravel()
-    for unused in laid_out[count:]:
+    places = figure.subplots(rows, columns, sharey=share_y, squeeze=False).ravel()
+    for unused in places[count:]:
         unused.remove()
-    panels: list[Axes] = list(laid_out[:count])
-    for axes in panels:
-        axes.tick_params(labelsize=FONT - 1)
-        axes.xaxis.label.set_fontsize(FONT)
-        axes.yaxis.label.set_fontsize(FONT)
-        if grid:
-            axes.grid(visible=True, color=_GRID, linewidth=0.6)
-            axes.set_axisbelow(True)
-            axes.spines[["top", "right"]].set_visible(False)
-    return figure, panels
+    return figure, list(places[:count])
 
 
-def legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    """Put one legend under all panels, each method once.
+def _name_rates(figure: Figure, axes: Axes, across: str, up: str, title: str) -> None:
+    axes.set(ylim=(0, 101), xlabel=across, ylabel=up, title=_title(figure, title))
+    _add_legend(figure, [axes])
 
-    Args:
-        figure: The figure.
-        panels: Those of its panels that have entries.
-    """
+
+def _add_legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One legend under all panels, each method once."""
     entries: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -516,32 +430,60 @@ def legend(figure: Figure, panels: Sequence[Axes]) -> None:
         if last in entries:
             entries[last] = entries.pop(last)
     # inches: the line and the gap before a label, and about what a letter takes
-    entry = 0.6 + 0.065 * max(map(len, entries))
-    columns = int(figure.get_figwidth() / entry)
-    figure.legend(
-        entries.values(),
-        entries.keys(),
-        loc="outside lower center",
-        ncols=max(1, min(len(entries), columns)),
-        frameon=False,
-        fontsize=FONT - 0.5,
-        handlelength=2.6,
-    )
+    room = figure.get_figwidth()
+    labels = [_wrapped(label, (room - 0.6) / 0.065) for label in entries]
+    entry = 0.6 + 0.065 * max(len(line) for label in labels for line in label.split("\n"))
+    columns = max(1, min(len(labels), int(room / entry)))
+    figure.legend(entries.values(), labels, loc="outside lower center", ncols=columns)
 
 
-def wrapped(name: str, width: int) -> str:
-    """A name on as many lines as it needs: those from timm and the Hub are long.
+def _shown(name: str) -> str:
+    """A name as matplotlib is to write it: no formula, no control letter, in every legend."""
+    name = {HR: "HR", LR: "LR"}.get(name, name).replace("$", r"\$")
+    name = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in name)
+    return f" {name}" if name.startswith("_") else name  # a legend leaves out what begins with _
 
-    Args:
-        name: The name.
-        width: Letters in a line.
 
-    Returns:
-        The name, broken behind a slash, an underscore, a dot or a dash.
-    """
+def _title(figure: Figure, text: str) -> str:
+    # inches that about a letter takes
+    return _wrapped(_shown(text), figure.get_figwidth() / 0.09)
+
+
+def _wrapped(text: str, width: float) -> str:
+    """A text broken behind a slash, an underscore, a dot, a dash or a blank."""
     lines = [""]
-    for part in re.split(r"(?<=[/_.-])", name):
-        if lines[-1] and len(lines[-1]) + len(part) > width:
+    for part in re.split(r"(?<=[/_. -])", text):
+        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > width:
             lines.append("")
         lines[-1] += part
     return "\n".join(lines)
+
+
+def _add_fonts(figure: Figure) -> None:
+    """Let texts fall back on installed fonts for letters that theirs lacks, or warn."""
+    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+    from matplotlib.text import Text
+
+    texts = [text for text in figure.findobj(Text) if isinstance(text, Text)]
+    letters = {ord(letter) for text in texts for letter in text.get_text() if letter.isprintable()}
+    lacking = letters - get_font(findfont(FontProperties())).get_charmap().keys()
+    families: list[str] = []
+    for font in fontManager.ttflist if lacking else ():
+        # its glyphs are boxes themselves
+        if "Last Resort" not in font.name and lacking & get_font(font.fname).get_charmap().keys():
+            families.append(font.name)
+            lacking -= get_font(font.fname).get_charmap().keys()
+    for text in texts if families else ():
+        text.set_fontfamily([*text.get_fontfamily(), *families])
+    if lacking:
+        warnings.warn(
+            f"no installed font holds {''.join(map(chr, sorted(lacking)))[:40]!r}, drawn as boxes; "
+            "install one that does, such as Noto Sans",
+            stacklevel=3,
+        )
+
+
+def _require_some(curves: Mapping[str, Any]) -> list[str]:
+    if not curves:
+        raise ValueError("nothing to draw: give at least one method")
+    return list(curves)

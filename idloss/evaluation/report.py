@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -36,20 +37,21 @@ from idloss.evaluation.results import (
     markdown_table,
     metric_title,
     pretty_size,
+    read_task,
+    write_together,
 )
 from idloss.evaluation.verification import roc
 from idloss.resample import Size
-from idloss.weights.files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TABLES: Mapping[Task, str] = {
+# After the paper's numbers.
+_FILES: Mapping[Task, str] = {
     "verification": "table1",
     "identification": "table2",
     "open_set": "open_set",
 }
-"""File names of the tables, after the paper's."""
 
 
 def write_tables(results: Results, folder: str | os.PathLike[str]) -> dict[Path, str]:
@@ -66,29 +68,29 @@ def write_tables(results: Results, folder: str | os.PathLike[str]) -> dict[Path,
         OSError: The folder cannot be written to.
     """
     tables = {}
-    for task, name in TABLES.items():
-        if results.cells(task):
-            file = Path(folder) / f"{name}.md"
-            # the paper's Table 1 gives no deviations; of drawn galleries they are asked for
-            table = paper_table(results, task, deviation=task != "verification")
-            tables[file] = f"{_caption(results, task)}\n\n{table}"
-            with written_whole(file) as temporary:
-                temporary.write_text(tables[file], "utf-8")
+    for task in (task for task in _FILES if results.cells(task)):
+        record = results.select(task)[0]
+        caption = f"{metric_title(record.metric)} (%)"
+        if task != "verification" and record.estimate.repeats > 1:
+            caption += f", mean ± deviation of {record.estimate.repeats} draws"
+        data, protocol = (_name_of(results.run.get(key)) for key in ("data", "protocol"))
+        # the paper's Table 1 gives no deviations; of drawn galleries they are asked for
+        table = paper_table(results, task, deviation=task != "verification")
+        text = f"{caption}: {data}, protocol {protocol}\n\n{table}"
+        (file,) = write_together(Path(folder), {f"{_FILES[task]}.md": text.encode()})
+        tables[file] = text
     return tables
 
 
-def _caption(results: Results, task: Task) -> str:
-    """What a table shows, of what, and by which protocol."""
-    record = results.select(task)[0]
-    what = f"{metric_title(record.metric)} (%)"
-    if task != "verification" and record.estimate.repeats > 1:
-        what += f", mean ± deviation of {record.estimate.repeats} draws"
-    return f"{what}: {results.run['data']['name']}, protocol {results.run['protocol']['name']}"
+def _name_of(what: Any) -> str:
+    """The name of a run's data or protocol, fit for a terminal."""
+    name = str(what.get("name") if isinstance(what, Mapping) else what)
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 def paper_table(
     results: Results,
-    task: Task = "verification",
+    task: str = "verification",
     *,
     metric: str | None = None,
     deviation: bool = False,
@@ -101,7 +103,8 @@ def paper_table(
 
     Args:
         results: The run.
-        task: `"verification"` for Table 1, `"identification"` for Table 2.
+        task: `"verification"` for Table 1, `"identification"` for Table 2,
+            `"open-set"`.
         metric: The metric; None for accuracy, rank 1, or the first there is.
         deviation: Add the standard deviation over folds or draws, where there are several.
 
@@ -111,6 +114,7 @@ def paper_table(
     Raises:
         ValueError: There are no results for the task or the metric.
     """
+    task = read_task(task)
     chosen = {record.cell: record.estimate for record in results.select(task, metric)}
     # the paper prints two decimals: the best are those that print the same
     shown = {cell: f"{100 * figure.value:.2f}" for cell, figure in chosen.items()}
@@ -180,30 +184,39 @@ def write_figures(results: Results, folder: str | os.PathLike[str]) -> list[Path
         ModuleNotFoundError: matplotlib is missing.
         OSError: The folder cannot be written to.
     """
-    files = []
+    files: dict[Path, None] = {}
     for name, draw in tqdm(list(_figures(results)), desc="drawing", unit="figure", delay=2):
-        files += save_figure(draw(), Path(folder) / name)
-    return files
+        twins = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
+        stem = next(twin for twin in twins if Path(folder) / f"{twin}.png" not in files)
+        files |= dict.fromkeys(save_figure(draw(), Path(folder) / stem))
+    return list(files)
 
 
 def _figures(results: Results) -> Iterator[tuple[str, Callable[[], Figure]]]:
     """Names of the figures, and how to draw each: one is held in memory at a time."""
     styles = method_styles(cell.srnet for cell in results.cells())
-    for task, name in TABLES.items():
+    protocol = results.run.get("protocol")
+    rule = protocol.get("rule") if isinstance(protocol, Mapping) else None
+    on_cosine = isinstance(rule, Mapping) and rule.get("measure") == "cosine"
+    for task, name in _FILES.items():
         cells = results.cells(task)
         if any(cell.srnet != HR for cell in cells):
             yield f"{name}-by-size", partial(accuracy_figure, results, task, styles=styles)
-        for fnet, size, row in _rows(cells):
-            title = f"{fnet}, probes {pretty_size((row[0].height, row[0].width))}"
+        degraded = (cell for cell in cells if cell.srnet != HR)
+        for fnet, *size in dict.fromkeys((cell.fnet, cell.height, cell.width) for cell in degraded):
+            own = [cell for cell in cells if cell.fnet == fnet]
+            row = [cell for cell in own if cell.srnet != HR and [cell.height, cell.width] == size]
+            row += [cell for cell in own if cell.srnet == HR]
             arrays = {cell.srnet: results.arrays.get(cell, {}) for cell in row}
             scores = {method: a["scores"] for method, a in arrays.items() if "scores" in a}
             curves = {method: a["cmc"] for method, a in arrays.items() if "cmc" in a}
-            end = f"{_file_name(fnet)}-{size}"
+            title = f"{fnet}, probes {pretty_size(size)}"
+            # names from the Hub hold colons and slashes
+            end = re.sub(r"[^\w.-]+", "_", fnet)[:100] + f"-{size[0]}x{size[1]}"
             if scores:
                 same = next(a["same"] for a in arrays.values() if "same" in a)
                 rocs = {method: roc(one, same) for method, one in scores.items()}
                 yield f"roc-{end}", partial(roc_figure, rocs, title=title, styles=styles)
-                on_cosine = results.run["protocol"]["rule"]["measure"] == "cosine"
                 marks = {
                     method: float(a["thresholds"].mean())
                     for method, a in arrays.items()
@@ -215,15 +228,6 @@ def _figures(results: Results) -> Iterator[tuple[str, Callable[[], Figure]]]:
                 )
             if curves:
                 yield f"cmc-{end}", partial(cmc_figure, curves, title=title, styles=styles)
-
-
-def _rows(cells: list[Cell]) -> Iterator[tuple[str, str, list[Cell]]]:
-    """The cells of each FNet and size, HR last."""
-    for fnet in dict.fromkeys(cell.fnet for cell in cells):
-        own = [cell for cell in cells if cell.fnet == fnet]
-        full = [cell for cell in own if cell.srnet == HR]
-        for size in dict.fromkeys(cell.size for cell in own if cell.srnet != HR):
-            yield fnet, size, [c for c in own if c.size == size and c.srnet != HR] + full
 
 
 def write_sheets(
@@ -297,8 +301,3 @@ def _some_probes(data: EvaluationSet, count: int) -> Tensor:
     chosen = torch.linspace(0, len(places) - 1, min(count, len(places))).long()
     shown: Tensor = places[chosen]
     return shown
-
-
-def _file_name(name: str) -> str:
-    """A name as part of a file's: those from the Hub hold colons and slashes."""
-    return re.sub(r"[^\w.-]+", "_", name)

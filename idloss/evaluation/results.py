@@ -254,17 +254,13 @@ class Results:
         main = given if given.suffix == ".json" else given.with_name(given.name + ".json")
         contents = self._contents(main.name)
         try:
-            return _write_together(main.parent, contents)
+            return write_together(main.parent, contents)
         except OSError as error:
-            reason = error.strerror or error
-            advice = "free space, or name another folder"
-            with suppress(OSError):
-                spare = Path(tempfile.mkdtemp(prefix="idloss-results-"))
-                _write_together(spare, contents)
-                advice = f"they are kept in {spare}; move them, or name another folder"
-            raise OSError(
-                f"results cannot be written to {main.parent} ({reason}); {advice}"
-            ) from error
+            try:
+                spare = write_together(Path(tempfile.mkdtemp(prefix="idloss-results-")), contents)
+            except OSError:
+                raise error from None
+            raise OSError(f"{error}; meanwhile they are kept in {spare[0].parent}") from error
 
     def _contents(self, name: str) -> dict[str, bytes]:
         """All files by name, made before any is written; the JSON, which vouches for them, first.
@@ -389,11 +385,19 @@ def _require_printable(what: str, name: object) -> None:
         raise ValueError(f"{str(name)[:80]!r} cannot be the name of {what}; use printable letters")
 
 
-def _write_together(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
-    with ExitStack() as stack:
-        # the first is entered first and left last: where it is, the others are
-        for name, content in contents.items():
-            stack.enter_context(written_whole(folder / name)).write_bytes(content)
+def write_together(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
+    """Write files by name into a folder, all or none; `OSError` names what and where."""
+    try:
+        with ExitStack() as stack:
+            # the first is entered first and left last: where it is, the others are
+            for name, content in contents.items():
+                stack.enter_context(written_whole(folder / name)).write_bytes(content)
+    except OSError as error:
+        names = ", ".join(contents)
+        raise OSError(
+            f"{names} cannot be written to {folder} ({error.strerror or error}); free space there, "
+            "or name another folder"
+        ) from error
     return [folder / name for name in contents]
 
 
@@ -444,6 +448,7 @@ def _load_arrays(
             f"not {pin[:64]!r}; copy both from one run"
         )
     arrays: dict[Cell, dict[str, NDArray[Any]]] = {cell: {} for cell in cells}
+    places = {str(place): cell for place, cell in enumerate(cells)}
     try:
         with zipfile.ZipFile(io.BytesIO(blob)) as packed:
             size = sum(member.file_size for member in packed.infolist())
@@ -453,9 +458,9 @@ def _load_arrays(
             for key in stored.files:
                 place, slash, kind = key.partition("/")
                 if slash:  # numpy before 2.2 wrote its argument allow_pickle as an array
-                    arrays[cells[int(place)]][kind] = stored[key]
+                    arrays[places[place]][kind] = stored[key]
     except (
-        *(zipfile.BadZipFile, zlib.error, EOFError, IndexError, KeyError, MemoryError),
+        *(zipfile.BadZipFile, zlib.error, EOFError, KeyError, MemoryError),
         *(NotImplementedError, RuntimeError, TypeError, ValueError),
     ) as error:
         raise ValueError(f"{sidecar} is damaged: {error}; run the evaluation again") from error

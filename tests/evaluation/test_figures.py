@@ -1,5 +1,6 @@
 import importlib.util
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from idloss.evaluation.figures import (
     save_figure,
     similarity_figure,
 )
+from idloss.evaluation.report import write_figures
 from idloss.evaluation.results import HR, Cell, Results
 from idloss.evaluation.statistics import estimate
 from idloss.evaluation.verification import roc
@@ -25,6 +27,7 @@ from idloss.evaluation.verification import roc
 METHODS = ("bilinear", "bicubic", "edsr16_64", "edsr16_64_id", "edsr32_256", "edsr32_256_id")
 SIZES = ((7, 6), (14, 12), (16, 16), (28, 24))
 LONG = "timm/vit_tiny_patch8_112.arcface_ms1mv3"
+ODD = ("_hidden", "$\\frac{1}", "100 % \x1b[2J", "\u0416\u03bb", "local-dir:/" + "very_long/" * 12)
 
 
 @pytest.fixture(scope="module")
@@ -92,26 +95,90 @@ def texts_of(figure):
     ]
 
 
+def require_readable(name, figure):
+    """Nothing is cut off, nothing overlaps."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    width, height = canvas.get_width_height()
+    drawn = [(text.get_text(), text.get_window_extent()) for text in texts_of(figure)]
+    assert len(drawn) > 10
+    for text, box in drawn:
+        assert box.x0 >= -1, (name, text)
+        assert box.y0 >= -1, (name, text)
+        assert box.x1 <= width + 1, (name, text)
+        assert box.y1 <= height + 1, (name, text)
+    for place, (text, box) in enumerate(drawn):
+        for other_text, other in drawn[place + 1 :]:
+            across = min(box.x1, other.x1) - max(box.x0, other.x0)
+            down = min(box.y1, other.y1) - max(box.y0, other.y0)
+            assert across <= 1 or down <= 1, (name, text, other_text)
+
+
 def test_figures_are_saved_and_nothing_is_cut_off_or_overlaps(run, scores, tmp_path):
     for name, figure in figures(run, scores):
         png, pdf = save_figure(figure, tmp_path / "figures" / f"{name}.png")
         assert png.read_bytes().startswith(b"\x89PNG")
         assert pdf.read_bytes().startswith(b"%PDF")
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        width, height = canvas.get_width_height()
-        drawn = [(text.get_text(), text.get_window_extent()) for text in texts_of(figure)]
-        assert len(drawn) > 10
-        for text, box in drawn:
-            assert box.x0 >= -1, (name, text)
-            assert box.y0 >= -1, (name, text)
-            assert box.x1 <= width + 1, (name, text)
-            assert box.y1 <= height + 1, (name, text)
-        for place, (text, box) in enumerate(drawn):
-            for other_text, other in drawn[place + 1 :]:
-                across = min(box.x1, other.x1) - max(box.x0, other.x0)
-                down = min(box.y1, other.y1) - max(box.y0, other.y0)
-                assert across <= 1 or down <= 1, (name, text, other_text)
+        require_readable(name, figure)
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+@pytest.mark.parametrize("title", ["LFW", ", ".join(ODD)], ids=["short", "odd"])
+def test_odd_names_are_shown_as_they_are(scores, title, tmp_path):
+    values, same = scores
+    named = dict(zip(ODD, values.values(), strict=False))
+    for figure in (
+        roc_figure({name: roc(row, same) for name, row in named.items()}, title=title),
+        similarity_figure(dict([*named.items()][:1]), same, title=title),
+        cmc_figure({name: [0.1, 0.2] for name in named}, title=title),
+    ):
+        require_readable(title, figure)
+        shown = " ".join(text.get_text() for text in figure.findobj(Text))
+        assert "_hidden" in shown
+        assert "\x1b" not in shown
+    assert len(save_figure(figure, tmp_path / "odd")) == 2
+
+
+def test_letters_that_no_font_holds_are_named(scores, tmp_path):
+    values, same = scores
+    curves = {"\u6c49\uf8f8": roc(values["bicubic"], same)}
+    with pytest.warns(UserWarning, match="no installed font holds .*drawn as boxes; install one"):
+        figure = roc_figure(curves)
+    assert save_figure(figure, tmp_path / "boxes")
+
+
+def test_letters_of_another_installed_font_are_drawn(scores, monkeypatch):
+    """A font that matplotlib brings beside its first one stands for one that holds the letter."""
+    from matplotlib import font_manager, rc_context
+
+    values, same = scores
+    (others,) = ([f for f in font_manager.fontManager.ttflist if f.name == "STIXGeneral"][:1],)
+    letter = next(
+        chr(code)
+        for code in font_manager.get_font(others[0].fname).get_charmap()
+        if code > 0x2000
+        and code not in font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
+        and chr(code).isprintable()
+    )
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", others)
+    with warnings.catch_warnings(), rc_context():
+        warnings.simplefilter("error")
+        figure = roc_figure({letter: roc(values["bicubic"], same)})
+    families = {tuple(t.get_fontfamily()) for t in figure.findobj(Text) if letter in t.get_text()}
+    assert families == {("sans-serif", "STIXGeneral")}
+
+
+def test_runs_of_any_kind_are_drawn_and_no_file_is_written_twice(tmp_path):
+    """Names that fall together in file names, and circumstances that say nothing."""
+    rng = np.random.default_rng(0)
+    for circumstances in ({}, {"protocol": "paper"}, {"protocol": {"rule": None}}):
+        results = Results(run=circumstances)
+        for fnet in ("a:b", "a/b"):
+            found = {"scores": rng.random(20), "same": np.arange(20) < 10, "thresholds": np.ones(2)}
+            cell = Cell("verification", fnet, "bicubic", 7, 6)
+            results.add(cell, {"accuracy": estimate([0.5, 0.6])}, found)
+        files = write_figures(results, tmp_path)
+        assert len(files) == len(set(files)) == len([*tmp_path.iterdir()]) == 10
 
 
 def drawn_bars(axes):

@@ -1,14 +1,16 @@
 import csv
 import io
 import json
+from hashlib import sha256
 
 import numpy as np
 import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
+from idloss.evaluation import results as results_module
 from idloss.evaluation.compare import compare, comparison_table
-from idloss.evaluation.report import paper_table
+from idloss.evaluation.report import paper_table, write_tables
 from idloss.evaluation.results import COLUMNS, HR, Cell, Results, environment
 from idloss.evaluation.statistics import estimate, mcnemar
 
@@ -92,33 +94,138 @@ def test_renamed_run_keeps_its_scores(tmp_path):
     assert Results.load(tmp_path / "moved" / "other.json").arrays
 
 
-def test_damaged_results_are_refused(tmp_path):
-    main, _, sidecar = table_run().save(tmp_path / "run")
+def change(**values):
+    return lambda document: document | values
+
+
+def change_row(**values):
+    """Change the first row; None takes a column away."""
+
+    def changed(document):
+        row = {
+            key: value for key, value in (document["records"][0] | values).items() if value != ()
+        }
+        return document | {"records": [row, *document["records"][1:]]}
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("hostile", "says"),
+    [
+        (lambda document: [document], "schema None"),
+        (change(schema=99), "schema 99"),
+        (change(schema={"a": "b" * 999}), "schema"),
+        (change(run=None), "'run' is 'None', no dict"),
+        (change(created=5), "'created' is '5', no str"),
+        (change(records={"a": 1}), "'records' is .* no list"),
+        (change(records=[[1, 2]]), "a row is"),
+        (change(arrays=[]), "'arrays' is"),
+        (change(arrays={"cells": [3], "file": "run.npz", "sha256": ""}), "damaged"),
+        (change(arrays={"cells": [], "file": None, "sha256": ""}), "'file' is 'None', no str"),
+        (change(arrays={"cells": [], "file": "../run.npz", "sha256": ""}), "is not the file"),
+        (change_row(metric=()), "a row is .*metric"),
+        (change_row(extra=1), "a row is .*metric"),
+        (change_row(value="0.9"), "'value' is '0.9', no number"),
+        (change_row(value=None), "'value' is 'None', no number"),
+        (change_row(value=1e999), "it holds Infinity"),
+        (change_row(mean=float("nan")), "it holds NaN"),
+        (change_row(repeats=True), "'repeats' is 'True', no number"),
+        (change_row(height=-1), "whole rows and columns, got -1"),
+        (change_row(height="7"), "whole rows and columns, got '7'"),
+        (change_row(task="verify"), "unknown task 'verify'.*verification"),
+        (change_row(fnet=["sface"]), "cannot be the name of an FNet"),
+        (change_row(srnet="a\nb | 99.9 |"), "cannot be the name of an SRNet"),
+        (change_row(metric="\x1b]0;owned\x07"), "cannot be the name of a metric"),
+        (lambda document: document | {"records": document["records"][:1] * 2}, "twice"),
+    ],
+)
+def test_damaged_and_hostile_results_are_told_in_one_line(tmp_path, hostile, says):
+    main = table_run().save(tmp_path / "run")[0]
+    main.write_text(json.dumps(hostile(json.loads(main.read_text()))))
+    with pytest.raises(ValueError, match=says) as caught:
+        Results.load(main)
+    told = str(caught.value)
+    assert "run." in told
+    assert told.isprintable()
+    assert len(told) < 600
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"schema": ', "PK\x03\x04"])
+def test_what_is_no_result_file_is_refused(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json is not a result file"):
+        Results.load(tmp_path / "run.json")
     with pytest.raises(FileNotFoundError, match=r"no result file at .*gone\.json"):
         Results.load(tmp_path / "gone.json")
-    document = json.loads(main.read_text())
-    sidecar_bytes = sidecar.read_bytes()
 
-    sidecar.write_bytes(sidecar_bytes[:-1] + b"x")
+
+class Owned:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code of a result file was run')",)
+
+
+def packed(**arrays):
+    blob = io.BytesIO()
+    np.savez_compressed(blob, **arrays)
+    return blob.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "says"),
+    [
+        (b"", "damaged"),
+        (b"PK\x03\x04 no archive", "damaged"),
+        (packed(**{"99/same": SAME}), "damaged"),
+        (packed(**{"-1/same": SAME}), "damaged"),
+        (packed(**{"0/same": np.array([Owned()], dtype=object)}), "damaged"),
+        (packed(**{"0/same": np.zeros(1 << 31, dtype=np.uint8)}), r"unpack to 2,147,483,\d+"),
+    ],
+    ids=["empty", "no archive", "no such cell", "no cell", "code", "bomb"],
+)
+def test_hostile_arrays_are_refused(tmp_path, sidecar, says):
+    main, _, file = table_run().save(tmp_path / "run")
+    whole = file.read_bytes()
+    file.write_bytes(sidecar)
     with pytest.raises(
         ValueError, match=r"run\.npz is not the file that run\.json was written with"
     ):
         Results.load(main)
-    sidecar.unlink()
+    text = main.read_text().replace(sha256(whole).hexdigest(), sha256(sidecar).hexdigest())
+    main.write_text(text)
+    with pytest.raises(ValueError, match=rf"run\.npz is damaged: .*{says}|{says}"):
+        Results.load(main)
+    file.unlink()
     with pytest.raises(FileNotFoundError, match=r"needs run\.npz beside it"):
         Results.load(main)
-    sidecar.write_bytes(sidecar_bytes)
 
-    main.write_text(json.dumps(document | {"schema": 99}))
-    with pytest.raises(ValueError, match="schema 99"):
-        Results.load(main)
-    main.write_text(json.dumps(document)[:-20])
-    with pytest.raises(ValueError, match="is not a result file"):
-        Results.load(main)
-    del document["records"][0]["metric"]
-    main.write_text(json.dumps(document))
-    with pytest.raises(ValueError, match=r"is damaged: a row is .*metric"):
-        Results.load(main)
+
+def test_arrays_of_older_numpy_are_read(tmp_path):
+    """numpy before 2.2 wrote the argument allow_pickle as one more array."""
+    main, _, file = table_run().save(tmp_path / "run")
+    whole = file.read_bytes()
+    with np.load(io.BytesIO(whole)) as stored:
+        older = packed(allow_pickled=np.array(False), **stored)
+    file.write_bytes(older)
+    main.write_text(main.read_text().replace(sha256(whole).hexdigest(), sha256(older).hexdigest()))
+    for cell, arrays in Results.load(main).arrays.items():
+        assert set(arrays) == {"same", "correct", "scores"}, cell
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)"])
+def test_names_are_no_formulas_in_spreadsheets(name):
+    results = Results()
+    results.add(Cell("verification", name, name, 7, 6), {"accuracy": estimate([0.5])})
+    (row,) = csv.DictReader(io.StringIO(results.to_csv()))
+    assert row["fnet"] == row["srnet"] == "'" + name
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "a\r", "\x1b[2J", "\u202egnp", 'a"\t"', None])
+def test_names_that_would_forge_tables_are_refused(name):
+    for fnet, srnet in ((name, "bicubic"), ("sface", name)):
+        with pytest.raises(ValueError, match=r"cannot be the name of an .*use printable letters"):
+            Cell("verification", fnet, srnet, 7, 6)
+    Cell("open-set", 'a, "b" | =c\\', "\u6c49", 7, 6)  # odd, but harmless
 
 
 def test_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
@@ -132,6 +239,31 @@ def test_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
         results.save(tmp_path / "run")
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
     assert Results.load(main).records
+
+
+def test_results_are_kept_where_a_disk_is_full(tmp_path, monkeypatch):
+    results = table_run()
+    results.save(tmp_path / "out" / "run")
+    before = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    full, whole = [".npz"], results_module.written_whole
+
+    def refuse(target):
+        if target.suffix in full and tmp_path / "out" in target.parents:
+            raise OSError(28, "No space left on device")
+        return whole(target)
+
+    monkeypatch.setattr(results_module, "written_whole", refuse)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    results.run["seed"] = 1
+    with pytest.raises(OSError, match=r"run\.json, .*out \(No space left on device\)") as caught:
+        results.save(tmp_path / "out" / "run")
+    assert {file: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+    (kept,) = tmp_path.glob("idloss-results-*/run.json")
+    assert str(kept.parent) in str(caught.value)
+    assert Results.load(kept).run["seed"] == 1
+    full.append(".md")
+    with pytest.raises(OSError, match=r"table1\.md cannot be written to .*another folder"):
+        write_tables(results, tmp_path / "out")
 
 
 def test_a_cell_is_measured_once():
@@ -242,11 +374,22 @@ def test_compare_tests_identification_over_draws():
     [
         ({"protocol": "standard"}, "the protocol of the runs differ.*paper.*standard"),
         ({"data": {"pairs": "xyz"}}, "the data sets of the runs differ"),
+        ({"data": None}, "second run does not state the data sets"),
+        ({"protocol": None}, "second run does not state the protocol"),
+        ({"probe": "both"}, "first run does not state which faces are LR"),
     ],
 )
 def test_runs_that_cannot_be_paired_are_refused(other, says):
     with pytest.raises(ValueError, match=says):
         compare(table_run(), table_run(**other))
+
+
+@pytest.mark.parametrize("name", ["LFW\x1b[2J", None, {"name": "LFW\nforged"}, 5])
+def test_tables_of_any_run_are_fit_for_a_terminal(tmp_path, name):
+    results = table_run(data=name, protocol=name)
+    (text,) = write_tables(results, tmp_path).values()
+    assert len(text.splitlines()) == 7
+    assert text.replace("\n", "").isprintable()
 
 
 def test_other_pairs_are_refused():
