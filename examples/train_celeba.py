@@ -41,7 +41,7 @@ from idloss.data import (
 )
 from idloss.evaluation import evaluate, paper_table, picture_sheet, save_figure
 from idloss.resample import resize, to_float
-from idloss.training import FNetRecipe, load_recipe, train, train_fnet
+from idloss.training import FNetRecipe, Recipe, load_recipe, train, train_fnet
 
 SIZES = ((7, 6), (14, 12), (28, 24))
 SHALLOW = (  # four strided convolutions, which train in half a minute
@@ -96,7 +96,7 @@ def quick_start(options: argparse.Namespace) -> None:
     for weight in options.weight or (0.0, 0.5):
         fields = [*small, f"identity_weight={weight}", "srnet_options={depth: 4, width: 32}"]
         fields += ["iterations=300", "batch_size=16", "learning_rate=1e-3"]
-        recipe = load_recipe("paper_edsr16_64_id", fields)
+        recipe = load_recipe("paper_edsr16_64_id", fields, Recipe)
         trained[f"edsr4_32 lambda {weight:g}"] = train(
             recipe,
             options.out / f"lambda_{weight:g}",

@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 import typer
 from huggingface_hub.utils.tqdm import tqdm
 from numpy.typing import NDArray
-from released import opencv, read_aligned
+from released import opencv, read_aligned, to_tensor
 from timing import in_own_process, peak_mebibytes, table
 from torch import Tensor, nn
 
@@ -32,8 +31,9 @@ from idloss.geometry import get_template
 from idloss.resample import Size, parse_size
 
 METHODS = ("bilinear", "bicubic")
+Sizes = tuple[Size, ...]
 Scores = dict[tuple[str, Size], NDArray[np.float64]]
-Way = Callable[[EvaluationSet, nn.Module, tuple[Size, ...]], Scores]
+Way = Callable[[EvaluationSet, nn.Module, Sizes], Scores]
 
 
 class Measured(NamedTuple):
@@ -47,14 +47,7 @@ class Measured(NamedTuple):
 
 
 def measure(
-    name: str,
-    way: Way,
-    data: str,
-    fnet: str,
-    sizes: tuple[Size, ...],
-    count: int | None,
-    *,
-    pretrained: bool,
+    name: str, way: Way, sizes: Sizes, data: str, fnet: str, count: int | None, pretrained: bool
 ) -> Measured:
     """Run one way in this process, on `count` pairs of LFW (None for all)."""
     found = open_evaluation(data)
@@ -67,11 +60,11 @@ def measure(
     start = time.perf_counter()
     scores = way(found, network, sizes)
     taken = time.perf_counter() - start
-    images = 2 * sum(len(row) for row in scores.values())
+    images = 2 * sum(map(len, scores.values()))
     return Measured(name, taken, images, peak_mebibytes(), scores)
 
 
-def our_way(data: EvaluationSet, fnet: nn.Module, sizes: tuple[Size, ...]) -> Scores:
+def our_way(data: EvaluationSet, fnet: nn.Module, sizes: Sizes) -> Scores:
     """Cosines by method and size, from `idloss.evaluation.evaluate`."""
     srnets = {name: create_srnet(name) for name in METHODS}
     results = evaluate(data, {"fnet": fnet}, srnets, sizes, device="cpu", cache=False)
@@ -81,7 +74,7 @@ def our_way(data: EvaluationSet, fnet: nn.Module, sizes: tuple[Size, ...]) -> Sc
     }
 
 
-def released_way(data: EvaluationSet, fnet: nn.Module, sizes: tuple[Size, ...]) -> Scores:
+def released_way(data: EvaluationSet, fnet: nn.Module, sizes: Sizes) -> Scores:
     """Cosines by method and size, image by image."""
     pairs, faces = data.pairs, data.faces
     if pairs is None or not isinstance(faces, FileFaces):
@@ -124,36 +117,32 @@ def embed(faces: FileFaces, index: int, encoder: FaceEncoder, method: str, size:
             )
             for view in (small, small[:, ::-1])
         ]
-    rgb = [np.ascontiguousarray(view[:, :, ::-1].transpose(2, 0, 1)) for view in views]
-    return torch.cat([encoder(torch.from_numpy(view)[None].float() / 255)[0] for view in rgb])
+    return torch.cat([encoder(to_tensor(view)[None])[0] for view in views])
 
 
 def some_pairs(pairs: Pairs, count: int) -> Pairs:
     """The first pairs of each kind in each fold, about `count` in all, in the list's order."""
-    rank = torch.empty(len(pairs), dtype=torch.int64)
-    group = 2 * pairs.fold + pairs.same
-    for one in group.unique():
-        members = (group == one).nonzero().flatten()
-        rank[members] = torch.arange(len(members))
+    members = torch.nn.functional.one_hot(2 * pairs.fold + pairs.same)
+    rank = (members.cumsum(0) * members).sum(1)  # of a pair among its own kind
     return pairs.select(rank.argsort(stable=True)[:count].sort().values)
 
 
 def compare(
     data: str,
     fnet: str = "mobilefacenet",
-    sizes: tuple[Size, ...] = PAPER_SIZES["verification"],
+    sizes: Sizes = PAPER_SIZES["verification"],
     count: int | None = None,
-    *,
     pretrained: bool = True,
 ) -> list[Measured]:
     """The released way, ours, and ours at a single size."""
+    ways = {
+        "the released way": (released_way, sizes),
+        f"idloss, {len(sizes)} sizes": (our_way, sizes),
+        "idloss, 1 size": (our_way, sizes[-1:]),
+    }
     return [
-        in_own_process(partial(measure, pretrained=pretrained), name, way, data, fnet, some, count)
-        for name, way, some in (
-            ("the released way", released_way, sizes),
-            (f"idloss, {len(sizes)} sizes", our_way, sizes),
-            ("idloss, 1 size", our_way, sizes[-1:]),
-        )
+        in_own_process(measure, name, *way, data, fnet, count, pretrained)
+        for name, way in ways.items()
     ]
 
 
@@ -164,11 +153,10 @@ def show(measured: list[Measured]) -> str:
     for one in measured:
         rate = one.images / one.seconds
         gain = rate * reference.seconds / reference.images
-        rows.append(
-            [one.name, f"{one.seconds:.1f}", f"{rate:.1f}", f"{gain:.2f}", f"{one.mebibytes:.0f}"]
-        )
+        numbers = f"{one.seconds:.1f} | {rate:.1f} | {gain:.2f} | {one.mebibytes:.0f}"
+        rows.append(f"{one.name} | {numbers}")
     apart = max(np.abs(row - ours.scores[cell]).max() for cell, row in reference.scores.items())
-    shown = table(["", "s", "images/s", "speed-up", "peak MiB"], rows)
+    shown = table(" | s | images/s | speed-up | peak MiB", rows)
     return f"{shown}\n\nThe cosines of the two ways differ by {apart:.4f} at most."
 
 
@@ -181,7 +169,7 @@ def main(
 ) -> None:
     """Print the table."""
     sizes = tuple(map(parse_size, size)) if size else PAPER_SIZES["verification"]
-    print(show(compare(data, fnet, sizes, pairs, pretrained=pretrained)))
+    print(show(compare(data, fnet, sizes, pairs, pretrained)))
 
 
 if __name__ == "__main__":

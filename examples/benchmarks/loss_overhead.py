@@ -14,22 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 import typer
-from timing import Step, count_flops, in_own_process, matmul_rate, peak_mebibytes, seconds, table
+from timing import Step, count_flops, matmul_rate, table, take_turns
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from idloss import IdentityPreservedLoss
+from idloss.resample import Size
 
-
-class Case(NamedTuple):
-    """What is measured: an FNet with random weights, a batch and two image sizes."""
-
-    fnet: str = "sface"
-    batch: int = 32
-    device: str = "cpu"
-    sr_size: tuple[int, int] = (56, 48)
-    hr_size: tuple[int, int] = (112, 96)
-    crop: str | None = "sphereface"
+REFERENCE = {"IdentityPreservedLoss": "bare arithmetic", "target_features": "bare, no HR forward"}
 
 
 class Timing(NamedTuple):
@@ -40,16 +32,17 @@ class Timing(NamedTuple):
     ratio: float
     flops: int
     share: float
-    mebibytes: float
 
 
-def ways(case: Case) -> dict[str, tuple[Step, str]]:
-    """The ways of computing the loss and its gradient, each with the name of its reference."""
+def ways(
+    fnet: str, batch: int, device: str, sr_size: Size, hr_size: Size, crop: str | None
+) -> dict[str, Step]:
+    """The ways of computing the loss and its gradient, by name."""
     torch.manual_seed(0)
-    loss = IdentityPreservedLoss(case.fnet, pretrained=False, crop=case.crop).to(case.device)
+    loss = IdentityPreservedLoss(fnet, pretrained=False, crop=crop).to(device)
     encoder: Any = loss.encoders[0]
-    sr = torch.rand(case.batch, 3, *case.sr_size, device=case.device, requires_grad=True)
-    hr = torch.rand(case.batch, 3, *case.hr_size, device=case.device)
+    sr = torch.rand(batch, 3, *sr_size, device=device, requires_grad=True)
+    hr = torch.rand(batch, 3, *hr_size, device=device)
     with torch.no_grad():
         sr_input = encoder.preprocess(sr).detach().requires_grad_()
         hr_input = encoder.preprocess(hr)
@@ -67,58 +60,43 @@ def ways(case: Case) -> dict[str, tuple[Step, str]]:
         sr.grad = None
 
     return {
-        "bare arithmetic": (bare, "bare arithmetic"),
-        "IdentityPreservedLoss": (ours, "bare arithmetic"),
-        "bare, no HR forward": (lambda: bare(features), "bare, no HR forward"),
-        "loss, target_features": (lambda: ours(features), "bare, no HR forward"),
+        "bare arithmetic": bare,
+        "IdentityPreservedLoss": ours,
+        "bare, no HR forward": lambda: bare(features),
+        "target_features": lambda: ours(features),
     }
 
 
-def measure(case: Case, rounds: int) -> list[Timing]:
-    """Time all ways in turn, round by round."""
-    steps = ways(case)
-    for step, _ in steps.values():  # first calls plan kernels and allocate
-        step()
-        step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, (step, _) in steps.items():
-            times[name].append(seconds(step, case.device))
-    limit = matmul_rate(case.device)
+def measure(
+    fnet: str,
+    batch: int,
+    rounds: int,
+    device: str = "cpu",
+    sr_size: Size = (56, 48),
+    hr_size: Size = (112, 96),
+    crop: str | None = "sphereface",
+) -> list[Timing]:
+    """Time all ways in turn, with an FNet of random weights."""
+    steps = ways(fnet, batch, device, sr_size, hr_size, crop)
+    times = take_turns(steps, rounds, device)
+    limit = matmul_rate(device)
     timings = []
-    for name, (step, reference) in steps.items():
+    for name, step in steps.items():
         taken, flops = statistics.median(times[name]), count_flops(step)
-        ratio = statistics.median(
-            own / other for own, other in zip(times[name], times[reference], strict=True)
-        )
-        memory = in_own_process(peak_of, case, name)
-        timings.append(Timing(name, taken, ratio, flops, flops / taken / limit, memory))
+        pairs = zip(times[name], times[REFERENCE.get(name, name)], strict=True)
+        ratio = statistics.median(own / reference for own, reference in pairs)
+        timings.append(Timing(name, taken, ratio, flops, flops / taken / limit))
     return timings
-
-
-def peak_of(case: Case, name: str) -> float:
-    """Peak memory of a process that does nothing but one way, in MiB."""
-    step = ways(case)[name][0]
-    step()
-    step()
-    return peak_mebibytes(case.device)
 
 
 def main(fnet: str = "sface", batch: int = 32, rounds: int = 7, device: str = "cpu") -> None:
     """Print the table."""
-    head = ["", "ms", "against bare", "GFLOP", "share of matmul rate", "peak MiB"]
     rows = [
-        [
-            one.name,
-            f"{one.seconds * 1e3:.1f}",
-            f"{one.ratio:.3f}",
-            f"{one.flops / 1e9:.1f}",
-            f"{one.share:.0%}",
-            f"{one.mebibytes:.0f}",
-        ]
-        for one in measure(Case(fnet, batch, device), rounds)
+        f"{one.name} | {one.seconds * 1e3:.1f} | {one.ratio:.3f} | {one.flops / 1e9:.1f}"
+        f" | {one.share:.0%}"
+        for one in measure(fnet, batch, rounds, device)
     ]
-    print(table(head, rows))
+    print(table(" | ms | against bare | GFLOP | share of matmul rate", rows))
 
 
 if __name__ == "__main__":

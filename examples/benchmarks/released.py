@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from idloss.data import FileFaces
 from idloss.geometry import Template, fit_similarity
@@ -33,3 +35,8 @@ def read_aligned(faces: FileFaces, index: int, template: Template) -> NDArray[np
     rows, columns = template.size
     face: NDArray[np.uint8] = cv2.warpAffine(photo, matrix, (columns, rows), flags=cv2.INTER_CUBIC)
     return face
+
+
+def to_tensor(bgr: NDArray[np.uint8]) -> Tensor:
+    """RGB in [0, 1], `[3, H, W]`."""
+    return torch.from_numpy(bgr[:, :, ::-1].transpose(2, 0, 1).copy()).float() / 255

@@ -6,7 +6,7 @@ import multiprocessing
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,17 +20,29 @@ _Answer = TypeVar("_Answer")
 
 def seconds(step: Step, device: str = "cpu") -> float:
     """Time one step, the device's queue emptied before and after."""
-    synchronize(device)
-    start = time.perf_counter()
+    start = now(device)
     step()
-    synchronize(device)
-    return time.perf_counter() - start
+    return now(device) - start
 
 
-def synchronize(device: str) -> None:
-    """Wait until a GPU has done all it was told to."""
+def take_turns(
+    ways: Mapping[str, Step], rounds: int, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Times of each way, round by round, after a first call that plans kernels and allocates."""
+    for step in ways.values():
+        step()
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, step in ways.items():
+            times[name].append(seconds(step, device))
+    return times
+
+
+def now(device: str) -> float:
+    """The time in seconds, once a GPU has done all it was told to."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def count_flops(step: Step) -> int:
@@ -50,7 +62,7 @@ def matmul_rate(device: str, dtype: torch.dtype = torch.float32, size: int | Non
 
 def in_own_process(function: Callable[..., _Answer], *arguments: Any) -> _Answer:
     """Call a function in a fresh process: a memory peak never falls again in this one."""
-    # an executor reports a process that dies at the start; multiprocessing.Pool tries for ever
+    # multiprocessing.Pool would start a process that dies again and again
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -66,7 +78,7 @@ def peak_mebibytes(device: str = "cpu") -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are numbers."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def table(head: str, rows: Sequence[str]) -> str:
+    """A Markdown table of lines `name | number | number`."""
+    lines = [head, "---" + " | ---:" * head.count("|"), *rows]
+    return "\n".join(f"| {line} |" for line in lines)

@@ -14,14 +14,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 import typer
-from released import opencv, read_aligned
-from timing import count_flops, in_own_process, matmul_rate, peak_mebibytes, synchronize, table
+from released import opencv, read_aligned, to_tensor
+from timing import count_flops, in_own_process, matmul_rate, now, peak_mebibytes, table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -31,7 +32,7 @@ from idloss.data import FileFaces, align_all, open_faces
 from idloss.degradation import BicubicDegradation, draw_batch
 from idloss.geometry import get_template
 from idloss.resample import Size
-from idloss.training import Recipe, train
+from idloss.training import Recipe, load_recipe, train
 
 SIZES: tuple[Size, ...] = ((28, 24), (14, 12), (7, 6))  # the paper's, section 4.1
 
@@ -103,32 +104,16 @@ class _ClockedDegradation(BicubicDegradation):
 
 def our_way(case: Case) -> Measured:
     """The engine, on faces that are aligned and whose HR features are computed already."""
-    recipe = Recipe.model_validate(
-        {
-            "srnet": case.srnet,
-            "fnet": case.fnet,
-            "iterations": case.last,
-            "batch_size": case.batch,
-            "precision": case.precision,
-            "compile": case.compile,
-            "device": case.device,
-            "seed": 0,
-            "checkpoint_every": case.last,
-            "log_every": case.last,
-            "trackers": (),
-        }
+    fields = (
+        f"iterations={case.last} checkpoint_every={case.last} log_every={case.last} trackers=[]"
+        f" batch_size={case.batch} precision={case.precision} compile={case.compile}"
+        f" device={case.device} seed=0"
     )
+    recipe = load_recipe("paper_edsr16_64_id", fields.split(), Recipe)
     srnet, criterion = case.networks()
-    clock = _ClockedDegradation()
-    with tempfile.TemporaryDirectory(prefix="idloss-") as folder:
-        train(
-            recipe,
-            Path(folder),
-            faces=align_all(case.photos()),
-            srnet=srnet,
-            criterion=criterion,
-            degradation=clock,
-        )
+    faces, clock = align_all(case.photos()), _ClockedDegradation()
+    with tempfile.TemporaryDirectory(prefix="idloss-") as out:
+        train(recipe, out, faces=faces, srnet=srnet, criterion=criterion, degradation=clock)
     return summary("idloss", case, clock.times, stored=True, precision=case.precision)
 
 
@@ -149,8 +134,7 @@ def released_way(case: Case) -> Measured:
     times = []
     batches = iter(loader)
     for size in case.sizes():
-        synchronize(case.device)
-        times.append(time.perf_counter())
+        times.append(now(case.device))
         down = {factor: pixels.to(case.device) for factor, pixels in next(batches).items()}
         factor = down[1].shape[-2] // size[0]
         loss = released_loss(srnet, criterion, down[factor], down[factor // 4], down[1])
@@ -192,8 +176,7 @@ class _ReleasedPhotos(Dataset[dict[int, Tensor]]):
         for factor in (1, 2, 4, 8, 16):
             size = (columns // factor, rows // factor)
             small = face if factor == 1 else cv2.resize(face, size, interpolation=cv2.INTER_CUBIC)
-            rgb = np.ascontiguousarray(small[:, :, ::-1])
-            down[factor] = torch.from_numpy(rgb).permute(2, 0, 1).float().div(255)
+            down[factor] = to_tensor(small)
         return down
 
 
@@ -203,9 +186,9 @@ def summary(
     """Median time of a step at each size, from the moments at which steps began."""
     mebibytes = peak_mebibytes(case.device)
     by_size: dict[Size, list[float]] = {size: [] for size in SIZES}
-    for index, size in enumerate(case.sizes()[:-1]):
-        if index >= case.warmup:
-            by_size[size].append(times[index + 1] - times[index])
+    steps = list(zip(case.sizes(), pairwise(times), strict=False))
+    for size, (start, end) in steps[case.warmup :]:
+        by_size[size].append(end - start)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     return Measured(
         name,
@@ -235,20 +218,15 @@ def compare(case: Case) -> list[Measured]:
 
 def show(case: Case, measured: list[Measured]) -> str:
     """The costs as a table."""
-    head = ["", "faces/s", "speed-up", *(f"ms at {h}x{w}" for h, w in SIZES)]
+    head = " | faces/s | speed-up" + "".join(f" | ms at {h}x{w}" for h, w in SIZES)
     rows = [
-        [
-            one.name,
-            f"{case.batch / one.seconds:.1f}",
-            f"{measured[0].seconds / one.seconds:.2f}",
-            *(f"{one.by_size[size] * 1e3:.0f}" for size in SIZES),
-            f"{one.flops / 1e9:.0f}",
-            f"{one.flops / one.seconds / one.rate:.0%}",
-            f"{one.mebibytes:.0f}",
-        ]
+        f"{one.name} | {case.batch / one.seconds:.1f} | {measured[0].seconds / one.seconds:.2f}"
+        + "".join(f" | {one.by_size[size] * 1e3:.0f}" for size in SIZES)
+        + f" | {one.flops / 1e9:.0f} | {one.flops / one.seconds / one.rate:.0%}"
+        + f" | {one.mebibytes:.0f}"
         for one in measured
     ]
-    return table([*head, "GFLOP", "share of matmul rate", "peak MiB"], rows)
+    return table(head + " | GFLOP | share of matmul rate | peak MiB", rows)
 
 
 def main(

@@ -34,17 +34,17 @@ def script(monkeypatch):
 
 def test_loss_table_covers_every_way_and_counts_the_work(script, capsys):
     module = script("loss_overhead")
-    case = module.Case("mobilefacenet", 2, sr_size=(28, 28), hr_size=(112, 112), crop=None)
-    timings = {one.name: one for one in module.measure(case, rounds=1)}
+    measured = module.measure("mobilefacenet", 2, 1, "cpu", (28, 28), (112, 112), crop=None)
+    timings = {one.name: one for one in measured}
     assert len(timings) == 4
     bare, ours = timings["bare arithmetic"], timings["IdentityPreservedLoss"]
     assert ours.flops == bare.flops  # no network pass beyond the unavoidable ones
-    assert timings["loss, target_features"].flops < ours.flops  # no HR forward
-    assert all(t.seconds > 0 and 0 < t.share < 1.5 and t.mebibytes >= 0 for t in timings.values())
+    assert timings["target_features"].flops < ours.flops  # no HR forward
+    assert all(one.seconds > 0 and 0 < one.share < 1.5 for one in timings.values())
     module.main("mobilefacenet", batch=1, rounds=1)
     shown = capsys.readouterr().out
     assert shown.count("\n") == 6
-    assert "peak MiB" in shown
+    assert "against bare" in shown
 
 
 def test_both_ways_of_evaluating_agree(script, tmp_path):
@@ -87,12 +87,11 @@ def test_both_ways_of_training_do_the_same_work(script, tmp_path, monkeypatch):
 
 
 def test_search_is_timed_with_what_is_installed(script):
-    searched = script("gallery_search").measure(gallery=300, probes=20, width=8, k=3, rounds=1)
-    assert "610 people, 10 draws" in searched[0].name
+    times = script("gallery_search").measure(gallery=300, probes=20, width=8, k=3, rounds=1)
     ways = ["idloss", "FAISS"] if find_spec("faiss") else ["idloss"]
-    assert [one.name for one in searched[1:]] == [f"3 best of 300, {way}" for way in ways]
-    assert all(one.seconds > 0 for one in searched)
-    assert searched[1].cosines == 6000
+    names = [f"3 best of 300 for 20, {way}" for way in ways]
+    assert list(times) == ["identification, 610 people, 10 draws", *names]
+    assert all(taken > 0 for taken in times.values())
 
 
 def test_a_script_runs_by_itself(script):
@@ -103,6 +102,6 @@ def test_a_script_runs_by_itself(script):
         text=True,
         check=True,
     )
-    assert done.stdout.startswith("|  | s | million cosines/s |\n| --- | ---: | ---: |\n")
+    assert done.stdout.startswith("|  | s |\n| --- | ---: |\n")
     timing = script("timing")
     assert 50 < timing.in_own_process(timing.peak_mebibytes) < 2000  # Python and torch alone
