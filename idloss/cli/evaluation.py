@@ -21,13 +21,8 @@ _TASKS = ["verification"]
 
 
 def evaluate(
-    data: Annotated[
-        Path,
-        typer.Argument(help="LFW (folder, .tar, .tgz), .bin, pairs.csv, TinyFace, SCface, ..."),
-    ],
-    fnet: Annotated[
-        list[str], typer.Option(help="FNet or LABEL=FNET; several make a grid.")
-    ] = _FNETS,
+    data: Annotated[Path, typer.Argument(help="LFW, .bin, pairs.csv, TinyFace, SCface, ...")],
+    fnet: Annotated[list[str], typer.Option(help="FNet or LABEL=FNET, or several.")] = _FNETS,
     srnet: Annotated[
         list[str], typer.Option(help="SRNet or LABEL=SRNET, such as ours=local-dir:FOLDER.")
     ] = _SRNETS,
@@ -35,29 +30,21 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Probe size, rows x columns, such as 7x6. [default: the paper's]"),
     ] = None,
-    task: Annotated[
-        list[str], typer.Option(help="verification, identification or open-set.")
-    ] = _TASKS,
+    task: Annotated[list[str], typer.Option(help="Or identification, or open-set.")] = _TASKS,
     protocol: Annotated[str, typer.Option(help="paper, sphereface or standard.")] = "paper",
-    probe: Annotated[
-        str, typer.Option(help="Which faces are LR: the second of a pair, or both.")
-    ] = "second",
-    data_set: Annotated[
-        str | None, typer.Option(help="Kind of data set. [default: by its layout]")
-    ] = None,
+    probe: Annotated[str, typer.Option(help="LR faces: the second of a pair, or both.")] = "second",
+    data_set: Annotated[str | None, typer.Option(help="Kind. [default: by its layout]")] = None,
     pairs: Annotated[Path | None, typer.Option(help="LFW's pairs.txt.")] = None,
     landmarks: Annotated[Path | None, typer.Option(help="Five points of each photo.")] = None,
     people: Annotated[Path | None, typer.Option(help="LFW's list of people, to check.")] = None,
     crop: Annotated[
-        str | None,
-        typer.Option(help="The pictures are crops of this template, of any size: no landmarks."),
+        str | None, typer.Option(help="The pictures are crops of this template: no landmarks.")
     ] = None,
     draws: Annotated[int, typer.Option(min=1, help="Random galleries.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Of the galleries and the bootstrap.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Faces at a time. [default: 8 on each core, 32 on a GPU]"),
+        int | None, typer.Option(min=1, help="Faces at a time. [default: 8 a core, 32 on a GPU]")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results and figures.")] = Path("results"),
     figures: Annotated[bool, typer.Option(help="Draw the figures.")] = True,
@@ -118,16 +105,9 @@ def evaluate(
         drawn += bench.write_figures(results, out / "figures")
         if faces:
             used = [(h, w) for own in results.run["sizes"].values() for h, w in own]
+            options: dict[str, Any] = {"protocol": protocol, "device": device, "progress": True}
             drawn += bench.write_sheets(
-                out / "figures",
-                found,
-                fnets,
-                srnets,
-                used,
-                count=faces,
-                protocol=protocol,
-                device=device,
-                progress=True,
+                out / "figures", found, fnets, srnets, used, count=faces, **options
             )
     if drawn:
         typer.echo(f"In {out / 'figures'}: {len(drawn) // 2} figures, each as PNG and PDF")

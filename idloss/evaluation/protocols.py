@@ -56,12 +56,8 @@ class Protocol:
     def describe(self) -> dict[str, Any]:
         """The protocol as plain values, for a result file."""
         plain = asdict(self)
-        grid = self.rule.grid()
-        plain["rule"]["grid"] = {
-            "first": float(grid[0]),
-            "last": float(grid[-1]),
-            "count": int(grid.size),
-        }
+        first, *_, last = grid = self.rule.grid().tolist()
+        plain["rule"]["grid"] = {"first": first, "last": last, "count": len(grid)}
         return plain
 
     def treatment(self) -> list[tuple[str, Any]]:

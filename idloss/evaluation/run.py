@@ -172,11 +172,9 @@ def _require_sense(
 def _describe_network(net: nn.Module) -> dict[str, Any]:
     cfg = getattr(net, "pretrained_cfg", None) or {}
     wanted = ("architecture", "tag", "url", "hf_hub_id", "license", "origin_url")
-    return {
-        "weights": digest_weights(net),
-        "parameters": sum(parameter.numel() for parameter in net.parameters()),
-        **{key: str(cfg[key]) for key in wanted if cfg.get(key)},
-    }
+    known = {key: str(cfg[key]) for key in wanted if cfg.get(key)}
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    return {"weights": digest_weights(net), "parameters": parameters, **known}
 
 
 def _digest_list(data: EvaluationSet) -> str:
@@ -210,10 +208,7 @@ class _Run:
     results: Results
 
     def sides(self, task: Task) -> tuple[Tensor, Tensor]:
-        """Positions of the faces enrolled and of the probes, each int64.
-
-        Raises `ValueError` where the set does not hold what the task is about.
-        """
+        """Positions of the faces enrolled and of the probes, each int64."""
         if task == "verification":
             pairs = self._pairs()
             return pairs.first, pairs.second

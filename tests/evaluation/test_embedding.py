@@ -15,7 +15,7 @@ from idloss.encoder import fold_batch_norm
 from idloss.evaluation import get_protocol
 from idloss.evaluation.embedding import fuse_views, prepare_probe, show_probe, to_fnet_input
 from idloss.evaluation.protocols import PROTOCOLS
-from idloss.resample import to_float
+from idloss.resample import parse_size, to_float
 
 CROP = (112, 96)
 PAPER, STANDARD = map(get_protocol, ("paper", "standard"))
@@ -26,19 +26,11 @@ def rgb(bgr_hwc):
     return torch.from_numpy(np.ascontiguousarray(bgr_hwc[..., ::-1])).permute(0, 3, 1, 2)
 
 
-def sizes(golden, prefix):
-    return sorted(key.removeprefix(prefix) for key in golden if key.startswith(prefix))
-
-
 @pytest.mark.parametrize("protocol", sorted(PROTOCOLS))
 @pytest.mark.parametrize("size", ["7x6", "14x12", "16x14", "16x16", "18x16", "28x24"])
 def test_probes_equal_released_code(golden, protocol, size):
-    probes = prepare_probe(rgb(golden["aligned_bgr"]), map_size(size), get_protocol(protocol))
+    probes = prepare_probe(rgb(golden["aligned_bgr"]), parse_size(size), get_protocol(protocol))
     assert torch.equal(probes, rgb(golden[f"down_{size}"]))
-
-
-def map_size(text):
-    return tuple(int(side) for side in text.split("x"))
 
 
 @pytest.mark.parametrize("factor", [4, 8, 16])
@@ -75,17 +67,14 @@ def test_fnet_input_of_edsr_output_equals_released_code(golden):
 def test_sr_of_the_right_size_is_rounded_only_by_standard(seeded):
     sr = torch.rand(1, 3, *CROP, generator=seeded)
     assert to_fnet_input(sr, CROP, PAPER) is sr
-    rounded = to_fnet_input(sr, CROP, STANDARD)
-    assert torch.equal(rounded, (sr * 255).round() / 255)
+    assert torch.equal(to_fnet_input(sr, CROP, STANDARD), (sr * 255).round() / 255)
 
 
 def test_standard_rounds_where_paper_cuts_off(seeded):
     sr = torch.rand(2, 3, 28, 24, generator=seeded)
     for protocol, cut in (("paper", torch.floor), ("standard", torch.round)):
         levels = cut(sr * 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        expected = [
-            cv2.resize(image, CROP[::-1], interpolation=cv2.INTER_CUBIC) for image in levels
-        ]
+        expected = [cv2.resize(one, CROP[::-1], interpolation=cv2.INTER_CUBIC) for one in levels]
         shown = to_fnet_input(sr, CROP, get_protocol(protocol)) * 255
         difference = np.abs(shown.permute(0, 2, 3, 1).numpy() - np.stack(expected))
         assert difference.max() <= 1.001
@@ -170,17 +159,14 @@ def table_made_late():
 def test_live_networks_are_judged_and_left_as_they_were(make, data, fnet, threads):
     torch.manual_seed(0)
     net = make()
-    before = {name: value.clone() for name, value in net.state_dict().items()}
+    before = copied(net)
     expected = run(data, {"f": fnet}, {"n": net}, cache=False)
     threads(3)
     found = run(data, {"f": fnet}, {"n": net}, cache=False, batch_size=2)
     for size in SIZES:
         one, two = (scores(which, "f", "n", size) for which in (expected, found))
         np.testing.assert_allclose(one, two, atol=2e-6)
-    assert all(module.training for module in net.modules())
-    assert all(parameter.requires_grad for parameter in net.parameters())
-    for name, value in net.state_dict().items():
-        assert torch.equal(value, before[name]), name
+    assert_live(net, before)
     net(torch.rand(2, 3, 8, 8, requires_grad=True)).sum().backward()
     assert all(parameter.grad is not None for parameter in net.parameters())
 
@@ -189,12 +175,21 @@ def test_live_networks_are_judged_and_left_as_they_were(make, data, fnet, thread
 @pytest.mark.parametrize("change", [nn.Module.train, kept_output])
 def test_live_fnet_goes_on_training(change, data, threads):
     fnet = change(tiny_fnet(size=(112, 96)).train())
-    before = {name: value.clone() for name, value in fnet.state_dict().items()}
+    before = copied(fnet)
     threads(2)
     run(data, {"f": fnet}, {}, cache=False)
-    assert fnet.training
-    assert all(parameter.requires_grad for parameter in fnet.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in fnet.state_dict().items())
+    assert_live(fnet, before)
+
+
+def copied(net):
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+def assert_live(net, before):
+    assert all(module.training for module in net.modules())
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_folding_is_exact_and_gives_up_where_it_is_not():
