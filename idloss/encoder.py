@@ -130,7 +130,9 @@ class FaceEncoder(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FaceEncoder:
         """Let the hidden network follow `.to()`, `.cuda()`, `.half()` and their kin."""
-        sample = torch.rand(8, device="cpu")
+        generator = torch.Generator()
+        generator.seed()  # new each time, as freed memory may hold the last; nobody else's numbers
+        sample = torch.rand(8, generator=generator, device="cpu")
         moved = fn(sample)
         keep = fn
         if not moved.is_meta and not torch.allclose(moved.float().cpu(), sample, atol=0.1):
