@@ -308,8 +308,10 @@ def convert_crop(
         raise ValueError(f"images must be [B, C, H, W] with pixels, got {list(images.shape)}")
     height, width = images.shape[-2:]
     rows, columns = old.size
-    off = min(abs(width - columns * height / rows), abs(height - rows * width / columns))
-    if off > _ASPECT_SLACK:
+    if (
+        abs(width - columns * height / rows) > _ASPECT_SLACK
+        and abs(height - rows * width / columns) > _ASPECT_SLACK
+    ):
         raise ValueError(
             f"a {old.name!r} crop is {rows}x{columns} or of the same aspect, got "
             f"{height}x{width}; resize it to {old.size} first if it was squashed"
