@@ -188,8 +188,46 @@ class FileFaces:
         )
 
 
+class AlignedCrops:
+    """What sets of crops of one template have in common; map-style sets of (crop, label) pairs."""
+
+    crop: str
+    names: tuple[str, ...]
+    labels: Tensor | None
+
+    @property
+    def landmarks(self) -> Tensor:
+        """The template's points for each crop, float64 `[N, 5, 2]`."""
+        points = torch.as_tensor(get_template(self.crop).points, dtype=torch.float64)
+        return points.expand(len(self), 5, 2)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.read(index), -1 if self.labels is None else int(self.labels[index])
+
+    def read(self, index: int) -> Tensor:
+        """One crop, uint8 RGB `[3, H, W]`."""
+        return self.crops_at([index])[0]
+
+    def crops_at(
+        self,
+        indices: Sequence[int] | Tensor,
+        crop: str | Template | None = None,
+        *,
+        faults: dict[int, Fault] | None = None,
+    ) -> Tensor:
+        """Copies of some crops `[B, 3, H, W]`; without `crop` in the size they have."""
+        crops = self._copies(positions(torch.as_tensor(indices)))
+        return crops if crop is None else convert_crops(crops, self.crop, crop)
+
+    def _copies(self, indices: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, eq=False)
-class AlignedFaces:
+class AlignedFaces(AlignedCrops):
     """Aligned crops in memory, a `Faces`; also a map-style data set of (crop, label) pairs.
 
     Attributes:
@@ -208,11 +246,6 @@ class AlignedFaces:
     crop: str
     skipped: tuple[Fault, ...] = ()
 
-    @property
-    def landmarks(self) -> Tensor:
-        """The template's points for each crop, float64 `[N, 5, 2]`."""
-        return template_landmarks(self.crop, len(self))
-
     @cached_property
     def content(self) -> str:
         """Hash of the crops, their names and their template."""
@@ -220,31 +253,13 @@ class AlignedFaces:
         total.update(self.crops.contiguous().numpy().data)
         return total.hexdigest()
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.crops[index], -1 if self.labels is None else int(self.labels[index])
-
-    def read(self, index: int) -> Tensor:
-        """One crop, uint8 RGB `[3, H, W]`."""
-        return self.crops[index]
-
     def digest(self, index: int) -> bytes:
         """SHA-256 of a face's pixels, landmarks and crop."""
         return _digest(self, index, self.crops[index].numpy().tobytes())
 
-    def crops_at(
-        self,
-        indices: Sequence[int] | Tensor,
-        crop: str | Template | None = None,
-        *,
-        faults: dict[int, Fault] | None = None,
-    ) -> Tensor:
-        """Copies of some crops `[B, 3, H, W]`; without `crop` in the size they have."""
-        # whole crops at a time: ten times as fast as self.crops[index] on bytes
-        crops = self.crops.index_select(0, torch.as_tensor(indices))
-        return crops if crop is None else convert_crops(crops, self.crop, crop)
+    def _copies(self, indices: Tensor) -> Tensor:
+        # whole crops at a time: ten times as fast as self.crops[indices] on bytes
+        return self.crops.index_select(0, indices)
 
     def select(self, keep: Tensor) -> AlignedFaces:
         """A copy of some of the crops."""
@@ -518,12 +533,6 @@ def _orientation(image: Image.Image) -> int:
 def is_picture(name: str) -> bool:
     """Whether a file is called as pictures are, in letters of any case."""
     return name.lower().endswith(SUFFIXES)
-
-
-def template_landmarks(crop: str | Template, count: int) -> Tensor:
-    """The points of `count` faces that are aligned to a template, float64 `[N, 5, 2]`."""
-    points = torch.as_tensor(get_template(crop).points, dtype=torch.float64)
-    return points.expand(count, 5, 2)
 
 
 def positions(keep: Tensor) -> Tensor:

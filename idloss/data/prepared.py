@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,17 +26,11 @@ from huggingface_hub.utils.tqdm import tqdm
 from numpy.typing import NDArray
 from torch import Tensor
 
-from idloss.data.faces import (
-    convert_crops,
-    number_identities,
-    positions,
-    select_labels,
-    template_landmarks,
-)
+from idloss.data.faces import AlignedCrops, number_identities, positions, select_labels
 from idloss.data.files import DataError, Fault
 from idloss.data.landmarks import POINT_COLUMNS
 from idloss.data.overlap import Match
-from idloss.geometry import Template, get_template
+from idloss.geometry import get_template
 from idloss.weights.files import written_whole
 
 FORMAT = 3
@@ -58,7 +52,7 @@ Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, eq=False)
-class PreparedFaces:
+class PreparedFaces(AlignedCrops):
     """Aligned crops in a prepared folder, a `Faces`; also a map-style set of (crop, label) pairs.
 
     It holds no pixels: copies for other processes are small, and the page cache is shared.
@@ -81,11 +75,6 @@ class PreparedFaces:
     crop: str
     skipped: tuple[Fault, ...] = ()
 
-    @property
-    def landmarks(self) -> Tensor:
-        """The template's points for each crop, float64 `[N, 5, 2]`."""
-        return template_landmarks(self.crop, len(self))
-
     @cached_property
     def content(self) -> str:
         """Hash of these crops, 64 hex digits: of their template, names and pixels, in order."""
@@ -98,39 +87,21 @@ class PreparedFaces:
         """All crops as they lie on the disk, uint8 `[places, 3, H, W]`."""
         return mapped(self.folder / CROPS, (self.places, 3, *get_template(self.crop).size))
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.read(index), -1 if self.labels is None else int(self.labels[index])
-
     def __getstate__(self) -> dict[str, Any]:
         # a copy maps the crops anew
         return {name: value for name, value in self.__dict__.items() if name != "pixels"}
-
-    def read(self, index: int) -> Tensor:
-        """One crop, uint8 RGB `[3, H, W]`."""
-        return self.crops_at([index])[0]
 
     def digest(self, index: int) -> bytes:
         """SHA-256 of a crop's hash and template."""
         return hashlib.sha256(self.crop.encode() + self.hashes[index].tobytes()).digest()
 
-    def crops_at(
-        self,
-        indices: Sequence[int] | Tensor,
-        crop: str | Template | None = None,
-        *,
-        faults: dict[int, Fault] | None = None,
-    ) -> Tensor:
-        """Copies of some crops, uint8 RGB `[B, 3, H, W]`; see `Faces.crops_at`."""
-        rows = self.rows.index_select(0, torch.as_tensor(indices, dtype=torch.int64)).tolist()
+    def _copies(self, indices: Tensor) -> Tensor:
+        rows = self.rows.index_select(0, indices).tolist()
         gathered = np.empty((len(rows), *self.pixels.shape[1:]), dtype=np.uint8)
         # crop by crop: half again as fast as a fancy index, which copies twice
         for slot, row in zip(gathered, rows, strict=True):
             slot[...] = self.pixels[row]
-        crops = torch.from_numpy(gathered)
-        return crops if crop is None else convert_crops(crops, self.crop, crop)
+        return torch.from_numpy(gathered)
 
     def select(self, keep: Tensor) -> PreparedFaces:
         """A view of the same folder; no pixel is read."""

@@ -11,17 +11,17 @@ import torch
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 
-from idloss.data.faces import AlignedFaces, convert_crops, map_ahead, positions, select_labels
+from idloss.data.faces import AlignedCrops, AlignedFaces, map_ahead, positions, select_labels
 from idloss.data.files import Fault
 from idloss.data.portrait import IDENTITY, MARKS, PHOTO, Factors, draw_portraits, place_points
-from idloss.geometry import Template, fit_similarity, get_template
+from idloss.geometry import fit_similarity, get_template
 from idloss.resample import to_uint8
 
 BATCH = 32
 """Faces drawn at once: the work of a batch stays in the processor's caches."""
 
 
-class SyntheticFaces:
+class SyntheticFaces(AlignedCrops):
     """Procedural faces: persons that differ, photos of one person that vary; a `Faces`.
 
     Photo number j of person number i depends on (seed, i, j) alone, so sets of any size share their
@@ -65,9 +65,6 @@ class SyntheticFaces:
         self.skipped: tuple[Fault, ...] = ()
         self._grid, self._back = _geometry(self.size, self.crop)
 
-    def __len__(self) -> int:
-        return len(self.names)
-
     @property
     def landmarks(self) -> Tensor:
         """Five points of every picture as a detector would report them, float64 `[N, 5, 2]`."""
@@ -87,27 +84,15 @@ class SyntheticFaces:
         """SHA-256 of what a face is drawn from."""
         return hashlib.sha256(f"{self.content}/{index}".encode()).digest()
 
-    def read(self, index: int) -> Tensor:
-        """One picture, uint8 RGB `[3, H, W]`."""
-        return self.crops_at([index])[0]
-
-    def crops_at(
-        self,
-        indices: Sequence[int] | Tensor,
-        crop: str | Template | None = None,
-        *,
-        faults: dict[int, Fault] | None = None,
-    ) -> Tensor:
-        """Draw some of the faces, `[B, 3, H, W]`; without `crop` in the size they have."""
-        wanted = torch.as_tensor(indices).tolist()
+    def _copies(self, indices: Tensor) -> Tensor:
+        wanted = indices.tolist()
         face, marks, normal = self._factors(wanted)
         image = draw_portraits(face, marks, place_points(face, normal)[0], self._grid)
         # uniform noise of the deviation asked for: bytes are the cheapest random numbers there are
         shape = image[0].shape
         grain = np.stack([self._photo_rng(i, 1).integers(0, 256, shape, "uint8") for i in wanted])
         image += (torch.from_numpy(grain).float() / 255 - 0.5) * (face.noise[:, None] * 12**0.5)
-        crops = to_uint8(image)
-        return crops if crop is None else convert_crops(crops, self.crop, crop)
+        return to_uint8(image)
 
     def select(self, keep: Tensor) -> AlignedFaces:
         """Some of the faces, drawn into memory."""

@@ -329,6 +329,12 @@ def test_what_would_fail_after_the_work_is_refused_before_it(drawn, photos, out,
     clean = listing(tmp_path, [f"0/{i},{NUMBERS}" for i in range(4)])
     blind = replace(photos, landmarks=None)
     encoder = FaceEncoder(create_fnet("mobilefacenet"), crop="sphereface")
+    order = photos.landmarks[..., [1, 0]].flatten(1).tolist()
+    rows = [
+        f"{name},{','.join(map(str, five))}" for name, five in zip(photos.names, order, strict=True)
+    ]
+    (tmp_path / "other").mkdir()
+    other = listing(tmp_path / "other", rows)
     nowhere = Exclusion("lfw", blind, thumbnail, "thumbnail")
     wrong = {"crop": "arcface", "exclude": shared_people(drawn, encoder)}
     for source, options, said in (
@@ -336,6 +342,7 @@ def test_what_would_fail_after_the_work_is_refused_before_it(drawn, photos, out,
         (drawn, {"exclude": nowhere}, "lfw: there are no landmarks"),
         (blind, {}, "there are no landmarks to align the photos by"),
         (drawn, {"clean_list": clean}, "points of photos, and the faces are sphereface crops"),
+        (photos, {"clean_list": other}, "no landmarks in the expected order"),
         (drawn, wrong, "takes 'sphereface' crops and these are to be 'arcface'"),
         (FileFaces(MemoryFiles("memory", {}), (), ()), {}, "no faces to prepare"),
     ):
