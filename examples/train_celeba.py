@@ -97,7 +97,7 @@ def quick_start(options: argparse.Namespace) -> None:
         fields = [*small, f"identity_weight={weight}", "srnet_options={depth: 4, width: 32}"]
         fields += ["iterations=300", "batch_size=16", "learning_rate=1e-3"]
         recipe = load_recipe("paper_edsr16_64_id", fields, Recipe)
-        trained[f"edsr4_32 lambda {weight:g}"] = train(
+        trained[f"EDSR lambda {weight:g}"] = train(
             recipe,
             options.out / f"lambda_{weight:g}",
             faces=training,
