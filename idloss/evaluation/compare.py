@@ -17,33 +17,19 @@ from idloss.evaluation.statistics import mcnemar, paired_t, sign_test
 
 @dataclass(frozen=True)
 class Comparison:
-    """One cell of two runs, compared.
-
-    Attributes:
-        cell_a: The cell in the first run.
-        cell_b: The cell in the second.
-        metric: What was compared, `accuracy`, `rank1` or the first TPIR.
-        a: The first run's figure.
-        b: The second run's.
-        wins_a: Pairs, probes or draws in which only, or more of, the first was right.
-        wins_b: The same for the second.
-        test: The test behind `p`.
-        p: Two-sided p-value: how likely so large a difference is if neither is better.
-        p_sign: The sign test's p-value over pairs or probes (where it is McNemar's) or draws.
-        p_holm: `p` corrected for the number of cells compared (Holm).
-    """
+    """One cell of two runs, A and B, compared."""
 
     cell_a: Cell
     cell_b: Cell
     metric: str
     a: float
     b: float
-    wins_a: int
+    wins_a: int  # pairs, probes or draws in which only, or more of, A was right
     wins_b: int
     test: str
-    p: float
-    p_sign: float
-    p_holm: float = math.nan
+    p: float  # two-sided
+    p_sign: float  # of the sign test, over pairs, probes or draws
+    p_holm: float = math.nan  # corrected for the number of cells (Holm)
 
     @property
     def difference(self) -> float:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _P = ParamSpec("_P")
 _DPI = 200
 _FONT = 9.0
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "figure.titlesize": 10.0,
     "axes.titlesize": 10.0,
     "axes.labelsize": _FONT,

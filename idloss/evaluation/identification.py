@@ -38,17 +38,11 @@ _EPS = 1e-12
 
 
 class GalleryDraws(NamedTuple):
-    """Which images are the gallery in each draw.
+    """Which images are the gallery in each draw."""
 
-    Attributes:
-        images: Places of the images of subjects that take part, `[M]`, sorted by subject.
-        subjects: Subject of each of them, `[M]` in 0..S-1.
-        gallery: Place in `images` of each subject's gallery image in each draw, `[draws, S]`.
-    """
-
-    images: Ints
-    subjects: Ints
-    gallery: Ints
+    images: Ints  # [M], those that take part, sorted by subject
+    subjects: Ints  # [M], in 0..S-1
+    gallery: Ints  # [draws, S], places in `images`
 
     @property
     def digest(self) -> str:
@@ -62,8 +56,7 @@ def draw_galleries(
 ) -> GalleryDraws:
     """Draw one gallery image for each of the subjects `[N]` with enough images, several times.
 
-    Draw number d depends on the seed, on d and on the list alone: the first five of ten draws are
-    the five draws of a shorter run.
+    Draw number d depends on the seed, on d and on the list alone, not on how many there are.
     """
     if min_images < 2 or draws < 1:
         raise ValueError(
@@ -93,16 +86,9 @@ def draw_galleries(
 
 @dataclass(frozen=True)
 class Identification:
-    """Closed-set identification over several draws of the gallery.
+    """Closed-set identification over several draws of the gallery."""
 
-    Attributes:
-        cmc: Share of probes whose subject is among the first r, `[draws, R]`, r = 1..R.
-        draws: The galleries.
-        n_subjects: Subjects in a gallery.
-        n_probes: Probes in a draw.
-    """
-
-    cmc: Floats
+    cmc: Floats  # [draws, R], share of probes found among the first r
     draws: GalleryDraws
     n_subjects: int
     n_probes: int
@@ -130,27 +116,11 @@ def identify(
     seed: int = 0,
     max_rank: int = MAX_RANK,
 ) -> Identification:
-    """Rank-1 and CMC after the paper's Table 2.
+    """Rank-1 and CMC of images `[N, D]`, as gallery and as probes, after the paper's Table 2.
 
     In each draw one image of each subject, as the gallery sees it (HR), is enrolled, and all the
     others, as probes (LR), are searched for by cosine. A subject's rank counts every other one
     that scores as high: a network that gives the same embedding to everybody gets no rank 1.
-
-    Args:
-        gallery: Embeddings of all images as gallery, `[N, D]`.
-        probes: Embeddings of the same images as probes, `[N, D]`.
-        subjects: Subject of each image, `[N]`: names or numbers.
-        min_images: Subjects with fewer images are left out.
-        draws: Number of draws.
-        seed: Seed.
-        max_rank: Length of the CMC curve; no more than there are subjects.
-
-    Returns:
-        The curves of the draws.
-
-    Raises:
-        ValueError: Shapes do not fit, an embedding is not finite, a number is out of range, or
-            fewer than two subjects have enough images.
     """
     drawn = draw_galleries(subjects, min_images=min_images, draws=draws, seed=seed)
     enrolled, searched = _both(gallery, probes, len(np.asarray(subjects)), drawn.images)
@@ -171,21 +141,14 @@ def identify(
 class OpenSet:
     """Open-set identification over several draws of who is enrolled.
 
-    Attributes:
-        fpir: False positive identification rates aimed at, `[T]`.
-        tpir: Share of enrolled people's probes found at rank 1 above the threshold,
-            `[draws, T]`.
-        thresholds: Cosine that must be exceeded, `[draws, T]`.
-        n_mated: Probes of enrolled people in each draw, `[draws]`.
-        n_non_mated: Probes of others in each draw, `[draws]`; no FPIR below one over this can be
-            measured, there the threshold is that of no false positive.
+    No FPIR below one over `n_non_mated` can be measured: there nobody is let in falsely.
     """
 
-    fpir: Floats
-    tpir: Floats
-    thresholds: Floats
-    n_mated: Ints
-    n_non_mated: Ints
+    fpir: Floats  # [T], aimed at
+    tpir: Floats  # [draws, T]
+    thresholds: Floats  # [draws, T], to be exceeded
+    n_mated: Ints  # [draws]
+    n_non_mated: Ints  # [draws]
 
     def summarise(self, *, level: float = 0.95) -> dict[str, Estimate]:
         """TPIR at each FPIR, named `tpir@fpir=0.01` and the like."""
@@ -212,23 +175,6 @@ def identify_open_set(
     other images are mated probes; every image of everybody else, those with too few images
     included, is a non-mated one. The threshold lets through the wanted share of the non-mated
     probes' best scores; a mated probe counts where its own subject is the best and exceeds it.
-
-    Args:
-        gallery: Embeddings of all images as gallery, `[N, D]`.
-        probes: Embeddings of the same images as probes, `[N, D]`.
-        subjects: Subject of each image, `[N]`: names or numbers.
-        fpir: False positive identification rates aimed at.
-        enrolled_share: Share of the subjects with enough images that is enrolled, in (0, 1).
-        min_images: Subjects with fewer images are never enrolled.
-        draws: Number of draws.
-        seed: Seed.
-
-    Returns:
-        The rates and thresholds.
-
-    Raises:
-        ValueError: Shapes do not fit, an embedding is not finite, a number is out of range, or
-            nobody is enrolled or left out.
     """
     labels = np.asarray(subjects)
     drawn = draw_galleries(labels, min_images=min_images, draws=draws, seed=seed)
@@ -320,10 +266,7 @@ def found_within(
     *,
     max_rank: int = MAX_RANK,
 ) -> Bools:
-    """Whether each probe's person is among the first r images of a set's own gallery, `[P, R]`.
-
-    Embeddings are `[G, D]` and `[P, D]`, labels `[G]` (-1 for nobody known) and `[P]`.
-    """
+    """Whether each probe's person is among the first r of a set's own gallery, `[P, R]`."""
     matches = search(gallery, probes, min(max_rank, len(gallery)))
     right = gallery_labels[matches.places.numpy()] == labels[:, None]
     within: Bools = np.maximum.accumulate(right, axis=1)
@@ -356,9 +299,8 @@ def open_set(
     """TPIR at FPIR: how many of the enrolled people are found when strangers are turned away.
 
     A mated probe counts where an image of its person is among the first r of the gallery and its
-    score exceeds the threshold that no more than the wanted share of strangers exceed. Gives
-    `tpir@fpir=0.1` (rank 1), `tpir20@fpir=0.1` and so on, and whether each mated probe counts at
-    the first of the rates and rank 1, `[P]`.
+    score exceeds the threshold that no more than the wanted share of strangers exceed. Gives rates
+    by name, and whether each mated probe counts at the first of them and rank 1, `[P]`.
     """
     best = search(gallery, strangers, 1).scores[:, 0].numpy()
     thresholds = {target: rejecting_threshold(best, target) for target in fpir}
@@ -383,15 +325,10 @@ def _share(value: float, count: int, seed: int) -> Estimate:
 
 
 class Matches(NamedTuple):
-    """The best matches of each probe, best first.
+    """The best matches of each probe, best first."""
 
-    Attributes:
-        scores: Cosines, `[P, k]`.
-        places: Rows of the gallery, `[P, k]`.
-    """
-
-    scores: Tensor
-    places: Tensor
+    scores: Tensor  # cosines, [P, k]
+    places: Tensor  # rows of the gallery, [P, k]
 
 
 def search(
@@ -401,24 +338,11 @@ def search(
     *,
     block_bytes: int = BLOCK_BYTES,
 ) -> Matches:
-    """Find the k nearest of a gallery of any size by cosine, exactly, in blocks.
+    """Find the k nearest of a gallery `[G, D]` of any size by cosine, exactly, in blocks.
 
-    The gallery may be a memory-mapped array; it is read once for each block of probes and never
-    copied whole. Beyond the arguments and the answer the search takes `block_bytes`, but never
-    less than one row of the gallery against one probe. Among equal scores any may be given.
-
-    Args:
-        gallery: Embeddings `[G, D]`, not necessarily normalised.
-        probes: Embeddings `[P, D]`, on the device the search is to run on.
-        k: Matches wanted for each probe.
-        block_bytes: Working memory, in bytes.
-
-    Returns:
-        Cosines and rows, on the probes' device.
-
-    Raises:
-        ValueError: Shapes do not fit, `k` is not in 1..G, an embedding is not finite, or
-            `block_bytes` is not positive.
+    The gallery may be a memory-mapped array, is read once for each block of probes, and need not be
+    normalised; the search runs where the probes `[P, D]` are. Beyond arguments and answer it takes
+    `block_bytes`, but never less than one row against one probe. Of equal scores any may be given.
     """
     source = gallery if isinstance(gallery, Tensor) else np.asanyarray(gallery)
     searched = _as_tensor(probes)

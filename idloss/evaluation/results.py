@@ -105,13 +105,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Record:
-    """One tidy row: a cell, a metric and its estimate.
-
-    Attributes:
-        cell: What was measured.
-        metric: `accuracy`, `tar@far=0.001`, `rank1`, `tpir@fpir=0.01`, ...; shares in [0, 1].
-        estimate: The figure and how sure it is.
-    """
+    """One tidy row: a cell, a metric such as `tar@far=0.001`, its share in [0, 1]."""
 
     cell: Cell
     metric: str

@@ -25,24 +25,17 @@ NOT_FINITE = "look for a network that overflowed (fp16?) or an image that failed
 class Estimate:
     """One figure and how sure it is.
 
-    Attributes:
-        value: The figure on all the data.
-        mean: Its mean over the folds or draws.
-        std: Its standard deviation over them (of the population, as the released code prints it).
-        low: Lower end of Student's interval of the mean; it may pass the range of the figure.
-        high: Upper end of it.
-        repeats: How many folds or draws there are.
-        boot_low: Lower end of the bootstrap interval of `value`, where one was made.
-        boot_high: Upper end of it.
+    `std` is that of the population, as the released code prints it; Student's interval of the mean,
+    from `low` to `high`, may pass the range of the figure.
     """
 
-    value: float
-    mean: float
+    value: float  # on all the data
+    mean: float  # over folds or draws
     std: float
     low: float
     high: float
     repeats: int
-    boot_low: float | None = None
+    boot_low: float | None = None  # bootstrap interval of `value`
     boot_high: float | None = None
 
 

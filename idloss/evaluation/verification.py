@@ -32,28 +32,19 @@ Measure = Literal["cosine", "centred_cosine", "squared_euclidean"]
 
 @dataclass(frozen=True)
 class ThresholdRule:
-    """How a verification protocol turns pairs into an accuracy.
-
-    Attributes:
-        name: Its name.
-        measure: What is compared with the threshold: the cosine, the cosine after the training
-            folds' mean embedding was subtracted, or the squared Euclidean distance of the
-            normalised embeddings.
-        grid: Gives the candidate thresholds, rising.
-        pick: Which of the equally good thresholds of the training folds is used.
-        same: On which side of the threshold a pair is called the same person.
-        ties: Whether a score equal to the threshold is called different, or wrong in any case.
-        remainder: Where pairs go that do not divide evenly: spread over the folds, or one more to
-            each of the first ones.
-    """
+    """How a verification protocol turns pairs into an accuracy."""
 
     name: str
     measure: Measure
-    grid: Callable[[], Floats]
-    pick: Literal["first", "last", "mean"]
-    same: Literal["above", "below"] = "above"
-    ties: Literal["different", "wrong"] = "different"
-    remainder: Remainder = "spread"
+    grid: Callable[[], Floats]  # candidate thresholds, rising
+    pick: Literal["first", "last", "mean"]  # which of the equally good ones
+    same: Literal["above", "below"] = (
+        "above"  # the side of the threshold on which pairs are called the same
+    )
+    ties: Literal["different", "wrong"] = (
+        "different"  # what a score equal to the threshold is called
+    )
+    remainder: Remainder = "spread"  # the folds that pairs left over go to
 
 
 def _paper_grid() -> Floats:
@@ -83,20 +74,7 @@ STANDARD_RULE = ThresholdRule(
 
 
 def pair_scores(left: ArrayLike, right: ArrayLike, measure: Measure = "cosine") -> Floats:
-    """Compare the two embeddings of each pair, in float64.
-
-    Args:
-        left: Embeddings `[N, D]`.
-        right: Embeddings `[N, D]`.
-        measure: `"cosine"` in [-1, 1], or `"squared_euclidean"` of the normalised embeddings, in
-            [0, 4]; for `"centred_cosine"` there is `verify`.
-
-    Returns:
-        Scores `[N]`; the cosine with a zero embedding is 0.
-
-    Raises:
-        ValueError: The shapes differ, or an embedding is not finite.
-    """
+    """Scores `[N]` in float64 of embeddings `[N, D]`; the cosine with a zero embedding is 0."""
     if measure == "centred_cosine":
         raise ValueError("centred cosines differ from fold to fold; call verify")
     first, second = (
@@ -111,8 +89,8 @@ def pair_scores(left: ArrayLike, right: ArrayLike, measure: Measure = "cosine") 
 def centred_scores(left: ArrayLike, right: ArrayLike, folds: ArrayLike) -> Floats:
     """Cosines `[F, N]` after the mean embedding of each fold's training pairs was subtracted.
 
-    SphereFace's evaluation. All folds are one matrix product: with the mean `m` of a fold's
-    training pairs, `(a - m)(b - m) = ab - am - bm + mm`.
+    All folds are one matrix product: with the mean `m` of a fold's training pairs,
+    `(a - m)(b - m) = ab - am - bm + mm`.
     """
     first, second = _embedding_pairs(left, right)
     fold_of = np.asarray(folds)
@@ -134,19 +112,12 @@ def centred_scores(left: ArrayLike, right: ArrayLike, folds: ArrayLike) -> Float
 
 @dataclass(frozen=True)
 class FoldResult:
-    """Accuracy of each fold at the threshold its training folds chose.
+    """Accuracy of each of F folds at the threshold that its training folds chose."""
 
-    Attributes:
-        accuracies: Share of right answers in each fold, `[F]`.
-        thresholds: Threshold of each fold, `[F]`.
-        correct: Whether each pair was answered rightly, `[N]`.
-        folds: Fold of each pair, `[N]`.
-    """
-
-    accuracies: Floats
-    thresholds: Floats
-    correct: Bools
-    folds: Ints
+    accuracies: Floats  # [F]
+    thresholds: Floats  # [F]
+    correct: Bools  # [N]
+    folds: Ints  # [N], in 0..F-1
 
     @property
     def accuracy(self) -> float:
@@ -163,23 +134,7 @@ def verify(
     folds: ArrayLike | None = None,
     n_folds: int = FOLDS,
 ) -> FoldResult:
-    """K-fold accuracy from embeddings, in whatever measure the rule asks for.
-
-    Args:
-        left: Embeddings of each pair's first image, `[N, D]`.
-        right: Embeddings of each pair's second image, `[N, D]`.
-        same: Whether each pair is of one person, `[N]`, bool or 0/1.
-        rule: The threshold rule.
-        folds: Fold of each pair, `[N]` in 0..F-1; None for contiguous ones.
-        n_folds: Number of contiguous folds.
-
-    Returns:
-        The accuracies, thresholds and right answers.
-
-    Raises:
-        ValueError: Shapes do not fit, an embedding is not finite, a label is not 0 or 1, or a fold
-            is empty.
-    """
+    """K-fold accuracy of pairs of embeddings `[N, D]`, in whatever measure the rule asks for."""
     fold_of = _folds(folds, len(np.asarray(same)), n_folds, rule.remainder)
     if rule.measure == "centred_cosine":
         scores = centred_scores(left, right, fold_of)
@@ -196,26 +151,12 @@ def kfold(
     folds: ArrayLike | None = None,
     n_folds: int = FOLDS,
 ) -> FoldResult:
-    """K-fold accuracy: each fold is judged at the threshold that is best on the others.
+    """K-fold accuracy of scores `[N]`, or `[F, N]` where each fold has its own.
 
+    Each fold, contiguous where none are given, is judged at the best threshold of the others.
     One pass for all thresholds and folds: each pair's place among the thresholds says from where
     on, or up to where, it is answered rightly; a histogram of the places and one cumulative sum
     give the right answers at every threshold.
-
-    Args:
-        scores: Scores `[N]`, in the rule's measure; or `[F, N]` where each fold has its own, as
-            centred cosines do.
-        same: Whether each pair is of one person, `[N]`, bool or 0/1.
-        rule: The threshold rule.
-        folds: Fold of each pair, `[N]` in 0..F-1; None for contiguous ones.
-        n_folds: Number of contiguous folds.
-
-    Returns:
-        The accuracies, thresholds and right answers.
-
-    Raises:
-        ValueError: Shapes do not fit, a score is not finite or of another measure, a label is not
-            0 or 1, or a fold is empty.
     """
     truth = _labels(same)
     values = np.asarray(scores, dtype=np.float64)
@@ -298,18 +239,11 @@ def _folds(folds: ArrayLike | None, count: int, n_folds: int, remainder: Remaind
 
 @dataclass(frozen=True)
 class Roc:
-    """Operating points, from the strictest threshold to the laxest.
-
-    Attributes:
-        far: Share of different-person pairs accepted, `[G + 1]`, rising from 0 to 1.
-        tar: Share of same-person pairs accepted, `[G + 1]`, rising from 0 to 1.
-        thresholds: A pair is accepted where its score is at least this, `[G + 1]`; the first is
-            infinite.
-    """
+    """Operating points `[G + 1]`, from the strictest threshold to the laxest."""
 
     far: Floats
     tar: Floats
-    thresholds: Floats
+    thresholds: Floats  # a pair is accepted at this score or above; the first is infinite
 
     @property
     def auc(self) -> float:
@@ -327,18 +261,7 @@ class Roc:
 
 
 def roc(scores: ArrayLike, same: ArrayLike) -> Roc:
-    """The receiver operating characteristic, a point for each distinct score.
-
-    Args:
-        scores: Similarities `[N]`; larger means the same person.
-        same: Whether each pair is of one person, `[N]`.
-
-    Returns:
-        The curve.
-
-    Raises:
-        ValueError: Shapes do not fit, a score is not finite, or one of the classes is empty.
-    """
+    """The receiver operating characteristic of similarities `[N]`: a point for each of them."""
     ranked = _Ranked(*_scored(scores, same))
     far = np.concatenate(([0], np.cumsum(ranked.different)[ranked.ends])) / ranked.n_different
     tar = np.concatenate(([0], np.cumsum(ranked.same)[ranked.ends])) / ranked.n_same
@@ -405,8 +328,7 @@ def bootstrap(
 ) -> dict[str, Floats]:
     """AUC, EER and TAR@FAR, `[draws]` each, on samples of the pairs, drawn for each class apart.
 
-    Pairs are sorted once; a sample is a vector of counts, and its curve two cumulative sums. The
-    samples do not depend on `block_bytes`, the memory for those that are worked on at once.
+    A sample is a vector of counts over the sorted pairs, and its curve two cumulative sums.
     """
     ranked = _Ranked(*_scored(scores, same))
     names = ("auc", "eer", *map(_tar_name, far_targets))
@@ -430,11 +352,7 @@ def bootstrap(
 def bootstrap_accuracy(
     result: FoldResult, *, draws: int = BOOTSTRAP_DRAWS, seed: int = 0
 ) -> Floats:
-    """The mean accuracy on samples of each fold's pairs, `[draws]`, thresholds held.
-
-    Drawing n answers with replacement from answers of which a share p is right gives a binomial
-    number of right ones, so that is what is drawn.
-    """
+    """The mean accuracy on samples of each fold's pairs, `[draws]`, thresholds held."""
     sizes = np.bincount(result.folds)
     right = np.random.default_rng(seed).binomial(sizes, result.accuracies, size=(draws, len(sizes)))
     means: Floats = (right / sizes).mean(1)
@@ -451,27 +369,11 @@ def summarise(
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, Estimate]:
-    """Every verification figure with its intervals over folds and from the bootstrap.
+    """Accuracy, AUC, EER and TAR@FAR by name, with intervals over folds and from the bootstrap.
 
     TAR@FAR over folds takes its threshold from the other folds; AUC and EER are each fold's own.
     With n different-person pairs no FAR below 1/n can be measured: there TAR is that of no false
     accept at all, and its bootstrap interval shows how little that says.
-
-    Args:
-        scores: Similarities `[N]`; larger means the same person.
-        same: Whether each pair is of one person, `[N]`.
-        result: The k-fold accuracy of the same pairs.
-        far_targets: False accept rates for TAR@FAR.
-        draws: Bootstrap samples; 0 for none.
-        seed: Seed of the bootstrap.
-        level: Share of the probability the intervals are to hold.
-
-    Returns:
-        Estimates named `accuracy`, `auc`, `eer` and `tar@far=0.001` and the like.
-
-    Raises:
-        ValueError: Shapes do not fit, a score is not finite, or a fold lacks one of the classes.
-        ModuleNotFoundError: scipy is missing.
     """
     values, truth = _scored(scores, same)
     if result.folds.shape != truth.shape:

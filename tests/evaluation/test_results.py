@@ -174,26 +174,25 @@ def packed(**arrays):
 @pytest.mark.parametrize(
     ("sidecar", "says"),
     [
-        (b"", "damaged"),
-        (b"PK\x03\x04 no archive", "damaged"),
-        (packed(**{"99/same": SAME}), "damaged"),
-        (packed(**{"-1/same": SAME}), "damaged"),
-        (packed(**{"0/same": np.array([Owned()], dtype=object)}), "damaged"),
-        (packed(**{"0/same": np.zeros(1 << 31, dtype=np.uint8)}), r"unpack to 2,147,483,\d+"),
+        (b"", ""),
+        (b"PK\x03\x04 no archive", ""),
+        (packed(**{"99/same": SAME}), "99"),
+        (packed(**{"-1/same": SAME}), "-1"),
+        (packed(**{"0/same": np.array([Owned()], dtype=object)}), "allow_pickle=False"),
+        (packed(**{"0/same": np.zeros(1 << 23, dtype=np.uint8)}), r"unpack to 8,388,\d+"),
     ],
     ids=["empty", "no archive", "no such cell", "no cell", "code", "bomb"],
 )
-def test_hostile_arrays_are_refused(tmp_path, sidecar, says):
+def test_hostile_arrays_are_refused(tmp_path, monkeypatch, sidecar, says):
+    monkeypatch.setattr(results_module, "_MOST_BYTES", 1 << 20)
     main, _, file = table_run().save(tmp_path / "run")
     whole = file.read_bytes()
     file.write_bytes(sidecar)
-    with pytest.raises(
-        ValueError, match=r"run\.npz is not the file that run\.json was written with"
-    ):
+    with pytest.raises(ValueError, match=r"run\.npz is not the file that run\.json was writ"):
         Results.load(main)
     text = main.read_text().replace(sha256(whole).hexdigest(), sha256(sidecar).hexdigest())
     main.write_text(text)
-    with pytest.raises(ValueError, match=rf"run\.npz is damaged: .*{says}|{says}"):
+    with pytest.raises(ValueError, match=rf"run\.npz is damaged: .*{says}"):
         Results.load(main)
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"needs run\.npz beside it"):
@@ -305,12 +304,7 @@ def test_table_shows_what_is_missing():
     results.add(Cell("verification", "vgg_face", "tdae", 16, 16), {"accuracy": estimate([0.7367])})
     last = paper_table(results).splitlines()[-1]
     assert [cell.strip() for cell in last.split("|")[1:-1]] == [
-        "vgg_face",
-        "tdae",
-        "-",
-        "- (73.67)",
-        "-",
-        "",
+        *("vgg_face", "tdae", "-", "- (73.67)", "-", "")
     ]
     with pytest.raises(ValueError, match="no open_set results"):
         paper_table(results, "open_set")
