@@ -83,22 +83,22 @@ def assert_same(folder, expected, atol=0.0, rtol=0.0):
         torch.testing.assert_close(state[key], value, atol=10 * atol, rtol=10 * rtol)
 
 
-def launch(script, *arguments, processes=1, **popen):
-    """Start a script, alone or under torchrun."""
+def launch(script, *arguments, processes=1):
+    """Run a script, alone or under torchrun; gives its exit status and what it printed."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nnodes=1"]
         command += [f"--nproc-per-node={processes}"]
-    command += [str(one) for one in (script, *arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=environment, **pipes, **popen)
-
-
-def finished(process):
-    """Exit status and output of a script that was launched."""
-    shown = process.communicate(timeout=240)[0]
-    return process.returncode, shown
+    done = subprocess.run(
+        [*command, *(str(one) for one in (script, *arguments))],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    return done.returncode, done.stdout
 
 
 def losses(folder):

@@ -312,7 +312,7 @@ def load_recipe(
     for name, value in fields.items():
         if isinstance(value, dict) and name.endswith("_options"):
             fields[name] = _typed(value)
-        elif isinstance(value, str) and _WORDS.get(value.lower(), value) is None:
+        elif isinstance(value, str) and _typed(value) is None:
             fields[name] = None
     try:
         return kind.model_validate(fields)
@@ -355,6 +355,15 @@ class _Texts(yaml.BaseLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{key} is said twice")
         return super().construct_mapping(node, deep)
 
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        return _Quoted(node.value) if node.style else str(node.value)
+
+
+class _Quoted(str):
+    """A text, whatever it looks like."""
+
+    __slots__ = ()
+
 
 def _texts(text: str, where: str) -> Any:
     try:
@@ -366,11 +375,11 @@ def _texts(text: str, where: str) -> Any:
 def _typed(value: Any) -> Any:
     """What a text says where no field tells its type: a number, true, false, null, or a text."""
     if isinstance(value, dict):
-        return {key: _typed(one) for key, one in value.items()}
+        return {str(key): _typed(one) for key, one in value.items()}
     if isinstance(value, list):
         return [_typed(one) for one in value]
-    if not isinstance(value, str):
-        return value
+    if not isinstance(value, str) or isinstance(value, _Quoted):
+        return str(value) if isinstance(value, str) else value
     if value.lower() in _WORDS:
         return _WORDS[value.lower()]
     for kind in (int, float):

@@ -49,6 +49,8 @@ def test_they_are_section_4_1(name):
             "srnet_options",
             {"a": 4, "b": 0.1, "c": False},
         ),
+        ("srnet_options={a: '4', b: ~}", "srnet_options", {"a": "4", "b": None}),
+        ("srnet='null'", "srnet", "null"),
         ("image_loss=huber", "image_loss", "huber"),
     ],
     ids=str,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from minilfw import mini_lfw
 from nets import tiny_fnet
-from tinytraining import FIELDS, assert_same, finished, launch, losses, tiny_faces, weights
+from tinytraining import FIELDS, assert_same, launch, losses, tiny_faces, weights
 
 from idloss import FaceEncoder, IdentityPreservedLoss, create_fnet
 from idloss.data import SyntheticFaces, folder_faces
@@ -249,7 +249,7 @@ both_tasks(Path(sys.argv[1]))
 def test_two_processes_compute_what_one_does(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(TWO_PROCESSES.format(tests=str(ROOT / "tests")))
-    code, shown = finished(launch(script, tmp_path / "two", processes=2))
+    code, shown = launch(script, tmp_path / "two", processes=2)
     assert code == 0, shown
     both_tasks(tmp_path / "one")
     for task in ("margin", "teacher"):
