@@ -6,7 +6,12 @@ kind and, for an FNet, the face template its crops are aligned to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import functools
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import timm
@@ -16,22 +21,29 @@ from timm.models import (
     get_pretrained_cfg,
     is_model,
     list_models,
+    model_entrypoint,
     register_model,
     split_model_name_tag,
 )
 from torch import nn
 
-from idloss.errors import did_you_mean
+from idloss.errors import did_you_mean, some_of
 from idloss.geometry import TEMPLATES, Template, get_template
 from idloss.plugins import load_plugins
+from idloss.weights.files import NotAsPromisedError, NotFoundError, TryAgain, WeightsError
+from idloss.weights.loading import build_model
+from idloss.weights.sources import ask_hub, hub_errors
 
 _EntryPoint = TypeVar("_EntryPoint", bound=Callable[..., nn.Module])
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 _NORMALISATION = ("input_size", "mean", "std")
 
+# What timm.create_model hands on of its own, if only to say that there is none.
+_TIMMS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_model_args")
+
 _fnet_crops: dict[str, str | Template | None] = {}  # architecture -> template, None: stretched
-_srnets: set[str] = set()
+_srnets: dict[str, str] = {}  # architecture -> what we call it
 
 
 @overload
@@ -55,31 +67,118 @@ def register_fnet(
         The entry point, or a decorator when only `crop` is given.
 
     Raises:
-        ValueError: If no template is called `crop`.
+        ValueError: If no template is called `crop`, or another model has the name.
     """
     template = _checked_crop(crop) if crop is not None else None
 
     def register(entry_point: _EntryPoint) -> _EntryPoint:
-        register_model(entry_point)
+        _register(entry_point)
         _fnet_crops[entry_point.__name__] = template
         return entry_point
 
     return register if fn is None else register(fn)
 
 
-def register_srnet(fn: _EntryPoint) -> _EntryPoint:
+@overload
+def register_srnet(fn: _EntryPoint) -> _EntryPoint: ...
+@overload
+def register_srnet(*, name: str) -> Callable[[_EntryPoint], _EntryPoint]: ...
+def register_srnet(
+    fn: _EntryPoint | None = None, *, name: str | None = None
+) -> _EntryPoint | Callable[[_EntryPoint], _EntryPoint]:
     """Register an entry point with timm and mark it as a super-resolution network (SRNet).
 
     Args:
         fn: Entry point `fn(pretrained=False, **kwargs) -> nn.Module`, named as the model. The
             model maps RGB `[B, 3, H, W]` in [0, 1] to RGB `[B, 3, scale * H, scale * W]`.
+        name: What `create_srnet` is to call it, where that is no name to claim among all models
+            of timm.
 
     Returns:
-        The entry point.
+        The entry point, or a decorator when only `name` is given.
+
+    Raises:
+        ValueError: If another model has the name.
     """
-    register_model(fn)
-    _srnets.add(fn.__name__)
-    return fn
+
+    def register(entry_point: _EntryPoint) -> _EntryPoint:
+        _register(entry_point)
+        _srnets[entry_point.__name__] = name or entry_point.__name__
+        return entry_point
+
+    return register if fn is None else register(fn)
+
+
+def _register(fn: Callable[..., nn.Module]) -> None:
+    """Register an entry point with timm, unless its name is taken by another module's."""
+    name = fn.__name__
+    if is_model(name) and (owner := model_entrypoint(name).__module__) != fn.__module__:
+        raise ValueError(f"{fn.__module__} registers {name!r}, which is a model of {owner}: rename")
+    register_model(_forgiving(fn))
+
+
+def _forgiving(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """An entry point that need not know what timm hands on, and never gives random weights.
+
+    One that makes nothing of timm's arguments is built without them, and its weights are loaded
+    here from where they lead to.
+    """
+
+    @functools.wraps(fn)
+    def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        handed = {key: kwargs.pop(key) for key in _TIMMS if key in kwargs}
+        handed = {key: value for key, value in handed.items() if value is not None}
+        try:
+            if not handed:
+                return _trained(fn, kwargs) if pretrained else fn(pretrained=False, **kwargs)
+            try:
+                model = fn(pretrained=pretrained, **handed, **kwargs)
+            except TypeError as error:
+                if not any(repr(key) in str(error) for key in handed):
+                    raise
+            else:
+                cfg = handed.get("pretrained_cfg")
+                source = cfg.get("source") if isinstance(cfg, dict) else None
+                if not pretrained or source in (None, _cfg_of(model).get("source")):
+                    return model
+            plain = functools.partial(_plain, fn, kwargs)
+            return build_model(lambda **_: plain(), fn.__name__, pretrained, **handed)
+        except SystemExit as error:
+            raise RuntimeError(f"{fn.__module__}.{fn.__name__} called sys.exit({error})") from error
+
+    return entry_point
+
+
+def _plain(fn: Callable[..., nn.Module], kwargs: dict[str, Any]) -> nn.Module:
+    """Build without what timm writes into every config.json, where the network does not take it."""
+    try:
+        return fn(pretrained=False, **kwargs)
+    except TypeError as error:
+        given = [key for key in ("num_classes", "in_chans") if key in kwargs]
+        refused = [key for key in given if repr(key) in str(error)]
+        if not refused or kwargs[refused[0]] not in (0, 3):
+            raise
+        return _plain(fn, {key: value for key, value in kwargs.items() if key not in refused})
+
+
+def _trained(fn: Callable[..., nn.Module], kwargs: dict[str, Any]) -> nn.Module:
+    """Build with pretrained=True; if timm knows of no weights, see that they are not random."""
+    known = get_pretrained_cfg(fn.__name__)
+    if known is not None and known.has_weights:
+        return fn(pretrained=True, **kwargs)
+    models = []
+    for seed in (0, 1):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            models.append(fn(pretrained=True, **kwargs))
+    first, second = (model.state_dict() for model in models)
+    drawn = [key for key in first if not torch.equal(first[key], second[key])]
+    if drawn:
+        raise NotFoundError(
+            f"{fn.__name__} has no weights: with pretrained=True it draws {some_of(drawn, 3)} at "
+            "random. Load them in its entry point, or register_weights"
+        )
+    return models[0]
 
 
 # "filter" is timm's name for the argument.
@@ -95,12 +194,9 @@ def list_fnets(
         pretrained: Only `arch.tag` names that have weights.
 
     Returns:
-        The names in natural order.
+        The names, in timm's order.
     """
-    load_plugins()
-    return [
-        name for name in list_models(filter, pretrained=pretrained) if _arch(name) in _fnet_crops
-    ]
+    return _listed(_fnet_crops, filter, pretrained)
 
 
 def list_srnets(
@@ -115,10 +211,19 @@ def list_srnets(
         pretrained: Only `arch.tag` names that have weights.
 
     Returns:
-        The names in natural order.
+        The names, in timm's order.
     """
+    return _listed(_srnets, filter, pretrained)
+
+
+def _listed(
+    registered: Collection[str], wanted: str | Sequence[str], pretrained: bool
+) -> list[str]:
     load_plugins()
-    return [name for name in list_models(filter, pretrained=pretrained) if _arch(name) in _srnets]
+    known = [name for name in list_models(pretrained=pretrained) if _arch(name) in registered]
+    patterns = [wanted] if isinstance(wanted, str) else wanted
+    names = [_srnets.get(name, name) for name in known]
+    return [name for name in names if any(fnmatch(name, pattern or "*") for pattern in patterns)]
 
 
 def fnet_crop(name: str) -> str | Template | None:
@@ -134,7 +239,7 @@ def fnet_crop(name: str) -> str | Template | None:
         ValueError: If no FNet has that name.
     """
     load_plugins()
-    return _fnet_crops[_known(name, "FNet", _fnet_crops)]
+    return _fnet_crops[_arch(_known(name, "FNet", _fnet_crops))]
 
 
 def create_fnet(
@@ -216,12 +321,8 @@ def create_srnet(srnet: str | nn.Module, *, pretrained: bool = False, **kwargs: 
     load_plugins()
     _check_is_name(srnet, "SRNet")
     if not srnet.startswith(_HUB_PREFIXES):
-        _known(srnet, "SRNet", _srnets)
-        return _timm_create(srnet, pretrained, kwargs)
-    model = _timm_create(srnet, pretrained, kwargs)
-    if _arch_of(model) not in _srnets:
-        raise ValueError(f"{srnet!r} holds a {_arch_of(model)}, which is not a registered SRNet")
-    return model
+        return _timm_create(_known(srnet, "SRNet", _srnets), pretrained, kwargs)
+    return _open_published(srnet, "SRNet", pretrained, kwargs)[0]
 
 
 def _checked_crop(crop: str | Template) -> str | Template:
@@ -242,18 +343,26 @@ def _timm_create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modu
 
 def _check_is_name(name: object, kind: str) -> None:
     if not isinstance(name, str):
-        raise TypeError(f"{kind} must be a name or a torch.nn.Module, got {type(name).__name__}")
+        inner = isinstance(getattr(name, "model", None), nn.Module)
+        advice = ": pass its .model, as of a descriptor of spandrel's" if inner else ""
+        raise TypeError(
+            f"{kind} must be a name or a torch.nn.Module, got {type(name).__name__}{advice}"
+        )
 
 
 def _known(name: str, kind: str, registered: Collection[str]) -> str:
-    """Architecture of a registered name; did-you-mean for unknown architectures and tags."""
+    """A registered name as timm has it; did-you-mean for unknown architectures and tags."""
+    for arch, ours in _srnets.items():
+        if name == ours:
+            name = arch
     arch, tag = split_model_name_tag(name)
     if arch not in registered:
-        raise ValueError(did_you_mean(kind, name, registered) + _other_kind(name, arch, kind))
+        names = [_srnets.get(known, known) for known in registered]
+        raise ValueError(did_you_mean(kind, name, names) + _other_kind(name, arch, kind))
     tagged = list_models(arch, include_tags=True)
     if tag and name not in tagged:
         raise ValueError(did_you_mean(f"weights of {kind}", name, tagged))
-    return str(arch)
+    return name
 
 
 def _other_kind(name: str, arch: str, kind: str) -> str:
@@ -271,23 +380,99 @@ def _build_fnet(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modul
     if name.startswith(_HUB_PREFIXES):
         if name.partition(":")[2].startswith("timm/"):
             kwargs = {"num_classes": 0, **kwargs}  # timm's own uploads are classifiers
-        model = _timm_create(name, pretrained, kwargs)
+        model, told = _open_published(name, "FNet", pretrained, kwargs)
         if "num_classes" not in kwargs and _is_headless(model):
             model.reset_classifier(0)  # type: ignore[operator]
+        if "crop" in told:
+            model.crop = told["crop"]
         return model
     if name.startswith("timm/"):
         name = name.removeprefix("timm/")
         if not is_model(name):
             raise ValueError(did_you_mean("timm model", name, list_models()))
         return _timm_create(name, pretrained, {"num_classes": 0, **kwargs})
-    _known(name, "FNet", _fnet_crops)
-    return _timm_create(name, pretrained, kwargs)
+    name = _known(name, "FNet", _fnet_crops)
+    model = _timm_create(name, pretrained, kwargs)
+    registered = _fnet_crops[_arch(name)]
+    own = getattr(model, "crop", registered)
+    if own != registered:
+        raise ValueError(
+            f"{name} is registered with crop={registered!r}, and what it builds says {own!r}: let "
+            "both say the same"
+        )
+    model.crop = registered  # type: ignore[assignment]
+    return model
+
+
+def _open_published(
+    name: str, kind: str, pretrained: bool, kwargs: dict[str, Any]
+) -> tuple[nn.Module, Mapping[str, Any]]:
+    """Build what a folder or a Hub repository holds; the model, and what idloss tells of it."""
+    with _strangers(name):
+        config = json.loads(_config_of(name, kwargs.get("cache_dir")).read_text(encoding="utf-8"))
+        arch, told = str(config["architecture"]), dict(config.get("idloss") or {})
+        _check_kind(name, kind, arch, told)
+        return _timm_create(name, pretrained, kwargs), told
+
+
+@contextmanager
+def _strangers(name: str) -> Iterator[None]:
+    """Make whatever is wrong with what strangers wrote an error that names the place."""
+    try:
+        yield
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise _damaged(name, error) from error
+    except (WeightsError, ValueError):
+        raise
+    except OSError as error:
+        try:
+            with hub_errors(name, name.partition(":")[2].partition("@")[0]):
+                raise
+        except TryAgain as again:
+            raise again.error from error
+    except Exception as error:
+        raise _damaged(name, error) from error
+
+
+def _config_of(name: str, cache_dir: str | None) -> Path:
+    place = name.partition(":")[2]
+    if not name.startswith("local-dir:"):
+        repo, _, revision = place.partition("@")
+        return ask_hub(name, repo, "config.json", revision or None, cache_dir)
+    path = Path(place, "config.json")
+    if not path.is_file():
+        raise NotFoundError(f"{name} holds no published network: there is no {path}")
+    return path
+
+
+def _check_kind(name: str, kind: str, arch: str, told: Mapping[str, Any]) -> None:
+    """Refuse what is of the other kind, or of no kind that is known here."""
+    if told.get("registered") is False:
+        raise NotAsPromisedError(
+            f"{name} holds the weights of a {told.get('class')}, which is not registered: open it "
+            "with idloss.training.open_trained(folder, network)"
+        )
+    if arch in (_srnets if kind == "FNet" else _fnet_crops):
+        raise ValueError(f"{name!r} holds a {arch}{_other_kind(name, arch, kind)}")
+    if kind == "SRNet" and arch not in _srnets:
+        raise ValueError(f"{name!r} holds a {arch}, which is not a registered SRNet")
+    if not is_model(arch):
+        raise NotFoundError(f"{name} holds a {arch!r}, which no installed package registers")
+
+
+def _damaged(name: str, error: Exception) -> NotAsPromisedError:
+    reason = " ".join(str(error).split())[:300]
+    return NotAsPromisedError(f"{name} cannot be opened ({type(error).__name__}: {reason})")
+
+
+def _cfg_of(model: nn.Module) -> dict[str, Any]:
+    cfg = getattr(model, "pretrained_cfg", None)
+    return cfg if isinstance(cfg, dict) else {}
 
 
 def _arch_of(model: nn.Module) -> str | None:
     """Architecture that timm built the model from."""
-    cfg = getattr(model, "pretrained_cfg", None)
-    return cfg.get("architecture") if isinstance(cfg, dict) else None
+    return _cfg_of(model).get("architecture")
 
 
 def _is_headless(model: nn.Module) -> bool:
@@ -385,8 +570,10 @@ def _resolve_crop(model: nn.Module, crop: str | Template | None) -> str | Templa
     if crop != "auto":
         return _checked_crop(crop)
     own = getattr(model, "crop", "")
-    if own is None or isinstance(own, Template) or own in TEMPLATES:
+    if own is None or isinstance(own, Template):
         return own
+    if own and isinstance(own, str):
+        return _checked_crop(own)
     if _arch_of(model) in _fnet_crops:
         return _fnet_crops[str(_arch_of(model))]
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]

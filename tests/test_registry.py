@@ -1,19 +1,30 @@
 """Names, kinds and plug-ins: what idloss knows beyond timm's registry."""
 
+import json
 import os
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from conftest import ROOT
 from nets import TinyFNet, faces, tiny_fnet
 from torch import nn
 
-from idloss import create_fnet, create_srnet, list_fnets, list_srnets, register_fnet
+from idloss import (
+    create_fnet,
+    create_srnet,
+    list_fnets,
+    list_srnets,
+    register_fnet,
+    register_srnet,
+)
 from idloss.registry import fnet_crop
+from idloss.weights import WeightsError
 
 
 def run(code, cwd):
@@ -162,6 +173,82 @@ def test_published_embeddings_are_kept(published):
         assert trunk.crop is None
 
 
+@pytest.mark.parametrize("option", [{}, {"crop": "arcface"}], ids=["its own", "another"])
+def test_srnets_and_fnets_are_not_taken_for_each_other(tmp_path, option):
+    timm.models.save_for_hf(create_srnet("edsr16_64", depth=1, width=4), tmp_path)
+    with pytest.raises(ValueError, match="'edsr16_64' is an SRNet"):
+        create_fnet(f"local-dir:{tmp_path}", pretrained=True, **option)
+    fnet = tmp_path / "fnet"
+    timm.models.save_for_hf(create_fnet("mobilefacenet"), fnet)
+    with pytest.raises(ValueError, match="'mobilefacenet' is an FNet"):
+        create_srnet(f"local-dir:{fnet}", pretrained=True)
+
+
+def test_crop_that_a_network_was_trained_with_is_kept(tmp_path):
+    """A run says in config.json which crops its FNet took."""
+    timm.models.save_for_hf(create_fnet("mobilefacenet"), tmp_path)
+    config = tmp_path / "config.json"
+    told = json.loads(config.read_text()) | {"idloss": {"registered": True, "crop": "sphereface"}}
+    config.write_text(json.dumps(told))
+    assert create_fnet(f"local-dir:{tmp_path}").crop == "sphereface"
+    assert create_fnet(f"local-dir:{tmp_path}", crop="arcface").crop == "arcface"
+
+
+GOOD = {"architecture": "mobilefacenet", "num_classes": 0, "pretrained_cfg": {}}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ("{}", "KeyError"),
+        ('"x"', "TypeError"),
+        (json.dumps(GOOD | {"architecture": ["x"]}), "no installed package registers"),
+        (json.dumps(GOOD | {"architecture": "no_such"}), "no installed package registers"),
+        (json.dumps(GOOD | {"pretrained_cfg": 7}), "AttributeError"),
+        (json.dumps(GOOD | {"pretrained_cfg": {"strange": 7}}), "TypeError"),
+        (json.dumps(GOOD | {"model_args": {"act": "\x1b[31m"}}), "activation"),
+        (json.dumps(GOOD | {"model_args": {"strange": 7}}), "TypeError"),
+        (json.dumps(GOOD | {"idloss": {"registered": False, "class": "Own"}}), "open_trained"),
+        (None, "no published network: there is no .*config.json"),
+        (json.dumps(GOOD), "holds no weights"),
+    ],
+)
+def test_hostile_or_damaged_folders_are_named(tmp_path, config, said):
+    if said != "holds no weights":
+        (tmp_path / "model.safetensors").write_bytes(safetensors.torch.save({"a": torch.ones(1)}))
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises((WeightsError, ValueError), match=said) as caught:
+        create_fnet(f"local-dir:{tmp_path}", pretrained=True)
+    assert str(tmp_path) in str(caught.value) or said == "activation"
+    assert "\x1b" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("spoil", ["cut", "header", "dtype", "shape", "key", "text"])
+def test_damaged_weights_in_a_folder_are_named(tmp_path, spoil):
+    timm.models.save_for_hf(create_fnet("mobilefacenet"), tmp_path, safe_serialization=True)
+    path = tmp_path / "model.safetensors"
+    body = path.read_bytes()
+    tensors = safetensors.torch.load_file(path)
+    name = next(iter(tensors))
+    changed = {
+        "cut": body[: len(body) // 2],
+        "header": b"\xff" * 8 + body[8:],
+        "dtype": body.replace(b'"F32"', b'"F99"', 1),
+        "shape": safetensors.torch.save(tensors | {name: torch.ones(3)}),
+        "key": safetensors.torch.save(tensors | {"\x1b[2J": torch.ones(3)}),
+        "text": b"<!doctype html>",
+    }
+    path.write_bytes(changed[spoil])
+    with pytest.raises(WeightsError, match="mobilefacenet") as caught:
+        create_fnet(f"local-dir:{tmp_path}", pretrained=True)
+    assert "\x1b" not in str(caught.value)
+    assert spoil in ("shape", "key") or str(path) in str(caught.value)
+
+
 def test_published_models_that_are_no_srnets(published):
     with pytest.raises(ValueError, match="vit_tiny_patch16_224, which is not a registered SRNet"):
         create_srnet(published[1])
@@ -237,6 +324,20 @@ def test_srnets_may_be_modules():
     assert create_srnet(module)(faces()).shape[-2:] == (56, 48)
 
 
+@pytest.mark.parametrize("create", [create_fnet, create_srnet])
+def test_descriptors_say_what_to_pass(create):
+    """As spandrel's, which wrap a module."""
+    descriptor = SimpleNamespace(model=nn.Upsample(scale_factor=2))
+    with pytest.raises(TypeError, match=r"got SimpleNamespace: pass its \.model"):
+        create(descriptor)
+
+
+def test_unknown_timm_names_take_a_few_lines():
+    with pytest.raises(ValueError, match=r"and \d+ more") as caught:
+        create_fnet("timm/no_such_model")
+    assert len(str(caught.value)) < 1000
+
+
 # --- plug-ins ------------------------------------------------------------------------------------
 
 PLUGIN = """
@@ -309,3 +410,95 @@ def test_plugins(site):
     assert "OSError: no disk today" in warnings[0]
     assert "'quits' (quitting_plugin) of face-zoo 1.2 could not be loaded" in warnings[1]
     assert "SystemExit: 3" in warnings[1]
+
+
+class Plain(nn.Module):
+    """A network of one's own, whose constructor knows nothing of timm."""
+
+    num_features = 12
+
+    def __init__(self, width=3):
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3)
+        self.num_classes = 0
+        self.pretrained_cfg = {
+            "architecture": "plain_fnet",
+            "input_size": (3, 112, 112),
+            "mean": (0.5,) * 3,
+            "std": (0.5,) * 3,
+        }
+
+    def forward(self, x):
+        return nn.functional.adaptive_avg_pool2d(self.conv(x), 2).flatten(1)
+
+
+@register_fnet(crop="sphereface")
+def plain_fnet(pretrained=False, **kwargs):
+    return Plain(**kwargs)
+
+
+@register_fnet(crop="sphereface")
+def plain_constant(pretrained=False, **kwargs):
+    model = Plain(**kwargs)
+    if pretrained:
+        nn.init.ones_(model.conv.weight)
+        nn.init.ones_(model.conv.bias)
+    return model
+
+
+@register_fnet(crop="arcface")
+def plain_mistaken(pretrained=False, **kwargs):
+    model = Plain()
+    model.crop = "sphereface"
+    return model
+
+
+@register_fnet
+def plain_quitter(pretrained=False, **kwargs):
+    sys.exit(3)
+
+
+@pytest.mark.parametrize("create", [create_fnet, timm.create_model])
+def test_the_signature_of_the_readme_works(create):
+    """`my_fnet(pretrained=False, **kwargs)` with **kwargs for a class that knows no timm."""
+    assert create("plain_fnet", width=5).conv.out_channels == 5
+
+
+def test_crop_is_what_a_plugin_was_registered_with():
+    """Its input of 112x112 is that of arcface, too."""
+    assert create_fnet("plain_fnet").crop == "sphereface"
+    with pytest.raises(ValueError, match="crop='arcface', and what it builds says 'sphereface'"):
+        create_fnet("plain_mistaken")
+    module = Plain()
+    module.crop = "no_such_template"
+    with pytest.raises(ValueError, match="no_such_template"):
+        create_fnet(module)
+
+
+def test_weights_of_a_plugin_are_loaded_or_missed(tmp_path):
+    with pytest.raises(WeightsError, match=r"plain_fnet has no weights: .* conv\.weight"):
+        create_fnet("plain_fnet", pretrained=True)
+    ones = create_fnet("plain_constant", pretrained=True)
+    assert ones.conv.weight.eq(1).all()
+    model = create_fnet("plain_fnet", width=5)
+    timm.models.save_for_hf(model, tmp_path, model_args={"width": 5})
+    again = create_fnet(f"local-dir:{tmp_path}", pretrained=True)
+    assert torch.equal(again.conv.weight, model.conv.weight)
+    assert again.crop == "sphereface"
+
+
+def test_sys_exit_of_a_plugin_ends_nothing():
+    with pytest.raises(RuntimeError, match=r"plain_quitter called sys\.exit\(3\)"):
+        create_fnet("plain_quitter")
+
+
+@pytest.mark.parametrize("register", [register_fnet, register_srnet])
+@pytest.mark.parametrize("name", ["sface", "edsr16_64", "resnet18"])
+def test_a_plugin_does_not_replace_a_model(register, name):
+    def entry_point(pretrained=False, **kwargs): ...
+
+    before = timm.models.model_entrypoint(name)
+    entry_point.__name__ = name
+    with pytest.raises(ValueError, match=f"registers '{name}', which is a model of .*: rename"):
+        register(entry_point)
+    assert timm.models.model_entrypoint(name) is before

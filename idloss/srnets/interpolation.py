@@ -70,27 +70,26 @@ _CFG = {
     "std": (1.0, 1.0, 1.0),
 }
 
-default_cfgs = generate_default_cfgs({"bicubic": dict(_CFG), "bilinear": dict(_CFG)})
+_NAMES = ("interpolation_bicubic", "interpolation_bilinear")
+
+default_cfgs = generate_default_cfgs({name: dict(_CFG) for name in _NAMES})
 
 
-def _interpolation(variant: str, **kwargs: Any) -> Interpolation:
-    # There is nothing to load: asking for pretrained=True is right, and changes nothing.
-    return build_model(
-        Interpolation,
-        variant,
-        False,
-        kwargs_filter=("num_classes", "global_pool"),
-        **{"mode": variant, **kwargs},
-    )
+def _interpolation(mode: str, pretrained: bool, **kwargs: Any) -> Interpolation:
+    del pretrained  # there is nothing to load: asking for it is right, and changes nothing
+    arguments = {"mode": mode, **kwargs}
+    filtered = ("num_classes", "global_pool")
+    variant = f"interpolation_{mode}"
+    return build_model(Interpolation, variant, False, kwargs_filter=filtered, **arguments)
 
 
-@register_srnet
-def bicubic(pretrained: bool = False, **kwargs: Any) -> Interpolation:
+@register_srnet(name="bicubic")
+def interpolation_bicubic(pretrained: bool = False, **kwargs: Any) -> Interpolation:
     """Bicubic interpolation (OpenCV's, a = -0.75)."""
-    return _interpolation("bicubic", **kwargs)
+    return _interpolation("bicubic", pretrained, **kwargs)
 
 
-@register_srnet
-def bilinear(pretrained: bool = False, **kwargs: Any) -> Interpolation:
+@register_srnet(name="bilinear")
+def interpolation_bilinear(pretrained: bool = False, **kwargs: Any) -> Interpolation:
     """Bilinear interpolation: what the released evaluation calls "Bicubic"."""
-    return _interpolation("bilinear", **kwargs)
+    return _interpolation("bilinear", pretrained, **kwargs)

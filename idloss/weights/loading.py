@@ -430,13 +430,8 @@ def build_model(
     def build(**arguments: Any) -> _Model:
         model = model_cls(**arguments)
         if tensors is not None:
-            load_pretrained(
-                model,
-                {**told, "state_dict": tensors, "source": None},
-                num_classes=getattr(model, "num_classes", 0),
-                in_chans=arguments.get("in_chans", 3),
-                filter_fn=_strict_filter(name, told, pretrained_filter_fn),
-            )
+            fitting = _fitting(tensors, model, name, told, pretrained_filter_fn)
+            _load(fitting, model, name, told, arguments.get("in_chans", 3))
         return model
 
     built: _Model = build_model_with_cfg(build, variant, False, pretrained_cfg=told, **kwargs)
@@ -463,8 +458,8 @@ def _find_tensors(
         return load_checkpoint(_checkpoint_in(path) if path.is_dir() else path, name)
     folder = None if cache_dir is None else str(cache_dir)
     if cfg.hf_hub_id:
-        named = {"filename": cfg.hf_hub_filename} if cfg.hf_hub_filename else {}
-        return dict(load_state_dict_from_hf(cfg.hf_hub_id, cache_dir=folder, **named))
+        filename = cfg.hf_hub_filename or "pytorch_model.bin"  # safetensors beside it come first
+        return dict(load_state_dict_from_hf(cfg.hf_hub_id, filename, cache_dir=folder))
     if cfg.url:
         loaded = torch.hub.load_state_dict_from_url(str(cfg.url), folder, "cpu", weights_only=True)
         return dict(loaded)
@@ -485,32 +480,47 @@ def _checkpoint_in(folder: Path) -> Path:
     raise NotFoundError(f"{folder} holds no weights: no .safetensors, .bin, .pth or .pt file")
 
 
-def _strict_filter(
-    name: str, cfg: Mapping[str, Any], inner: Callable[..., _StateDict] | None
-) -> Callable[[_StateDict, nn.Module], _StateDict]:
-    """A timm checkpoint filter that compares the keys before timm relaxes its own comparison.
+def _fitting(
+    tensors: StateDict,
+    model: nn.Module,
+    name: str,
+    cfg: Mapping[str, Any],
+    inner: Callable[..., _StateDict] | None,
+) -> _StateDict:
+    """A state dict under exactly the model's keys, but for those of a classifier.
 
-    timm loads without strictness as soon as `num_classes` differs, and then any
-    tensor may be missing in silence.
+    timm's own comparison is not strict as soon as `num_classes` differs, and then any tensor may
+    be missing in silence.
     """
+    own = model.state_dict().keys()
+    state_dict = without_prefixes(tensors, name, own)
+    if inner is not None:
+        state_dict = inner(state_dict, model)
+    classifiers = cfg.get("classifier") or ()
+    heads = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    differing = own ^ state_dict.keys()
+    wrong = sorted(key for key in differing if key.rpartition(".")[0] not in heads)
+    if wrong:
+        missing = [key for key in wrong if key not in state_dict]
+        unexpected = [key for key in wrong if key in state_dict]
+        raise NotAsPromisedError(
+            f"{name}: the weights do not fit the model; missing: {some_of(missing)}; "
+            f"unexpected: {some_of(unexpected)}. A released checkpoint goes through "
+            f"idloss.weights.convert({name!r}, path, target) first."
+        )
+    return state_dict
 
-    def check(state_dict: _StateDict, model: nn.Module) -> _StateDict:
-        own = model.state_dict().keys()
-        state_dict = without_prefixes(state_dict, name, own)
-        if inner is not None:
-            state_dict = inner(state_dict, model)
-        classifiers = cfg.get("classifier") or ()
-        heads = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-        differing = own ^ state_dict.keys()
-        wrong = sorted(key for key in differing if key.rpartition(".")[0] not in heads)
-        if wrong:
-            missing = [key for key in wrong if key not in state_dict]
-            unexpected = [key for key in wrong if key in state_dict]
-            raise NotAsPromisedError(
-                f"{name}: the weights do not fit the model; missing: {some_of(missing)}; "
-                f"unexpected: {some_of(unexpected)}. A released checkpoint goes through "
-                f"idloss.weights.convert({name!r}, path, target) first."
-            )
-        return state_dict
 
-    return check
+def _load(
+    state_dict: _StateDict, model: nn.Module, name: str, cfg: Mapping[str, Any], in_chans: int
+) -> None:
+    """Load as timm does, which adapts the first convolution and leaves out another classifier."""
+    if not state_dict:  # a network without weights
+        return
+    source = {**cfg, "state_dict": state_dict, "source": None}
+    classes = getattr(model, "num_classes", 0)
+    try:
+        load_pretrained(model, source, num_classes=classes, in_chans=in_chans)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise NotAsPromisedError(f"{name}: the weights do not fit the model: {reason}") from error

@@ -226,31 +226,38 @@ class HubFile(Source):
     def _ask(self, cache: Cache, name: str, force: bool) -> Path:
         what = f"{name}: {self.filename} of {self.origin_url} at revision {self.revision}"
 
-        def attempt() -> Path:
-            check_hub(what, self.repo, self.filename, self.revision, cache.hub)
-            with hub_errors(what, self.repo):
-                return Path(
-                    hf_hub_download(
-                        self.repo,
-                        self.filename,
-                        revision=self.revision,
-                        cache_dir=cache.hub,
-                        local_files_only=offline(),
-                        force_download=force and not offline(),
-                    )
+        return ask_hub(what, self.repo, self.filename, self.revision, cache.hub, force=force)
+
+
+def ask_hub(
+    what: str,
+    repo: str,
+    filename: str,
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    *,
+    force: bool = False,
+) -> Path:
+    """A file of the Hub in the Hub's cache, for `what`; with `force` downloaded again."""
+    folder = None if cache_dir is None else str(cache_dir)
+
+    def attempt() -> Path:
+        with hub_errors(what, repo):
+            if not offline() and not try_to_load_from_cache(repo, filename, folder, revision):
+                # asked once: the client would try for 35 s in silence
+                get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision))
+            return Path(
+                hf_hub_download(
+                    repo,
+                    filename,
+                    revision=revision,
+                    cache_dir=folder,
+                    local_files_only=offline(),
+                    force_download=force and not offline(),
                 )
+            )
 
-        return with_retries(attempt)
-
-
-def check_hub(
-    what: str, repo: str, filename: str, revision: str | None, cache_dir: Path | None
-) -> None:
-    """Ask the Hub for a file that is not in its cache: its client would try for 35 s in silence."""
-    if offline() or try_to_load_from_cache(repo, filename, cache_dir, revision):
-        return
-    with hub_errors(what, repo):
-        get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision))
+    return with_retries(attempt)
 
 
 @contextmanager

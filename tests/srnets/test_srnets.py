@@ -32,6 +32,10 @@ def make(name, **options):
     return create_srnet(name, **small, **options).eval()
 
 
+def timm_name(name):
+    return f"interpolation_{name}" if name in BASELINES else name
+
+
 def faces(batch=2, size=(7, 6)):
     return torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(1))
 
@@ -76,7 +80,7 @@ def test_takes_rgb_between_0_and_1(name):
 def test_timm_makes_the_same(name):
     small = {"depth": 2, "width": 8} if name in EDSRS else {}
     torch.manual_seed(0)
-    by_timm, x = timm.create_model(name, **small).eval(), faces()
+    by_timm, x = timm.create_model(timm_name(name), **small).eval(), faces()
     with torch.no_grad():
         assert torch.equal(by_timm(x), make(name)(x))
 
@@ -108,7 +112,7 @@ def test_compiles_without_a_break(name):
 
 
 def test_documented(name):
-    entry_point = model_entrypoint(name)
+    entry_point = model_entrypoint(timm_name(name))
     assert inspect.getdoc(entry_point)
     assert list(inspect.signature(entry_point).parameters) == ["pretrained", "kwargs"]
 
@@ -216,6 +220,12 @@ def test_bicubic_row_of_the_tables(golden, factor):
     ).abs()
     assert difference.max() <= 1
     assert (difference > 0).float().mean() < 2e-4
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_bare_names_are_not_claimed_among_all_models_of_timm(name):
+    assert not timm.is_model(name)
+    assert name in list_srnets("bi*")
 
 
 @pytest.mark.parametrize("name", BASELINES)
