@@ -277,6 +277,8 @@ class _Run:
                 "identities": len(self.faces.identities),
             },
         }
+        if kind == "fnet" and isinstance(crop := getattr(network, "crop", None), str):
+            told["crop"] = crop  # create_fnet takes it from here
         if self.recipe.pretrained and kind not in self.given:
             facts = ("architecture", "tag", "license", "origin_url")
             cfg = cfg_of(network)
