@@ -17,7 +17,8 @@ from idloss.weights.loading import get_weights
 # The fully connected layers hold most of the parameters, and shrink with the image
 SMALL = {name: {"img_size": (32, 32)} for name in ("mobilefacenet", "sface")}
 SMALL["vgg_face"] = {"img_size": (32, 32), "layer": "fc6"}
-FNETS = list_fnets()
+# not those that other tests register
+FNETS = [n for n in list_fnets() if model_entrypoint(n).__module__.startswith("idloss.")]
 
 
 @pytest.fixture(params=FNETS)
