@@ -2,9 +2,14 @@
 
 import io
 import multiprocessing
+import os
 import pickle
+import struct
 import tarfile
 import threading
+import tracemalloc
+import zipfile
+import zlib
 
 import cv2
 import numpy as np
@@ -12,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from idloss.data.faces import decode_image
+from idloss.data.faces import decode_image, image_size
 from idloss.data.files import (
     DataError,
     Fault,
@@ -221,3 +226,154 @@ def test_faults_are_counted_and_spelt_out():
 
 def test_folder_reads_only_below_its_prefix(folder):
     assert all(n.startswith("top/sub2/") for n in FolderFiles(folder).names("top/sub2/"))
+
+
+def packed(path, *members):
+    """A tar of (name, content or type and link) in this order."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+            else:
+                info.type, info.linkname = content
+                tar.addfile(info)
+    return open_files(path)
+
+
+def test_links_in_a_tar_are_followed(tmp_path):
+    hard, soft = tarfile.LNKTYPE, tarfile.SYMTYPE
+    files = packed(
+        tmp_path / "links.tar",
+        ("first/a.jpg", b"a"),
+        ("first/b.jpg", (hard, "first/a.jpg")),
+        ("second/c.jpg", (soft, "../first/a.jpg")),
+        ("second/d.jpg", (soft, "c.jpg")),
+        ("third", (soft, "first")),
+        ("first/loop", (soft, ".")),
+        ("second/round", (soft, "round")),
+        ("gone.jpg", (soft, "/etc/hostname")),
+    )
+    for name in ("first/b.jpg", "second/c.jpg", "second/d.jpg", "third/a.jpg", "third/b.jpg"):
+        assert name in files
+        assert files.read(name) == b"a"
+    assert {"third/a.jpg", "second/d.jpg"} <= set(files.names())
+    for name in ("gone.jpg", "second/round"):
+        assert name in set(files.names())
+        with pytest.raises(DataError, match=rf"links\.tar:{name}: it is a link to what"):
+            files.read(name)
+    assert pickle.loads(pickle.dumps(files)).read("second/d.jpg") == b"a"
+
+
+def test_sparse_members_and_zips_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"odd\.tar:holes: a sparse member(?s:.*)Unpack it"):
+        packed(tmp_path / "odd.tar", ("holes", (tarfile.GNUTYPE_SPARSE, "")))
+    with zipfile.ZipFile(tmp_path / "faces.zip", "w") as archive:
+        archive.writestr("a.jpg", jpeg())
+    with pytest.raises(DataError, match=r"faces\.zip: zip archives are not read\nUnpack it"):
+        open_files(tmp_path / "faces.zip")
+
+
+def test_linked_folders_are_read_and_loops_end(tmp_path):
+    for name in ("real/a.jpg", "faces/own.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"a")
+    (tmp_path / "faces/linked").symlink_to(tmp_path / "real")
+    (tmp_path / "faces/up").symlink_to(tmp_path)
+    (tmp_path / "real/here").symlink_to(".")
+    files = open_files(tmp_path / "faces")
+    found = list(files.names())
+    assert {"own.jpg", "linked/a.jpg"} <= set(found)
+    assert len(found) < 10
+    assert list(files.names("linked/")) == ["linked/a.jpg"]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
+    real = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("sub1"):
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr("idloss.data.files.os.scandir", refuse)
+    with pytest.raises(DataError, match=r"folder/top/sub1: cannot be listed \(Permission denied"):
+        list(open_files(folder).names())
+
+
+def test_accents_are_found_in_either_composition(tmp_path):
+    composed, decomposed = "Zo\u00e9/a.jpg", "Zoe\u0301/a.jpg"
+    for kept, asked in ((composed, decomposed), (decomposed, composed)):
+        tree = tmp_path / kept[:3].encode("unicode_escape").hex()
+        (tree / kept).parent.mkdir(parents=True)
+        (tree / kept).write_bytes(b"a")
+        for files in (open_files(tree), packed(tmp_path / "a.tar", (kept, b"a"))):
+            assert asked in files
+            assert files.read(asked) == b"a"
+
+
+def test_names_command_no_terminal(tmp_path):
+    name = "\x1b]0;owned\x07\u202e.jpg"
+    files = packed(tmp_path / "a.tar", (name, b"no picture"))
+    with pytest.raises(DataError) as caught:
+        decode_image(files.read(name), files.where(name))
+    assert "\\x1b]0;owned\\x07\\u202e.jpg" in str(caught.value)
+    assert all(letter.isprintable() or letter == "\n" for letter in str(caught.value))
+
+
+def test_a_broken_exif_tag_leaves_the_orientation():
+    # Orientation 6 beside a resolution that is text where a fraction belongs
+    entries = struct.pack("<HHHIHxx", 2, 0x0112, 3, 1, 6) + struct.pack(
+        "<HHI4s", 0x011A, 2, 4, b"ab"
+    )
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + entries + bytes(4)
+    data = jpeg(size=(40, 20))
+    broken = data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:]
+    upright = decode_image(data, "x")
+    assert torch.equal(decode_image(broken, "x"), upright.rot90(-1, (1, 2)))
+    assert image_size(broken, "x") == (40, 20)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0no", b"Exif\0\0" * 9])
+def test_an_unreadable_exif_is_left_alone(exif):
+    data = jpeg()
+    broken = data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:]
+    assert torch.equal(decode_image(broken, "x"), decode_image(data, "x"))
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError(3), struct.error("short"), RecursionError(), MemoryError()]
+)
+def test_whatever_fails_names_the_photo(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(DataError, match=rf"^a\.jpg: unreadable image \({type(error).__name__}"):
+        decode_image(b"", "a.jpg")
+
+
+def test_postscript_never_reaches_ghostscript(monkeypatch):
+    called = []
+    monkeypatch.setattr("subprocess.Popen", lambda *a, **k: called.append(a))
+    monkeypatch.setattr("subprocess.check_call", lambda *a, **k: called.append(a))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
+    with pytest.raises(DataError, match=r"^a\.jpg: unreadable image \(none of JPEG, PNG"):
+        decode_image(eps, "a.jpg")
+    assert not called
+
+
+def test_decompression_bombs_are_refused_before_they_are_unpacked():
+    def chunk(kind, content):
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", 13000, 13000, 8, 2, 0, 0, 0)
+    row = zlib.compress(bytes(13000 * 3 + 1))
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", row)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"13000x13000 pixels, more than 89,478,485"):
+        decode_image(png, "bomb.png")
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
