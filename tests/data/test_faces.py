@@ -182,3 +182,83 @@ def test_celeba_without_identities_says_which_file(tmp_path):
 def test_celeba_unknown_split(tmp_path):
     with pytest.raises(ValueError, match=r"unknown split 'vaild'.*'valid'"):
         celeba_faces(celeba(tmp_path, "flat"), split="vaild")
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "what"),
+    [
+        (
+            "list_eval_partition.txt",
+            "000003.jpg 2\n",
+            "",
+            r"celeba\.txt:5: 000003\.jpg is in no split",
+        ),
+        (
+            "identity_CelebA.txt",
+            "000003.jpg 2880\n",
+            "",
+            r"celeba\.txt:5: 000003\.jpg has no identity",
+        ),
+        (
+            "identity_CelebA.txt",
+            "000003",
+            "000002",
+            r"CelebA\.txt:3: 000002\.jpg stands here a second",
+        ),
+        ("identity_CelebA.txt", "2880\n", "02880\n", r"is the identity 2880 in another spelling"),
+        (
+            "list_landmarks_celeba.txt",
+            f"000003.jpg {POINTS}\n",
+            "",
+            "announces 4 images and lists 3",
+        ),
+    ],
+)
+def test_celeba_tables_must_agree(tmp_path, name, old, new, what):
+    path = celeba(tmp_path, "flat")
+    table = path / name
+    table.write_text(table.read_text().replace(old, new, 1))
+    with pytest.raises(DataError, match=what):
+        celeba_faces(path, split="all" if "spelling" in what else "test")
+
+
+def test_celeba_photos_without_a_line_and_photos_had_twice(tmp_path):
+    path = celeba(tmp_path, "flat")
+    write(path, {"img_celeba/more/000002.jpg": jpeg(), "img_celeba/9.JPG": jpeg()})
+    with pytest.raises(DataError, match="2 faults") as caught:
+        open_faces(path)
+    assert "img_celeba/more/000002.jpg: a second photo of this name" in str(caught.value)
+    assert "img_celeba/9.JPG: a photo that list_landmarks_celeba.txt has no line" in str(
+        caught.value
+    )
+
+
+def test_kaggles_celeba_says_what_is_missing(tmp_path):
+    files = {"list_landmarks_align_celeba.csv": "image_id\n", "img_align_celeba/1.jpg": jpeg()}
+    with pytest.raises(DataError, match=r"no identities\nPut identity_CelebA\.txt and list_land"):
+        celeba_faces(write(tmp_path, files))
+
+
+def test_one_photo_under_two_names_and_pictures_without_a_line(tmp_path):
+    path = folder(tmp_path, [f"a.jpg,{NUMBERS},1", f"./a.jpg,{NUMBERS},1"])
+    with pytest.raises(DataError, match=r"csv:3: \./a\.jpg is the photo of a\.jpg once more"):
+        folder_faces(path)
+    with pytest.warns(UserWarning, match=r"no line of 2 pictures, which are not taken.*'b\.jpg'"):
+        folder_faces(folder(tmp_path, [f"a.jpg,{NUMBERS},1"]))
+
+
+@pytest.mark.parametrize("other", ["../out.jpg", "/etc/hostname"])
+def test_rows_stay_in_their_folder(tmp_path, other):
+    write(tmp_path, {"out.jpg": jpeg()})
+    path = folder(tmp_path / "in", [f"a.jpg,{NUMBERS},1", f"{other},{NUMBERS},1"])
+    with pytest.raises(DataError, match=rf"csv:3: {other} is not in"):
+        folder_faces(path)
+
+
+def test_names_that_are_not_utf8_and_tables_that_are_not(tmp_path):
+    path = folder(tmp_path, [f"Zoe\u0301.jpg,{NUMBERS},1"], images=["Zo\u00e9.jpg"])
+    assert open_faces(path).read(0).shape == (3, 110, 100)
+    table = path / "landmarks.csv"
+    table.write_bytes(table.read_text().encode("latin-1", "replace").replace(b"?", b"\xe9"))
+    with pytest.raises(DataError, match=r"csv:2: not UTF-8 text .*save the table as UTF-8"):
+        open_faces(path)

@@ -208,3 +208,15 @@ def test_download_of_another_file_is_refused(host, tmp_path):
     with pytest.raises(NotAsPromisedError, match=r"pairs\.txt is not the pinned file"):
         lfw(tmp_path / "new", download=True)
     assert not (tmp_path / "new" / "pairs.txt").exists()
+
+
+def test_aligned_copies_in_png_fit_the_lists(home):
+    for path in [*(home / "lfw").rglob("*.jpg")]:
+        path.rename(path.with_suffix(".PNG"))
+    found = lfw(home, crop="sphereface")
+    assert sorted(found.faces.names) == sorted(IMAGES)
+    assert len(found.pairs) == 8
+    assert found.faces.landmarks is None
+    write(home, {"lfw/Bo/Bo_0001.jpg": jpeg()})
+    with pytest.raises(DataError, match=r"the image .*Bo_0001\.\w+ once more"):
+        lfw(home, crop="sphereface")

@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import subprocess
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -249,3 +250,39 @@ def test_unknown_kind_and_unknown_layout(tmp_path):
 def test_nothing_of_numpy_can_be_reached():
     for stand_in in _Reader.allowed.values():
         assert stand_in.__module__ == "idloss.data.insightface"
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        # LONG_BINPUT at a place that only a 32 GB memo has
+        (b"\x80\x04]r\xff\xff\xff\x7f.", "it asks for room for 2147483647 objects"),
+        # bytearray(32 << 30), and numpy.ndarray((32 << 30,)), which are to be made at once
+        (b"\x80\x04cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x08\x85R.", "bytes of an unknown make"),
+        (b"\x80\x04cnumpy\nndarray\n\x8a\x05\0\0\0\0\x08\x85\x85R.", "expected images and labels"),
+        # BINBYTES8 of 32 GB in a short file
+        (b"\x80\x04\x8e\0\0\0\0\x08\0\0\0.", "expected 34359738368 bytes"),
+    ],
+)
+def test_a_short_bin_gets_no_room(tmp_path, data, what):
+    tracemalloc.start()
+    with pytest.raises(DataError, match=rf"tiny\.bin: not a verification set: .*{what}"):
+        insightface_bin(bin_file(tmp_path, data))
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+def test_one_photo_under_two_names_is_told(tmp_path):
+    path = listed(tmp_path, "a.jpg,d.jpg,1\n", **{"d.jpg": jpeg(size=(96, 112), seed=0)})
+    with pytest.warns(UserWarning, match=r"1 pairs of .*pairs\.csv .*'a\.jpg' and 'd\.jpg'"):
+        pairs_csv(path)
+    with pytest.warns(UserWarning, match=r"1 pairs of .*tiny\.bin .*'00000' and '00001'"):
+        insightface_bin(bin_file(tmp_path, ([IMAGES[0], *IMAGES[:7]], SAME)))
+
+
+def test_photos_with_nothing_to_align_them_by_are_refused(tmp_path):
+    path = listed(tmp_path, "a.jpg,c.jpg,1\n")
+    with pytest.raises(ValueError, match=r"put landmarks\.csv beside it, .*crop=sphereface"):
+        open_evaluation(path)
+    with pytest.raises(ValueError, match="unknown template"):
+        open_evaluation(path, crop="spherefaec")

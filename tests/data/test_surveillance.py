@@ -204,3 +204,49 @@ def test_scface_subject_without_mugshot(cameras):
         scface(cameras, subjects=(1, 3))
     with pytest.warns(UserWarning, match="subject 003"):
         assert len(scface(cameras, subjects=(1, 3), skip_missing=True).gallery) == 1
+
+
+def test_tinyface_without_its_distractors_is_refused(tiny):
+    base = tiny / "tinyface/Testing_Set"
+    for name in ("d1.jpg", "d2.jpg"):
+        (base / "Gallery_Distractor" / name).unlink()
+    with pytest.raises(
+        DataError, match=r"Gallery_Distractor: there are no (?s:.*)distractors=False"
+    ):
+        tinyface(tiny)
+
+
+def test_tinyface_identities_are_one_whatever_numbers_they_are(tiny):
+    save(
+        tiny / "tinyface/Testing_Set/probe_img_ID_pairs.mat",
+        probe_set=cells(["12_7.jpg", "1_9.jpg"]),
+        probe_ids=np.array([[12.0], [1.0]]),
+    )
+    found = tinyface(tiny, distractors=False)
+    assert found.faces.identities == ("1", "12")
+    assert found.faces.labels[found.probes["probe"]].tolist() == [1, 0]
+
+
+def test_lists_and_folders_must_agree(surv):
+    base = surv / "QMUL-SurvFace/Face_Identification_Test_Set"
+    mates = {"mated_probe_set": cells(["7_cam1_1.jpg", "5_cam2_1.jpg"])}
+    path = base / "mated_probe_img_ID_pairs.mat"
+    save(path, **mates, mated_probe_ids=np.array([[2], [1]]))
+    with pytest.raises(
+        DataError, match=r"mated_probe/5_x\.jpg: mated_probe_img.* does not list it"
+    ):
+        survface_identification(surv)
+    (base / "mated_probe/5_x.jpg").unlink()
+    assert len(survface_identification(surv).probes["mated"]) == 2
+    save(path, **mates, mated_probe_ids=np.array([[2], [3]]))
+    with pytest.raises(
+        DataError, match=r"5_cam2_1\.jpg: its identity 3 has no face in the gallery"
+    ):
+        survface_identification(surv)
+    save(path, mated_probe_set=cells(["7_cam1_1.jpg"] * 2), mated_probe_ids=np.array([[2], [2]]))
+    with pytest.raises(DataError, match="it lists 1 images a second time"):
+        survface_identification(surv)
+    (base / "unmated_probe/u1.jpg").unlink()
+    save(path, **mates, mated_probe_ids=np.array([[2], [1]]))
+    with pytest.raises(DataError, match=r"unmated_probe: there are no images"):
+        survface_identification(surv)
