@@ -205,7 +205,12 @@ def test_celeba_unknown_split(tmp_path):
             "000002",
             r"CelebA\.txt:3: 000002\.jpg stands here a second",
         ),
-        ("identity_CelebA.txt", "2880\n", "02880\n", r"is the identity 2880 in another spelling"),
+        (
+            "identity_CelebA.txt",
+            "2880\n",
+            "02880\n",
+            r"2880: is the identity 02880 in another spelling",
+        ),
         (
             "list_landmarks_celeba.txt",
             f"000003.jpg {POINTS}\n",
