@@ -12,7 +12,6 @@ from data.test_files import jpeg
 from PIL import Image
 
 from idloss.data import DataError, FileFaces, celeba_faces, folder_faces, lfw, open_faces, prepare
-from idloss.data.faces import template_landmarks
 from idloss.data.files import MemoryFiles
 from idloss.data.landmarks import MEAN_FACE, POINT_COLUMNS, check_landmarks
 from idloss.data.pairs import lfw_name
@@ -134,8 +133,9 @@ def plain_faces(count=40):
         Image.fromarray(photo.astype(np.uint8)).save(buffer, "PNG")
         contents[f"{index}.png"] = buffer.getvalue()
     names = tuple(contents)
-    points = template_landmarks("sphereface", count) + 60
-    return FileFaces(MemoryFiles("plain", contents), names, names, landmarks=points)
+    points = torch.tensor(get_template("sphereface").points, dtype=torch.float64) + 60
+    files = MemoryFiles("plain", contents)
+    return FileFaces(files, names, names, landmarks=points.repeat(count, 1, 1))
 
 
 @pytest.mark.parametrize("scale", [0.6, 0.75, 1.3, 1.5])
