@@ -105,9 +105,6 @@ def register_degradation(name: str) -> Callable[[_Kind], _Kind]:
     Returns:
         A decorator for a class or function that makes the degradation; its arguments are what
         recipes write as `degradation_options:`.
-
-    Raises:
-        ValueError: The name is taken.
     """
 
     def register(kind: _Kind) -> _Kind:
@@ -168,29 +165,26 @@ class RealWorldDegradation:
     3), fitted to faces of a few pixels. Numbers that are said to be Real-ESRGAN's are those of its
     options/train_realesrgan_x4plus.yml.
 
-    Every face has its own draw of everything. It starts at HR and never gets larger than that or
-    smaller than LR. The second JPEG comes mostly before the last reduction, as cameras and web
-    sites compress more than a face, and the face lies anywhere in its grid of blocks. Images have 8
-    bits between all steps.
-
-    Ranges are drawn from uniformly.
+    Every face has its own draw of everything, uniform in its range. It starts at HR and never gets
+    larger than that or smaller than LR. The second JPEG comes mostly before the last reduction, as
+    cameras and web sites compress more than a face, and the face lies anywhere in its grid of
+    blocks. Images have 8 bits between all steps.
 
     Args:
-        blur_sigma: Standard deviation of the blur in pixels of the image at that time, and not
-            more than 0.75 pixels of LR in the first round, half that in the second. Real-ESRGAN's.
+        blur_sigma: Deviation of the blur in pixels of the image at that time, at most 0.75 pixels
+            of LR in the first round, half that in the second. Real-ESRGAN's.
         blur_probability: Of a blur, in each round. Real-ESRGAN's second.
         anisotropic_probability: Of a blur that is wider in one direction. Real-ESRGAN's.
         blur_shape: Exponent of the generalised Gaussian, for 3 kernels of 10; 1 is the Gaussian.
             Real-ESRGAN's.
-        gaussian_noise: Standard deviation in levels of 255. Up to half of Real-ESRGAN's, which
-            leaves little of so small a face; twice over it comes to the 0 to 20 of GFP-GAN's
-            options/train_gfpgan_v1_simple.yml.
-        shot_noise: Standard deviation in levels over the square root of the level: the noise of
-            photons (Poisson's, drawn as the Gaussian it is close to). Up to half of Real-ESRGAN's.
+        gaussian_noise: Deviation in levels of 255. Up to half of Real-ESRGAN's, which leaves little
+            of so small a face; twice it comes to the 0 to 20 of GFP-GAN's train_gfpgan_v1_simple.
+        shot_noise: Deviation in levels over the square root of the level: the noise of photons
+            (Poisson's, drawn as the Gaussian it is close to). Up to half of Real-ESRGAN's.
         shot_probability: Of shot noise, else it is Gaussian. Real-ESRGAN's.
         grey_probability: Of noise that is equal in all channels. Real-ESRGAN's.
-        jpeg_quality: Whole numbers from 1 to 100. Between Real-ESRGAN's 30 to 95 and GFP-GAN's 60
-            to 100: 30 can leave a few patches of colour of a face of 28x24.
+        jpeg_quality: From 1 to 100. Between Real-ESRGAN's 30 to 95 and GFP-GAN's 60 to 100: 30 can
+            leave a few patches of colour of a face of 28x24.
         full_chroma_probability: Of a JPEG without chroma subsampling.
         late_jpeg_probability: Of a second JPEG after the last reduction instead of before.
         sinc_probability: Of a sinc filter at the end, for the ringing of sharpened images.
@@ -310,10 +304,9 @@ class RealWorldDegradation:
 def gaussian_kernel(
     sigma: tuple[float, float], angle: float = 0.0, shape: float = 1.0, *, size: int
 ) -> _Array:
-    """A generalised Gaussian, float64 `[size, size]` with sum 1.
+    """A generalised Gaussian, float64 `[size, size]` with sum 1, turned from the horizontal.
 
-    Its deviations lie along and across the angle from the horizontal. The shape is the exponent
-    beta of Real-ESRGAN (section 3.1): 1 is the Gaussian, more has a flat top, less long tails.
+    The shape is Real-ESRGAN's beta (section 3.1): 1 is the Gaussian, more has a flat top.
     """
     x, y = _neighbours(size)
     along = (np.cos(angle) * x + np.sin(angle) * y) / sigma[0]
@@ -323,10 +316,7 @@ def gaussian_kernel(
 
 
 def sinc_kernel(cutoff: float, *, size: int) -> _Array:
-    """Cut off all frequencies above one, in radians a pixel: edges ring, as after sharpening.
-
-    Float64 `[size, size]` with sum 1 (Real-ESRGAN, section 3.3).
-    """
+    """What cuts off frequencies: float64 `[size, size]` with sum 1 (Real-ESRGAN, section 3.3)."""
     distance = torch.from_numpy(np.hypot(*_neighbours(size)))
     ringing: Tensor = torch.special.bessel_j1(cutoff * distance) / distance
     ringing[size // 2, size // 2] = cutoff / 2  # its limit

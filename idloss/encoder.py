@@ -21,10 +21,10 @@ ChannelOrder = Literal["rgb", "bgr"]
 
 # how far a folded network may stray, relative to its output: some ten roundings of float32
 _FOLD_TOLERANCE = 1e-5
-# Re-crops by which the alignment of faces is judged: scale, and shift as a share of half the crop.
-# Mean cosine of embeddings and of those of the re-crops, batches of 8 from LFW: aligned to the
-# FNet's template 0.91 to 0.95 (0.89 if they were enlarged four times), on other templates 0.78 to
-# 0.86 (MobileFaceNet of CASIA-WebFace), 0.70 to 0.84 (EdgeFace-XXS), 0.84 to 0.9 (that of MS1M).
+# Re-crops by which alignment is judged: scale, and shift as a share of half the crop. Mean cosine
+# of embeddings and those of re-crops, 8 faces of LFW: 0.91 to 0.95 if aligned to the FNet's crop
+# (0.89 if enlarged four times); on others 0.78 to 0.86 (MobileFaceNet of CASIA-WebFace), 0.70 to
+# 0.84 (EdgeFace-XXS), 0.84 to 0.9 (MobileFaceNet of MS1M).
 _STEADY = 0.88
 _ENOUGH_FACES, _MOST_FACES = 8, 32
 _RECROPS = ((1.08, 0.0, 0.0), (0.92, 0.0, 0.0), (1.0, 0.06, 0.0), (1.0, 0.0, 0.06))
@@ -33,21 +33,19 @@ _RECROPS = ((1.08, 0.0, 0.0), (0.92, 0.0, 0.0), (1.0, 0.06, 0.0), (1.0, 0.0, 0.0
 class FaceEncoder(nn.Module):
     """A frozen FNet that takes face crops of any size and gives embeddings.
 
-    The network is the encoder's own, a copy where a module is given, so that nobody else can train
-    it, and it is held outside `nn.Module`'s bookkeeping: it moves with `.to()`, is copied and
-    pickled with its owner, but no parent can switch it to training mode, and it appears in no
-    `state_dict()`, `parameters()`, optimizer or DDP bucket. Gradients flow to the images, never
-    to the weights. A parent's `to_empty()` keeps its weights.
+    The network is the encoder's own, a copy where a module is given, and held outside
+    `nn.Module`'s bookkeeping: it moves with `.to()`, is copied and pickled with its owner, but no
+    parent can train it, save it or lose it (`to_empty()`), and it is in no `state_dict()`,
+    `parameters()`, optimizer or DDP bucket. Gradients flow to the images, never to the weights.
 
     Args:
         fnet: Name of a registered FNet, a `"timm/..."`, `"hf-hub:..."` or `"local-dir:..."` name,
             or a module from normalised RGB to embeddings `[B, D]` with a `pretrained_cfg` (its
             `mean`, `std`, `input_size`), scripted and exported ones too; see `create_fnet`.
         pretrained: Load the FNet's weights; ignored when `fnet` is a module.
-        crop: Template the images are aligned to (`"sphereface"`, `"arcface"`, a `Template`, ...).
-            When it is not the FNet's own crop the images are converted. `None`: they are the
-            FNet's crop, or are to be stretched to its input, as the paper does for VGG-Face
-            (section 4.1).
+        crop: Template the images are aligned to (`"sphereface"`, `"arcface"`, a `Template`, ...),
+            from which they are converted to the FNet's own. `None`: they have that already, or are
+            to be stretched to its input, as the paper does for VGG-Face (section 4.1).
         interpolation: How crops are enlarged to the FNet's input size (OpenCV convention):
             `"bilinear"` in training, `"bicubic"` at test (paper, section 3). Crops that shrink are
             antialiased.
@@ -189,7 +187,9 @@ class FaceEncoder(nn.Module):
             if self.fnet.training:
                 _freeze(self.fnet)  # somebody reached for encoder.fnet
             if not self._is_quick and images.requires_grad and torch.is_grad_enabled():
-                _quicken(self.fnet)
+                for module in self.fnet.modules():
+                    if type(module) is nn.PReLU:
+                        module.__class__ = FrozenPReLU
                 self._is_quick = True
         inputs = self.preprocess(images)
         if not self.flip:
@@ -279,12 +279,10 @@ def check_gradient(function: Callable[[Tensor], Any], like: Tensor, name: str) -
 
 
 def _own_copy(fnet: nn.Module) -> nn.Module:
-    """A copy that its owner can't reach, and that may be changed; the module if it has none."""
     try:
         with torch.no_grad():  # a scripted module's copy would be tied to it by gradients
             return copy.deepcopy(fnet)
-    # what a stranger's module raises when it can't be copied is anybody's guess
-    except Exception as error:
+    except Exception as error:  # anything, from a stranger's module
         warnings.warn(
             f"{type(fnet).__name__} cannot be copied ({type(error).__name__}: {error}): it is used "
             "itself, frozen and in eval mode; let nobody train it",
@@ -307,10 +305,9 @@ def _freeze(net: nn.Module) -> nn.Module:
 
 
 class FrozenPReLU(nn.PReLU):
-    """`torch.nn.PReLU`, quicker to go back through where its slopes are frozen.
+    """`torch.nn.PReLU`, the same to the last bit, that leaves out the gradient of frozen slopes.
 
-    torch's own works out the gradient of the slopes whether anybody wants it or not: on a CPU that
-    was a third of an identity loss. Values and gradients are the same to the last bit.
+    On a CPU that gradient, which nobody wants, was a third of an identity loss.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -346,15 +343,7 @@ class _FrozenPReLU(torch.autograd.Function):
 
 
 def _slopes(weight: Tensor, like: Tensor) -> Tensor:
-    """One slope per channel, to meet `[B, C, ...]`."""
     return weight.to(like.dtype).view(-1, *[1] * (like.ndim - 2))
-
-
-def _quicken(net: nn.Module) -> None:
-    """Let all PReLUs of a frozen network go back quicker; without gradients torch's own is best."""
-    for module in net.modules():
-        if type(module) is nn.PReLU:
-            module.__class__ = FrozenPReLU
 
 
 def _reference(net: nn.Module) -> Tensor:
@@ -366,19 +355,15 @@ def _reference(net: nn.Module) -> Tensor:
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
     """The device that an option names, tried; `"auto"` is a GPU if there is one."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
-        return accelerator or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    # what a device that is not there raises differs from backend to backend
-    except Exception as error:
+    except Exception as error:  # which, differs from backend to backend
         reason = str(error).splitlines()[0]
-        here = f"'{accelerator}' and 'cpu'" if accelerator else "'cpu' alone"
-        raise ValueError(
-            f"device {str(name)!r} cannot be used ({reason}); this machine has {here}"
-        ) from error
+        advice = "'auto' takes what this machine has"
+        raise ValueError(f"device {str(name)!r} cannot be used ({reason}); {advice}") from error
     return device
 
 
@@ -390,9 +375,8 @@ def fold_batch_norm(net: nn.Module, input_size: tuple[int, int, int]) -> nn.Modu
     very tensor that a convolution returned. Whether nothing else used that tensor cannot be seen,
     so the copy is compared with the original, and given up where they differ.
     """
-    reference = next(net.parameters(), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(2, *input_size, generator=generator).to(reference)
+    image = torch.randn(2, *input_size, generator=generator).to(_reference(net))
     try:
         twin = copy.deepcopy(net)
     except Exception:  # weight norm, kept outputs, sessions of other runtimes

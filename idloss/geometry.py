@@ -57,12 +57,9 @@ class Template:
     points: tuple[Point, ...]
 
     def __post_init__(self) -> None:
-        if len(self.size) != 2 or min(self.size) < 1:
-            raise ValueError(f"size of template {self.name!r} must be (H, W), got {self.size}")
-        if len(self.points) != 5 or any(len(point) != 2 for point in self.points):
-            raise ValueError(
-                f"template {self.name!r} must have five (x, y) points, got {self.points}"
-            )
+        points = [len(point) for point in self.points]
+        if len(self.size) != 2 or min(self.size) < 1 or points != [2] * 5:
+            raise ValueError(f"a template has a size (H, W) and five (x, y), got {self}")
 
 
 # wy1iu/sphereface, preprocess/code/face_align_demo.m; the paper's authors use the same.
@@ -87,14 +84,11 @@ def _moved(points: Sequence[Point], scale: float, right: float, down: float) -> 
     return tuple((scale * x + right, scale * y + down) for x, y in points)
 
 
-# Nobody has published five points for VGG-Face or FaceNet: their crops are detector boxes. Ours, by
-# convention, are SphereFace's points moved to where those boxes put them on average: the least-
-# squares similarity to the mean landmarks of 193 LFW photos (every 60th; MTCNN boxes) in
-# - vggface: the box enlarged by 0.3, shorter side 256, centre 224 (the ReadMe.txt that the Oxford
-#   group ships with its VGGFace2 models; it published none for VGG-Face itself);
-# - facenet: the box plus 32 px of margin, at 160 (davidsandberg/facenet, wiki "Validate on LFW":
-#   align_dataset_mtcnn.py --image_size 160 --margin 32), but without its stretch to a square.
-# The paper feeds VGG-Face neither: it stretches the 112x96 crop to 224x224.
+# Nobody has published five points for VGG-Face or FaceNet: their crops are detector boxes. Ours are
+# SphereFace's, moved by the similarity to the mean landmarks of 193 LFW photos (every 60th) in the
+# boxes of MTCNN: for vggface enlarged by 0.3, shorter side 256, centre 224 (the ReadMe.txt of
+# Oxford's VGGFace2 models); for facenet with 32 px of margin, at 160 (davidsandberg/facenet, wiki
+# "Validate on LFW"), not stretched to a square. The paper stretches 112x96 crops for VGG-Face.
 _ARCFACE: Final = _moved(_SPHEREFACE, 1.0, 8.0, 0.0)
 # FNets of pSp and e4e see rows 35 to 223 and columns 32 to 220 of a 256 px face, shrunk to 112x112
 # (eladrich/pixel2style2pixel, criteria/id_loss.py); pixels have their centres at whole numbers.
@@ -120,10 +114,7 @@ def register_template(template: Template) -> Template:
     """Let a template be asked for by its name wherever a `crop` is, and give it back.
 
     Args:
-        template: The template.
-
-    Raises:
-        ValueError: Another template has that name.
+        template: The template, whose name no other has.
     """
     if _templates.setdefault(template.name, template) != template:
         raise ValueError(f"there is another template {template.name!r}: give this one its own name")
@@ -151,8 +142,8 @@ def fit_similarity(
     """Fit photos to a template as the paper's released code does.
 
     The similarity (rotation, one scale, translation) is fitted by least squares from the template
-    to the photo and then inverted, as Matlab's `cp2tform` does, so that the residual is measured in
-    the photo. On real landmarks this gives visibly other crops than `fit_similarity_forward`.
+    to the photo and then inverted, as Matlab's `cp2tform` does: the residual is measured in the
+    photo, and crops are visibly others than those of `fit_similarity_forward`.
 
     Args:
         landmarks: Five points in pixels of the photos, `[B, 5, 2]`, any real type.
@@ -164,13 +155,11 @@ def fit_similarity(
         Matrices `[B, 2, 3]` in float64 that take photo coordinates to template coordinates.
 
     Raises:
-        TypeError: The landmarks are not real numbers.
-        ValueError: Wrong shape, or landmarks that no face has: not finite, all in one place, on one
-            line, or far outside the photo; the message names the photo.
+        ValueError: Landmarks that no face has: not finite, all in one place, on one line, or far
+            outside the photo; the message names the photo.
     """
-    wanted = get_template(crop)
     points = _check_landmarks(landmarks, names, image_size)
-    return _inverse(_matrix(_solve(wanted.points, _coordinates(points))))
+    return _inverse(_matrix(_solve(get_template(crop).points, _coordinates(points))))
 
 
 def fit_similarity_forward(
@@ -185,23 +174,17 @@ def fit_similarity_forward(
     This is what scikit-image's `SimilarityTransform` and insightface compute (Umeyama 1991, for
     points that are not mirrored); the residual is measured in the crop.
     """
-    wanted = get_template(crop)
     points = _check_landmarks(landmarks, names, image_size)
-    return _matrix(_solve(_coordinates(points), wanted.points))
+    return _matrix(_solve(_coordinates(points), get_template(crop).points))
 
 
 def warp(
-    images: Tensor,
-    matrices: Tensor,
-    size: Sequence[int],
-    *,
-    mode: Mode = "bicubic",
+    images: Tensor, matrices: Tensor, size: Sequence[int], *, mode: Mode = "bicubic"
 ) -> Tensor:
     """Warp images by affine maps, as `cv2.warpAffine` does with a zero border.
 
-    Bicubic has a = -0.75. The arithmetic is in floating point: OpenCV's uint8 warp rounds places to
-    1/32 pixel and differs by 0.1 grey levels on average. Like OpenCV's, this warp has no
-    antialiasing: a face much larger than the crop aliases, so shrink the photo first where that
+    Bicubic has a = -0.75. OpenCV's uint8 warp rounds places to 1/32 pixel and differs from this by
+    0.1 grey levels on average. Neither has antialiasing: shrink large faces first where that
     matters (and does not have to agree with the paper).
 
     Args:
@@ -211,11 +194,7 @@ def warp(
         mode: `"bicubic"`, `"bilinear"` or `"nearest"`.
 
     Returns:
-        Images `[B, C, size[0], size[1]]` of the type given, zero outside the original.
-
-    Raises:
-        TypeError: The images or the matrices are not floating point.
-        ValueError: Wrong shapes, a size that is not positive, or an unknown mode.
+        Images `[B, C, *size]` of the type given, zero outside the original.
     """
     check_images(images, channels=None)
     if mode not in get_args(Mode):
@@ -257,7 +236,6 @@ def align(
         Crops `[B, C, H, W]` of the template's size and the photos' type, zero outside the photo.
 
     Raises:
-        TypeError: The photos are not floating point.
         ValueError: Wrong shapes, or landmarks that no face in the photo has.
     """
     wanted = get_template(crop)
@@ -270,11 +248,7 @@ def align(
 
 
 def convert_crop(
-    images: Tensor,
-    source: str | Template,
-    target: str | Template,
-    *,
-    fill: Fill = "edge",
+    images: Tensor, source: str | Template, target: str | Template, *, fill: Fill = "edge"
 ) -> Tensor:
     """Turn aligned crops of one template into those of another, in a single step.
 
@@ -285,20 +259,16 @@ def convert_crop(
     them off. Other pairs are one bicubic warp, after antialiasing if the face shrinks.
 
     Args:
-        images: Crops `[B, C, H, W]` in the geometry of `source`, floating point; gradients reach
-            them.
+        images: Crops `[B, C, H, W]` of `source`, floating point; gradients reach them.
         source: Template of the crops.
         target: Template wanted.
-        fill: What to put where the crop has nothing: `"edge"` repeats its border, a number is taken
-            as it is.
+        fill: What to put where the crop has nothing: a number, or `"edge"` to repeat its border.
 
     Returns:
-        Crops `[B, C, H', W']` in the geometry of `target`, of the type given.
+        Crops `[B, C, H', W']` of `target`, of the type given.
 
     Raises:
-        TypeError: The images are not floating point.
-        ValueError: Wrong rank, an unknown template or fill, or images that do not have the aspect
-            of `source`.
+        ValueError: An unknown template or fill, or images without the aspect of `source`.
     """
     old, new = get_template(source), get_template(target)
     check_images(images, channels=None)
@@ -327,9 +297,8 @@ def convert_crop(
     if window is not None:
         wide = _window(images, -1, window[0], size[1], fill)
         return _window(wide, -2, window[1], size[0], fill)
-    back = torch.tensor([lines], dtype=_precise(images.device), device=images.device).expand(
-        images.shape[0], 2, 3
-    )
+    back = torch.tensor([lines], dtype=_precise(images.device), device=images.device)
+    back = back.expand(images.shape[0], 2, 3)
     if fill == "edge":
         return _sample(images, back, size, mode="bicubic", padding="border")
     return _sample(images - fill, back, size, mode="bicubic", padding="zeros") + fill
@@ -349,10 +318,9 @@ def _full_conversion(
 
 
 def _conversion(old: Template, new: Template, height: int, width: int) -> _Conversion:
-    """How crops `height x width` of one template become those of another.
+    """Size of the result, size to shrink to first, corner of a window or None, affine map back.
 
-    The size of the result; that to shrink to first; then either the corner of a window, where whole
-    pixels lie between the two, or the affine map from the result back, `[2][3]`.
+    The window is there where whole pixels lie between the two.
     """
     down, across = height / old.size[0], width / old.size[1]
     a, b, x, y = (float(number) for number in _solve(new.points, old.points))

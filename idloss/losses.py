@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from idloss.encoder import ChannelOrder, FaceEncoder, Interpolation, check_gradient
+from idloss.encoder import FaceEncoder, check_gradient
 from idloss.errors import did_you_mean
 from idloss.geometry import Template
 from idloss.plugins import load_plugins
 from idloss.resample import ImageWatch, check_images, resize, to_float, to_uint8
 
-Reduction = Literal["mean", "sum", "none"]
 _Function = Callable[[Tensor, Tensor], Tensor]
 Distance = _Function
 ImageLoss = _Function
@@ -64,11 +63,8 @@ def register_distance(name: str, distance: Distance) -> None:
     """Let a distance be asked for by name, in losses and in recipes.
 
     Args:
-        name: Its name.
+        name: Its name, which no other distance has.
         distance: From two `[B, D]` tensors to `[B]`.
-
-    Raises:
-        ValueError: Another distance has that name.
     """
     _register("distance", _distances, name, distance)
 
@@ -77,11 +73,8 @@ def register_image_loss(name: str, image_loss: ImageLoss) -> None:
     """Let an image loss be asked for by name, in losses and in recipes.
 
     Args:
-        name: Its name.
+        name: Its name, which no other image loss has.
         image_loss: From SR and MR, both `[B, 3, h, w]` in [-1, 1], to a scalar.
-
-    Raises:
-        ValueError: Another image loss has that name.
     """
     _register("image loss", _image_losses, name, image_loss)
 
@@ -115,25 +108,22 @@ class IdentityPreservedLoss(nn.Module):
 
     Lai, He and Lam, ICIP 2019, equations 2 and 3. The FNet is frozen (see `FaceEncoder`): the loss
     has no parameters, an empty `state_dict()`, and is not to be wrapped in DDP; wrap the SR
-    network. Distances are taken in float32, whatever autocast gives. NaN images give a NaN loss.
-    In eager mode the first call in training finds out whether SR's gradient passes through the
-    FNet, and images are looked at now and then for what is legal and surely not meant.
+    network. Distances are taken in float32 at least. NaN images give a NaN loss. In eager mode the
+    first call in training finds out whether SR's gradient passes through the FNet, and images are
+    looked at now and then for what is legal and surely not meant.
 
     Args:
         fnet: The face recogniser: a name, a module (see `FaceEncoder`), a sequence of these, or a
             mapping of these to their weights. Several form an ensemble whose loss is the weighted
             mean of the distances.
-        pretrained: Load the FNets' weights; ignored for modules.
         distance: `"cosine"`, `"euclidean"` (squared, of normalised embeddings), `"angular"`,
             `"l1"`, what `register_distance` was given, or a callable from two `[B, D]` tensors to
             `[B]`.
-        interpolation: How images are enlarged to the FNet's input size.
+        reduction: `"mean"`, `"sum"` or `"none"`.
         crop: Template the images are aligned to; see `FaceEncoder`.
         value_range: Lowest and highest value of the images.
-        channel_order: `"rgb"` or `"bgr"`.
-        reduction: `"mean"`, `"sum"` or `"none"`.
-        flip: Compare the embeddings of the images and of their mirror images, concatenated.
-        **fnet_options: Passed on to `create_fnet`.
+        **encoder_options: Passed on to `FaceEncoder`: `pretrained`, `interpolation`, `flip`,
+            `channel_order`, and what `create_fnet` takes.
 
     Example:
         >>> identity_loss = IdentityPreservedLoss("sface", crop="sphereface")
@@ -144,15 +134,11 @@ class IdentityPreservedLoss(nn.Module):
         self,
         fnet: str | nn.Module | Sequence[str | nn.Module] | Mapping[Any, float] = "sface",
         *,
-        pretrained: bool = True,
         distance: str | Distance = "cosine",
-        interpolation: Interpolation = "bilinear",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         crop: str | Template | None = None,
         value_range: tuple[float, float] = (0.0, 1.0),
-        channel_order: ChannelOrder = "rgb",
-        reduction: Reduction = "mean",
-        flip: bool = False,
-        **fnet_options: Any,
+        **encoder_options: Any,
     ) -> None:
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
@@ -167,16 +153,7 @@ class IdentityPreservedLoss(nn.Module):
         if not pairs or any(not weight > 0 for _, weight in pairs):
             raise ValueError(f"an ensemble needs FNets with weights above zero, got {fnet!r}")
         self.encoders = nn.ModuleList(
-            FaceEncoder(
-                net,
-                pretrained=pretrained,
-                crop=crop,
-                interpolation=interpolation,
-                flip=flip,
-                value_range=value_range,
-                channel_order=channel_order,
-                **fnet_options,
-            )
+            FaceEncoder(net, crop=crop, value_range=value_range, **encoder_options)
             for net, _ in pairs
         )
         total = sum(weight for _, weight in pairs)
@@ -220,16 +197,14 @@ class IdentityPreservedLoss(nn.Module):
             hr: Their originals `[B, 3, H, W]` of any size; receives no gradient.
             target_features: What `embed(hr)` gave, `[B, num_features]`, instead of `hr`; then no
                 HR forward pass is run.
-            weight: Weight of each face, `[B]`; 0 leaves a face out, whatever it holds. With
-                `reduction="mean"` the result is the weighted mean, as in
-                `torch.nn.functional.l1_loss`.
+            weight: Weight of each face, `[B]`; 0 leaves a face out, whatever it holds. A mean is
+                the weighted one, as in `torch.nn.functional.l1_loss`.
 
         Returns:
             A scalar, or `[B]` for `reduction="none"`.
 
         Raises:
             RuntimeError: If the FNet or the distance cuts the gradient.
-            TypeError: If images are not floating point.
             ValueError: If the batch is empty, shapes do not fit, or not exactly one of `hr` and
                 `target_features` is given.
         """
@@ -282,9 +257,8 @@ class IdentityPreservedLoss(nn.Module):
 
     def _inspect_gradient(self, sr: Tensor) -> None:
         """Find out, once in training, whether a gradient comes back to SR."""
-        if "gradient" in self._inspected or not (self.training and torch.is_grad_enabled()):
-            return
-        if not _is_plain(sr):
+        wanted = self.training and torch.is_grad_enabled() and "gradient" not in self._inspected
+        if not wanted or not _is_plain(sr):
             return
         self._inspected.add("gradient")
         if not sr.requires_grad:
@@ -354,15 +328,10 @@ class HallucinationLoss(nn.Module):
         if weight < 0:
             raise ValueError(f"weight (lambda) must not be negative, got {weight}")
         if isinstance(identity, IdentityPreservedLoss):
-            if identity_options:
+            if identity_options or identity.value_range != value_range:
                 raise ValueError(
-                    f"{sorted(identity_options)} belong to the IdentityPreservedLoss, which is "
-                    "already made: pass them there"
-                )
-            if identity.value_range != value_range:
-                raise ValueError(
-                    f"value_range is {value_range} here and {identity.value_range} in the "
-                    "identity loss: both see the same images"
+                    f"the identity loss is made already, with value_range={identity.value_range}: "
+                    f"give {', '.join(['value_range', *identity_options])} to it"
                 )
         elif identity is not None and weight > 0:
             identity = IdentityPreservedLoss(identity, value_range=value_range, **identity_options)
@@ -395,15 +364,12 @@ class HallucinationLoss(nn.Module):
 
         Raises:
             RuntimeError: If the FNet, the distance or the image loss cuts the gradient.
-            TypeError: If images are not floating point.
             ValueError: If shapes do not fit.
         """
         check_images(sr, "sr")
         _check_hr(hr, sr.shape[0])
-        if not torch.compiler.is_compiling():
-            # fills MR; the identity loss may see features instead
-            unseen = self.identity is None or target_features is not None
-            complaint = self._watch.complaint(hr, "hr") if unseen else None
+        if self.identity is None or target_features is not None:  # else it looks at HR
+            complaint = self._watch.complaint(hr, "hr")
             if complaint is not None:
                 _warn(complaint)
         low, high = self.value_range
@@ -411,13 +377,11 @@ class HallucinationLoss(nn.Module):
             target = self.medium_resolution(hr, (sr.shape[-2], sr.shape[-1])) * 2 - 1
         total = self.image_loss((sr - low) * (2 / (high - low)) - 1, target)
         if sr.requires_grad and torch.is_grad_enabled() and not total.requires_grad:
-            raise RuntimeError(
-                "the image loss cuts the gradient: the SR network would learn nothing"
-            )
+            raise RuntimeError("the image loss cuts the gradient: SR would learn nothing from it")
         parts = {"image": total.detach()}
         if self.identity is not None:
-            hr_or_features = None if target_features is not None else hr
-            identity = self.identity(sr, hr_or_features, target_features=target_features)
+            seen = hr if target_features is None else None
+            identity = self.identity(sr, seen, target_features=target_features)
             parts["identity"] = identity.detach()
             total = total + self.weight * identity
         return total, parts

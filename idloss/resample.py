@@ -44,23 +44,17 @@ _CUBIC = -0.75  # a of the cubic kernel; resize.cpp, interpolateCubic
 
 
 def resize(
-    images: Tensor,
-    size: Sequence[int],
-    *,
-    mode: Mode = "bicubic",
-    convention: Convention = "cv2",
+    images: Tensor, size: Sequence[int], *, mode: Mode = "bicubic", convention: Convention = "cv2"
 ) -> Tensor:
     """Resample images to a size, in OpenCV's convention or with antialiasing.
 
     Floating point images give unrounded, unclamped, differentiable values: bicubic overshoots the
-    range, as it should. Images that have the size already are given back as they are.
-
-    uint8 images give uint8. In the `"cv2"` convention these are the bytes of OpenCV's x86 wheels:
-    bilinear and nearest always; bicubic too on faces at the paper's sizes, while at scales such as
-    5 or 7/4 a value half way between two levels may round to the other (fewer than 1 of 1,000
-    pixels of noise). An OpenCV built without Intel's IPP weighs bicubic taps in 11 bits and is a
-    level off from that when enlarging (1 % of pixels by 8, 5 % by 16). In the `"antialias"`
-    convention they are Pillow's but for such ties (bicubic: 1 pixel of 1,000; bilinear: 2 of 100).
+    range, as it should. uint8 images give uint8. In the `"cv2"` convention these are the bytes of
+    OpenCV's x86 wheels, but for bicubic at scales such as 5 or 7/4, where a value half way between
+    two levels may round to the other (fewer than 1 of 1,000 pixels of noise); OpenCV without
+    Intel's IPP weighs bicubic taps in 11 bits and is a level off when enlarging (1 % of pixels by
+    8, 5 % by 16). In the `"antialias"` convention they are Pillow's but for such ties (bicubic: 1
+    pixel of 1,000; bilinear: 2 of 100).
 
     Args:
         images: `[..., C, H, W]`, floating point of any range or uint8; float16 and bfloat16 are
@@ -70,12 +64,7 @@ def resize(
         convention: `"cv2"` (no antialiasing) or `"antialias"` (bicubic and bilinear only).
 
     Returns:
-        Images `[..., C, size[0], size[1]]` of the type given.
-
-    Raises:
-        TypeError: The images are neither floating point nor uint8.
-        ValueError: Wrong rank, a size that is not two positive numbers, an unknown mode or
-            convention, or antialiased nearest.
+        Images `[..., C, *size]` of the type given; the same tensor where they have the size.
     """
     height, width = _check(images, size, mode, convention)
     if images.shape[-2:] == (height, width):
@@ -107,11 +96,7 @@ def check_images(images: Tensor, name: str = "images", channels: int | None = 3)
 
 
 class ImageWatch:
-    """Looks at the values of images at calls 1, 2, 4, 8, ..., and never while a graph is traced.
-
-    Reading a pixel waits for the GPU: once in so many calls that costs nothing, and a loader that
-    changes its range later is still found.
-    """
+    """Looks at images at calls 1, 2, 4, 8, ... (it waits for the GPU), never in a traced graph."""
 
     def __init__(
         self, value_range: tuple[float, float] = (0.0, 1.0), *, margin: float = 0.25
@@ -175,11 +160,7 @@ def to_uint8(images: Tensor, *, rounding: Rounding = "nearest") -> Tensor:
             does to SR before it resizes it for the FNet.
 
     Returns:
-        uint8 images of the same shape, in 0 to 255.
-
-    Raises:
-        TypeError: The images are not floating point.
-        ValueError: Unknown rounding.
+        uint8 images of the same shape.
     """
     if rounding not in get_args(Rounding):
         raise ValueError(did_you_mean("rounding", rounding, get_args(Rounding)))
@@ -258,11 +239,9 @@ def _taps(first: _Array, weights: _Array, size_in: int) -> _Taps:
 
 @lru_cache(maxsize=256)
 def _bilinear_taps(size_in: int, size_out: int, *, weigh_border: bool) -> _Taps:
-    """Taps of OpenCV's bilinear resize, with places in float32 and 11-bit weights as there.
-
-    Columns beyond the border take the border pixel alone; rows there (`weigh_border`) blend the
-    border row with itself, which is not the same in truncating arithmetic.
-    """
+    """Taps of OpenCV's bilinear resize, with places in float32 and 11-bit weights as there."""
+    # columns beyond the border take the border pixel alone; rows there (`weigh_border`) blend the
+    # border row with itself, which is not the same in truncating arithmetic
     places = (np.arange(size_out) + 0.5) * (1.0 / (size_out / size_in)) - 0.5
     places = places.astype(np.float32)
     first = np.floor(places)
@@ -303,11 +282,7 @@ def _bilinear_bytes(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def _bicubic_bytes(images: Tensor, height: int, width: int) -> Tensor:
-    """OpenCV's uint8 bicubic in float32, columns first, taps summed two and two.
-
-    Order and precision were found by comparing with it; they only matter where a value lies within
-    rounding of half a level.
-    """
+    """OpenCV's uint8 bicubic in float32, columns first, taps two and two: found by comparing."""
     exact = images
     for axis, size in ((-1, width), (-2, height)):
         one, two, three, four = _products(exact, _bicubic_taps(images.shape[axis], size), axis)

@@ -38,10 +38,12 @@ def encoder(net):
     return FaceEncoder(net)
 
 
-def test_normalises_as_the_fnet_asks(net, encoder):
-    x = faces()
+def test_normalises_as_the_fnet_asks_and_concatenates_the_mirror_image(net, encoder):
+    x, both = faces(), FaceEncoder(net, flip=True)
     mean, std = (torch.tensor(net.pretrained_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
     torch.testing.assert_close(encoder(x), net.eval()((x - mean) / std))
+    assert both.num_features == 2 * encoder.num_features
+    torch.testing.assert_close(both(x), torch.cat((encoder(x), encoder(x.flip(-1))), dim=1))
 
 
 @pytest.mark.parametrize(
@@ -60,16 +62,11 @@ def test_what_images_are_told_to_be(net, encoder, options, told, plain):
     torch.testing.assert_close(got, encoder(plain(x)), atol=1e-5, rtol=1e-5)
 
 
-def test_flip_concatenates_the_mirror_image(net, encoder):
-    x = faces()
-    both = FaceEncoder(net, flip=True)
-    assert both.num_features == 2 * encoder.num_features
-    expected = torch.cat((encoder(x), encoder(x.flip(-1))), dim=1)
-    torch.testing.assert_close(both(x), expected)
-
-
-def test_stays_frozen_under_a_training_parent(net, encoder):
+def test_stays_frozen_under_a_training_parent_and_in_no_state_dict(net, encoder):
     parent = Parent(encoder)
+    own = {"srnet.weight", "srnet.bias"}
+    assert set(parent.state_dict()) == {name for name, _ in parent.named_parameters()} == own
+    parent.load_state_dict(parent.state_dict(), strict=True)
     before, net = copy.deepcopy(net.state_dict()), encoder.fnet
     parent.train().requires_grad_(True)
     optimizer = torch.optim.SGD(parent.parameters(), lr=0.1)
@@ -81,13 +78,6 @@ def test_stays_frozen_under_a_training_parent(net, encoder):
     assert all(p.grad is None and not p.requires_grad for p in net.parameters())
     assert parent.srnet.weight.grad.abs().sum() > 0
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-
-
-def test_is_in_no_state_dict_and_no_parameter_list(encoder):
-    parent = Parent(encoder)
-    assert set(parent.state_dict()) == {"srnet.weight", "srnet.bias"}
-    assert {name for name, _ in parent.named_parameters()} == {"srnet.weight", "srnet.bias"}
-    parent.load_state_dict(parent.state_dict(), strict=True)
 
 
 @pytest.mark.parametrize(
@@ -175,14 +165,13 @@ def test_networks_that_are_graphs_serve_as_fnets(kind):
     dynamic = ({0: torch.export.Dim.DYNAMIC},)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        graph = {
-            "traced": lambda: torch.jit.trace(net, x),
-            "exported": lambda: torch.export.export(net, (x,), dynamic_shapes=dynamic),
-            "exported module": lambda: torch.export.export(
-                net, (x,), dynamic_shapes=dynamic
-            ).module(),
-            "compiled": lambda: torch.compile(net, backend="eager"),
-        }[kind]()
+        if kind == "traced":
+            graph = torch.jit.trace(net, x)
+        elif kind == "compiled":
+            graph = torch.compile(net, backend="eager")
+        else:
+            graph = torch.export.export(net, (x,), dynamic_shapes=dynamic)
+            graph = graph.module() if kind == "exported module" else graph
         encoder = IdentityPreservedLoss(graph, **INPUT).encoders[0]
         twin = copy.deepcopy(nn.Sequential(encoder)).train()
     x.requires_grad_()

@@ -182,23 +182,20 @@ def test_bytes_are_exact_under_autocast_and_inference_mode(golden):
 
 
 @pytest.mark.parametrize("mode", list(CV2))
-@pytest.mark.parametrize("byte", [True, False])
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")  # the taps' cache: it traces through
-def test_compiles_into_one_graph(mode, byte):
-    images = noise(2, 3, 20, 31) if byte else noise(2, 3, 20, 31) / 255
+def test_compiles_into_one_graph_and_exports_with_a_free_batch(mode):
     compiled = torch.compile(resize, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(images, (7, 40), mode=mode), resize(images, (7, 40), mode=mode))
+    for images in (noise(2, 3, 20, 31), noise(2, 3, 20, 31) / 255):
+        assert torch.equal(compiled(images, (7, 40), mode=mode), resize(images, (7, 40), mode=mode))
 
-
-@pytest.mark.parametrize("mode", list(CV2))
-def test_exports_with_a_free_batch(mode):
     class Resize(torch.nn.Module):
         def forward(self, images):
             return resize(images, (28, 24), mode=mode)
 
     batch = torch.export.Dim("batch")
-    example = torch.rand(2, 3, 14, 12)
-    program = torch.export.export(Resize(), (example,), dynamic_shapes=({0: batch},))
+    program = torch.export.export(
+        Resize(), (torch.rand(2, 3, 14, 12),), dynamic_shapes=({0: batch},)
+    )
     other = torch.rand(5, 3, 14, 12)
     torch.testing.assert_close(program.module()(other), resize(other, (28, 24), mode=mode))
 
