@@ -31,10 +31,9 @@ def info(name: Annotated[str, typer.Argument(help="A model with its tag.")]) -> 
     """Say where a model's weights come from, their hash, licence and training data."""
     from idloss.weights import describe
 
-    table = Table(show_header=False)
     for key, value in describe(name).items():
-        table.add_row(key, str(value))
-    Console().print(table)
+        for line in value if isinstance(value, list) else [value]:
+            typer.echo(f"{key:<15}{line}")  # whole, however narrow the terminal
 
 
 def fetch(

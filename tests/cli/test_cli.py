@@ -2,6 +2,7 @@ import io
 import os
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,16 +12,20 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from minilfw import mini_lfw
 from PIL import Image
 from timm.models import save_for_hf
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from idloss import __version__, create_fnet, create_srnet
 from idloss.cli import app, main
 from idloss.data import SyntheticFaces
 from idloss.evaluation import Results
+from idloss.weights import describe
 from idloss.weights.files import written_whole
+from idloss.weights.sources import zoo_folder
 
 run = CliRunner().invoke
 
@@ -37,10 +42,32 @@ def test_list_takes_a_wildcard():
     assert "sface" not in shown
 
 
-def test_info_names_source_licence_and_training_data():
+def test_info_names_source_licence_and_training_data(monkeypatch):
+    """Its address whole, however narrow the terminal is."""
+    monkeypatch.setenv("COLUMNS", "40")
     shown = run(app, ["info", "mobilefacenet"]).output
-    for word in ("bubbliiiing", "mit", "CASIA"):
+    (url,) = describe("mobilefacenet")["source"]
+    for word in (url, "mit", "CASIA"):
         assert word in shown
+
+
+@pytest.mark.parametrize("name", ["edsr16_64", "edsr16_64_id"])
+def test_cards_of_the_zoo_say_licence_and_commands_that_run(name, monkeypatch):
+    card = (zoo_folder() / name / "README.md").read_text()
+    (licence,) = re.findall("^license_name: (.+)$", card, re.MULTILINE)
+    project = (ROOT / "pyproject.toml").read_text().lower()
+    assert f"and licenseref-{licence}" in project
+    called = []
+    monkeypatch.setattr("idloss.training.train", lambda *args, **_: called.append(args))
+    commands = card.partition("```bash\n")[2].partition("```")[0].replace("\\\n", " ")
+    train, evaluate = (shlex.split(line)[1:] for line in commands.splitlines())
+    assert run(app, train).exit_code == 0
+    ((recipe, _),) = called
+    assert (recipe.srnet, recipe.iterations, recipe.batch_size) == (name, 1500, 16)
+    assert recipe.exclude[0] == "7398"
+    assert len(recipe.exclude) == 6
+    options = get_command(app).commands[evaluate[0]].make_context("", evaluate[1:]).params
+    assert options["srnet"] == ["bilinear", "bicubic", name]
 
 
 def test_a_wrong_name_is_one_line(monkeypatch):
