@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 
@@ -111,6 +113,20 @@ class FNet(nn.Module):
         self.num_classes = num_classes
         self._build_classifier()
         self.classifier.to(device=reference.device, dtype=reference.dtype)
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """What timm sorts names of parameters by, as for learning rates that differ by layer."""
+        depth = 1 if coarse else 2
+        groups = [name for name, _ in self.named_modules() if name and name.count(".") < depth]
+        return lambda name: max(
+            (place for place, group in enumerate(groups) if f"{name}.".startswith(f"{group}.")),
+            default=-1,
+        )
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Part of timm's interface, which trains these networks without it."""
+        if enable:
+            raise NotImplementedError(f"{type(self).__name__} has no gradient checkpointing")
 
     def _init_convolutions(self) -> None:
         """Draw the convolutions so that ReLU layers keep the signal (He et al., ICCV 2015)."""

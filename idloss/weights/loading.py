@@ -429,6 +429,10 @@ def build_model(
 
     def build(**arguments: Any) -> _Model:
         model = model_cls(**arguments)
+        if kwargs.get("features_only") and not hasattr(model, "feature_info"):
+            raise ValueError(
+                f"{variant} has no features_only; forward_features gives its last feature map"
+            )
         if tensors is not None:
             fitting = _fitting(tensors, model, name, told, pretrained_filter_fn)
             _load(fitting, model, name, told, arguments.get("in_chans", 3))

@@ -6,7 +6,12 @@ import inspect
 import pytest
 import timm
 import torch
-from timm.models import get_arch_pretrained_cfgs, model_entrypoint, save_for_hf
+from timm.models import (
+    get_arch_pretrained_cfgs,
+    group_parameters,
+    model_entrypoint,
+    save_for_hf,
+)
 
 from idloss import create_fnet, list_fnets
 from idloss.fnets import FNet, MobileFaceNet, SphereFace, VGGFace
@@ -129,6 +134,22 @@ def test_tags(name):
         assert pinned or isinstance(weights.source, ManualFile)  # which nothing fetches unasked
         assert weights.licence
         assert weights.training_data in cfg.description
+
+
+def test_timms_tools(name):
+    """Learning rates by layer go up from the stem; what is not there says so."""
+    model = make(name)
+    for coarse in (True, False):
+        groups = group_parameters(model, model.group_matcher(coarse=coarse))
+        assert sum(map(len, groups.values())) == len(list(model.parameters()))
+        assert model.pretrained_cfg["first_conv"] in groups[0][0]
+        assert "embedding" in groups[len(groups) - 1][0]
+    assert len(groups) >= 5
+    model.set_grad_checkpointing(False)
+    with pytest.raises(NotImplementedError, match="has no gradient checkpointing"):
+        model.set_grad_checkpointing()
+    with pytest.raises(ValueError, match="has no features_only; forward_features gives"):
+        timm.create_model(name, features_only=True, **SMALL.get(name, {}))
 
 
 @pytest.mark.parametrize("num_classes", [0, 5])
