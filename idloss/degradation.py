@@ -1,11 +1,9 @@
 """From HR to LR: the paper's bicubic, and blur, noise and JPEG as in the wild.
 
 Each face is degraded by itself on the CPU, by a seed of its own: its bits are the same on every
-device, in any batch and in any number of processes. JPEG is libjpeg's, through Pillow, as
-torchvision's codec is deprecated since 0.29 and knows no 4:4:4, and its v2 transforms draw one
-quality and one sigma for a whole batch from torch's global generator. A codec and filters on
-tensors, equal to libjpeg to the bit, took 500 lines more and as long on a CPU. A face takes about 3
-ms of one core; threads share the batch.
+device, in any batch and in any number of processes. A face takes about 3 ms of one core; threads
+share the batch. JPEG is Pillow's: torchvision's codec is deprecated since 0.29 and knows no 4:4:4,
+and its v2 transforms draw one quality and sigma for a batch, from torch's global generator.
 """
 
 from __future__ import annotations
@@ -46,8 +44,7 @@ _LEVELS = 255
 _JPEG_GRID = 16  # a JPEG repeats itself every 16 pixels with 4:2:0, every 8 with 4:4:4
 _KERNEL_BITS = 14  # with 8 of the image and weights that add up to 4 or less: float32's 24
 # Of each round: the chances that the image grows and shrinks (else it keeps its size), and the
-# widest blur in pixels of LR. Real-ESRGAN's, whose blurs of 3 and 1.5 pixels at x4 these are; but
-# nothing grows beyond HR.
+# widest blur in pixels of LR. Real-ESRGAN's, with blurs of 3 and 1.5 pixels at x4.
 _ROUNDS = ((0.0, 0.7, 0.75), (0.3, 0.4, 0.375))
 # The wide (antialiased) ones stand for Real-ESRGAN's "area": sensors and good software average,
 # cheap software does not.
@@ -85,10 +82,6 @@ class Degradation(Protocol):
         Returns:
             LR, float32 RGB `[B, 3, *size]` in [0, 1], on the device of `hr`; those of this package
             are multiples of 1/255.
-
-        Raises:
-            TypeError: The faces are not uint8.
-            ValueError: Shapes, size or seeds do not fit.
         """
 
 
@@ -129,9 +122,6 @@ def get_degradation(name: str, **options: Any) -> Degradation:
         name: One of `list_degradations()`.
         **options: Its arguments.
 
-    Returns:
-        The degradation.
-
     Raises:
         ValueError: The name or an option is unknown, or an option is out of range.
     """
@@ -165,10 +155,9 @@ class RealWorldDegradation:
     3), fitted to faces of a few pixels. Numbers that are said to be Real-ESRGAN's are those of its
     options/train_realesrgan_x4plus.yml.
 
-    Every face has its own draw of everything, uniform in its range. It starts at HR and never gets
-    larger than that or smaller than LR. The second JPEG comes mostly before the last reduction, as
-    cameras and web sites compress more than a face, and the face lies anywhere in its grid of
-    blocks. Images have 8 bits between all steps.
+    Every face has its own draw of everything, uniform in its range, and stays between HR and LR in
+    size. The second JPEG comes mostly before the last reduction, as cameras compress more than a
+    face, which lies anywhere in its grid of blocks. Images have 8 bits between all steps.
 
     Args:
         blur_sigma: Deviation of the blur in pixels of the image at that time, at most 0.75 pixels

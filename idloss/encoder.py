@@ -21,6 +21,7 @@ ChannelOrder = Literal["rgb", "bgr"]
 
 # how far a folded network may stray, relative to its output: some ten roundings of float32
 _FOLD_TOLERANCE = 1e-5
+# Aligned faces change little in the FNet's eyes if they are cut a little differently.
 # Re-crops by which alignment is judged: scale, and shift as a share of half the crop. Mean cosine
 # of embeddings and those of re-crops, 8 faces of LFW: 0.91 to 0.95 if aligned to the FNet's crop
 # (0.89 if enlarged four times); on others 0.78 to 0.86 (MobileFaceNet of CASIA-WebFace), 0.70 to
@@ -215,10 +216,7 @@ class FaceEncoder(nn.Module):
 
     @torch.no_grad()
     def alignment_complaint(self, images: Tensor) -> str | None:
-        """Doubt that faces `[B, 3, H, W]` lie where the FNet expects them, with the evidence.
-
-        Embeddings of faces that do change little when the faces are cut a little differently.
-        """
+        """Doubt that faces `[B, 3, H, W]` lie where the FNet expects them, with the evidence."""
         if len(images) < _ENOUGH_FACES or self.fnet_crop is None:
             return None
         inputs = self.preprocess(images[:_MOST_FACES])
@@ -371,9 +369,8 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
 def fold_batch_norm(net: nn.Module, input_size: tuple[int, int, int]) -> nn.Module:
     """A copy of a network with its batch norms folded into convolutions; itself if that changes it.
 
-    Pairs are found by watching one image go through: a batch norm is folded when it is given the
-    very tensor that a convolution returned. Whether nothing else used that tensor cannot be seen,
-    so the copy is compared with the original, and given up where they differ.
+    A batch norm is folded when it is given the very tensor that a convolution returned. Whether
+    nothing else used that tensor cannot be seen, so the copy is compared with the original.
     """
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(2, *input_size, generator=generator).to(_reference(net))

@@ -47,9 +47,6 @@ class Template:
         name: Name for messages and look-ups.
         size: Rows and columns of the crop, `(H, W)`.
         points: Five `(x, y)` in pixels of the crop.
-
-    Raises:
-        ValueError: The size is not two positive numbers or there are not five points.
     """
 
     name: str
@@ -234,9 +231,6 @@ def align(
 
     Returns:
         Crops `[B, C, H, W]` of the template's size and the photos' type, zero outside the photo.
-
-    Raises:
-        ValueError: Wrong shapes, or landmarks that no face in the photo has.
     """
     wanted = get_template(crop)
     check_images(images, channels=None)
@@ -252,11 +246,10 @@ def convert_crop(
 ) -> Tensor:
     """Turn aligned crops of one template into those of another, in a single step.
 
-    Crops of any size will do: the scale is that of the crop to its template, and is kept, unless
-    the face fills fewer pixels of the new template, which then gets as many as the crop has to
-    give. Where the templates are whole pixels apart at that scale, nothing is resampled:
-    `sphereface` 112x96 to `arcface` 112x112 appends 8 columns on either side and the way back cuts
-    them off. Other pairs are one bicubic warp, after antialiasing if the face shrinks.
+    Crops of any size will do, and keep their scale, unless the face fills fewer pixels of the new
+    template, which then gets as many as the crop has to give. Templates that are whole pixels apart
+    are not resampled: `sphereface` 112x96 to `arcface` 112x112 appends 8 columns on either side and
+    the way back cuts them off. Others are one bicubic warp, after antialiasing if the face shrinks.
 
     Args:
         images: Crops `[B, C, H, W]` of `source`, floating point; gradients reach them.
@@ -348,11 +341,8 @@ def _conversion(old: Template, new: Template, height: int, width: int) -> _Conve
 
 
 def _solve(source: _Points, target: _Points) -> tuple[_Number, _Number, _Number, _Number]:
-    """Least-squares similarity `(x, y) -> (a x - b y + right, b x + a y + lower)`, in closed form.
-
-    In the complex plane it is the regression of one line: the slope is the covariance of source and
-    target over the variance of the source.
-    """
+    """Least-squares similarity `(x, y) -> (a x - b y + right, b x + a y + lower)`."""
+    # in the complex plane, the regression of one line: covariance over variance is its slope
     count = len(source)
     mean_x, mean_y = sum(x for x, _ in source) / count, sum(y for _, y in source) / count
     goal_x, goal_y = sum(u for u, _ in target) / count, sum(v for _, v in target) / count

@@ -296,9 +296,8 @@ class IdentityPreservedLoss(nn.Module):
 class HallucinationLoss(nn.Module):
     """Image loss plus lambda times identity loss (paper, equations 1 and 4).
 
-    The image loss compares SR with MR, the HR image down-sampled to the size of SR by OpenCV's
-    bicubic rule, both taken to [-1, 1] whatever `value_range` is: the paper's lambda of 0.5
-    belongs to that scale.
+    The image loss compares SR with MR, HR down-sampled to SR's size by OpenCV's bicubic rule, both
+    taken to [-1, 1] whatever `value_range` is: the paper's lambda of 0.5 belongs to that scale.
 
     Args:
         identity: The identity loss: an `IdentityPreservedLoss`, or what its `fnet` takes. `None`
@@ -361,10 +360,6 @@ class HallucinationLoss(nn.Module):
         Returns:
             The total, a scalar with gradient, and its parts by name, `"image"` and `"identity"`
             (absent without an identity loss), both before weighting and detached.
-
-        Raises:
-            RuntimeError: If the FNet, the distance or the image loss cuts the gradient.
-            ValueError: If shapes do not fit.
         """
         check_images(sr, "sr")
         _check_hr(hr, sr.shape[0])

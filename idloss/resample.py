@@ -1,11 +1,9 @@
 """The one resampler: every image that idloss makes smaller or larger goes through here.
 
-Two conventions, because the field has two and mixing them costs up to a hundred grey levels:
-
-* `"cv2"`: what `cv2.resize` does and the paper used: four taps (bicubic, a = -0.75), two (bilinear)
-  or one, whatever the scale, and no antialiasing.
-* `"antialias"`: the kernel grows with the down-sampling factor, as in Pillow and in Matlab's
-  `imresize` (bicubic, a = -0.5); this is `antialias=True` of `torch.nn.functional.interpolate`.
+It has two conventions, as the field, and mixing them costs up to a hundred grey levels. `"cv2"` is
+what `cv2.resize` does and the paper used: four taps (bicubic, a = -0.75), two (bilinear) or one,
+whatever the scale. With `"antialias"` the kernel grows with the down-sampling factor, as in Pillow
+and Matlab's `imresize` (bicubic, a = -0.5), and in torch's `interpolate(antialias=True)`.
 """
 
 from __future__ import annotations
