@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,11 +22,11 @@ from torch import Tensor
 from idloss.evaluation.results import (
     HR,
     LR,
-    Cell,
     Record,
     Results,
     metric_title,
     pretty_size,
+    rising_sizes,
     write_together,
 )
 from idloss.evaluation.verification import Roc
@@ -37,9 +37,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _P = ParamSpec("_P")
+Styles = Mapping[str, dict[str, Any]]
+
 _DPI = 200
+_FAR_FLOOR = 1e-4
 _FONT = 9.0
-_STYLE: dict[Any, Any] = {
+_SETTINGS: dict[Any, Any] = {
     "figure.titlesize": 10.0,
     "axes.titlesize": 10.0,
     "axes.labelsize": _FONT,
@@ -58,50 +61,45 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-class Style(NamedTuple):
-    """How a method looks, in every figure."""
-
-    colour: str
-    marker: str
-    line: str
+def _style(color: str, marker: str, linestyle: str) -> dict[str, Any]:
+    return {"color": color, "marker": marker, "linestyle": linestyle}
 
 
 # The colours of Okabe and Ito (jfly.uni-koeln.de/color), told apart by colour-blind readers;
 # markers and line styles repeat the distinction for print in grey. A network and its
 # identity-preserving twin share a family: light and dark blue, orange and vermilion.
-_DASHED = "--"
 _BLACK, _GREY, _SKY, _BLUE = "#000000", "#767676", "#56B4E9", "#0072B2"
 _ORANGE, _VERMILION, _GREEN, _PURPLE = "#E69F00", "#D55E00", "#009E73", "#CC79A7"
 _FIXED = {
-    HR: Style(_BLACK, "*", _DASHED),
-    "bilinear": Style(_GREY, "v", ":"),
-    "bicubic": Style(_GREY, "^", _DASHED),
-    "edsr16_64": Style(_SKY, "s", _DASHED),
-    "edsr16_64_id": Style(_BLUE, "s", "-"),
-    "edsr32_256": Style(_ORANGE, "o", _DASHED),
-    "edsr32_256_id": Style(_VERMILION, "o", "-"),
+    HR: _style(_BLACK, "*", "--"),
+    "bilinear": _style(_GREY, "v", ":"),
+    "bicubic": _style(_GREY, "^", "--"),
+    "edsr16_64": _style(_SKY, "s", "--"),
+    "edsr16_64_id": _style(_BLUE, "s", "-"),
+    "edsr32_256": _style(_ORANGE, "o", "--"),
+    "edsr32_256_id": _style(_VERMILION, "o", "-"),
 }
 _SPARE = (
-    Style(_GREEN, "D", "-"),
-    Style(_PURPLE, "P", "-"),
-    Style(_BLUE, "X", "-."),
-    Style(_VERMILION, "h", "-."),
-    Style(_GREEN, "<", _DASHED),
-    Style(_PURPLE, ">", _DASHED),
+    _style(_GREEN, "D", "-"),
+    _style(_PURPLE, "P", "-"),
+    _style(_BLUE, "X", "-."),
+    _style(_VERMILION, "h", "-."),
+    _style(_GREEN, "<", "--"),
+    _style(_PURPLE, ">", "--"),
 )
+_NO_MARKER: dict[str, Any] = {"marker": ""}
 
 
-def method_styles(methods: Iterable[str]) -> dict[str, Style]:
-    """Give each method a colour, a marker and a line, the same in every figure.
+def method_styles(methods: Iterable[str]) -> Styles:
+    """A colour, a marker and a line for each method; those of the paper always look alike.
 
-    Interpolations, HR and the paper's networks always look alike. Others take what is left in the
-    order of their names: where figures show different subsets of them, hand all figures the styles
-    of the whole set.
+    Others take what is left in the order of their names: where figures show different subsets of
+    them, hand all figures the styles of the whole set.
     """
-    names = list(dict.fromkeys(methods))
-    others = sorted(set(names) - set(_FIXED))
-    spare = {name: _SPARE[place % len(_SPARE)] for place, name in enumerate(others)}
-    return {name: _FIXED[name] if name in _FIXED else spare[name] for name in names}
+    names = set(methods)
+    others = enumerate(sorted(names - set(_FIXED)))
+    spare = {name: _SPARE[place % len(_SPARE)] for place, name in others}
+    return {name: _FIXED.get(name) or spare[name] for name in names}
 
 
 def _in_style(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
@@ -115,7 +113,7 @@ def _in_style(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
             raise ModuleNotFoundError(
                 "figures need matplotlib, which comes with the extra: pip install 'idloss[eval]'"
             ) from error
-        with rc_context(_STYLE):
+        with rc_context(_SETTINGS):
             figure = draw(*args, **options)
         _add_fonts(figure)
         return figure
@@ -125,66 +123,51 @@ def _in_style(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
 
 @_in_style
 def accuracy_figure(
-    results: Results,
-    task: str = "verification",
-    metric: str | None = None,
-    *,
-    styles: Mapping[str, Style] | None = None,
+    results: Results, task: str, metric: str | None = None, styles: Styles | None = None
 ) -> Figure:
     """Accuracy against probe resolution (Fig. 1), a panel for each FNet.
 
     Sizes stand at equal distances, from small to large; bars are the intervals over folds or
-    draws, cut off at 0 and 100 %; HR is a line across. The metric is accuracy, rank 1, or the first
-    there is, where none is named.
+    draws, cut off at 0 and 100 %; HR is a line across.
     """
     records = results.select(task, metric)
     styles = styles or method_styles(cell.srnet for cell in results.cells())
     fnets = list(dict.fromkeys(record.cell.fnet for record in records))
     figure, panels = _panels(len(fnets), width=3.6, height=3.3)
     for fnet, axes in zip(fnets, panels, strict=True):
-        mine = [record for record in records if record.cell.fnet == fnet]
-        _accuracy_panel(axes, mine, styles)
+        _accuracy_panel(axes, [one for one in records if one.cell.fnet == fnet], styles)
         axes.set_title(_wrapped(_shown(fnet), 36))
     panels[0].set_ylabel(f"{metric_title(records[0].metric)} (%)")
     _add_legend(figure, panels)
     return figure
 
 
-def _accuracy_panel(axes: Axes, records: Sequence[Record], styles: Mapping[str, Style]) -> None:
-    def size_of(cell: Cell) -> tuple[int, int]:
-        return cell.height, cell.width
-
+def _accuracy_panel(axes: Axes, records: Sequence[Record], styles: Styles) -> None:
     degraded = [record for record in records if record.cell.srnet != HR]
-    sizes = sorted({size_of(record.cell) for record in degraded}, key=lambda s: (s[0] * s[1], s))
+    sizes = rising_sizes(record.cell for record in degraded)
     names = list(dict.fromkeys(record.cell.srnet for record in degraded))
     apart = min(0.08, 0.5 / max(1, len(names)))
     for number, name in enumerate(names):
-        mine = [record for record in degraded if record.cell.srnet == name]
-        mine.sort(key=lambda record: sizes.index(size_of(record.cell)))
-        found = [record.estimate for record in mine]
+        estimates = {
+            sizes.index((record.cell.height, record.cell.width)): record.estimate
+            for record in degraded
+            if record.cell.srnet == name
+        }
+        places = sorted(estimates)
+        found = [estimates[place] for place in places]
         values = 100 * np.array([one.value for one in found])
         # the interval is round the mean of the folds, which need not be the figure of all pairs
         reach = 100 * np.array([[one.mean - one.low, one.high - one.mean] for one in found]).T
         # Student's interval of a few folds may reach beyond all that a share can be
         reach = np.minimum(np.nan_to_num(reach), [values, 100 - values])
         # side by side, so that one method's bar does not hide another's
-        shift = apart * (number - (len(names) - 1) / 2)
-        axes.errorbar(
-            [sizes.index(size_of(record.cell)) + shift for record in mine],
-            values,
-            yerr=reach,
-            color=styles[name].colour,
-            linestyle=styles[name].line,
-            marker=styles[name].marker,
-            capsize=2,
-            elinewidth=1,
-            label=_shown(name),
-        )
+        beside = np.array(places) + apart * (number - (len(names) - 1) / 2)
+        options: dict[str, Any] = {"capsize": 2, "elinewidth": 1, **styles[name]}
+        axes.errorbar(beside, values, reach, label=_shown(name), **options)
     for record in records:
         if record.cell.srnet == HR:
-            style = {**_FIXED, **styles}[HR]
-            value = 100 * record.estimate.value
-            axes.axhline(value, color=style.colour, linestyle=style.line, linewidth=1, label="HR")
+            line = {**_FIXED[HR], **_NO_MARKER}
+            axes.axhline(100 * record.estimate.value, linewidth=1, label="HR", **line)
     axes.set_xticks(range(len(sizes)), [pretty_size(size) for size in sizes])
     axes.set_xlim(-0.3, len(sizes) - 0.7)
     if len(sizes) > 5:
@@ -193,61 +176,38 @@ def _accuracy_panel(axes: Axes, records: Sequence[Record], styles: Mapping[str, 
 
 
 @_in_style
-def roc_figure(
-    curves: Mapping[str, Roc],
-    *,
-    title: str = "",
-    far_floor: float = 1e-4,
-    styles: Mapping[str, Style] | None = None,
-) -> Figure:
-    """ROC curves of each method over a logarithmic FAR that begins at `far_floor`."""
+def roc_figure(curves: Mapping[str, Roc], title: str = "", styles: Styles | None = None) -> Figure:
+    """ROC curves of each method over a logarithmic FAR."""
     styles = styles or method_styles(_require_some(curves))
     figure, (axes,) = _panels(1, width=4.8, height=3.9)
     for name, curve in curves.items():
+        label = f"{_shown(name)} (AUC {curve.auc:.4f})"
         # FAR 0 has no place on the axis: a step from its left end to the first false accept
-        axes.step(
-            np.maximum(curve.far, far_floor / 10),
-            100 * curve.tar,
-            where="post",
-            color=styles[name].colour,
-            linestyle=styles[name].line,
-            label=f"{_shown(name)} (AUC {curve.auc:.4f})",
-        )
+        far = np.maximum(curve.far, _FAR_FLOOR / 10)
+        axes.step(far, 100 * curve.tar, where="post", label=label, **styles[name] | _NO_MARKER)
     axes.set_xscale("log")
-    axes.set_xlim(far_floor, 1)
+    axes.set_xlim(_FAR_FLOOR, 1)
     _name_rates(figure, axes, "False accept rate", "True accept rate (%)", title)
     return figure
 
 
 @_in_style
 def cmc_figure(
-    curves: Mapping[str, ArrayLike],
-    *,
-    title: str = "",
-    styles: Mapping[str, Style] | None = None,
+    curves: Mapping[str, ArrayLike], title: str = "", styles: Styles | None = None
 ) -> Figure:
     """CMC curves `[draws, R]` of each method: the mean, one deviation either side as a band."""
     styles = styles or method_styles(_require_some(curves))
     figure, (axes,) = _panels(1, width=4.8, height=3.9)
     longest = 1
     for name, draws in curves.items():
-        style = styles[name]
         shares = 100 * np.atleast_2d(np.asarray(draws))
         ranks = np.arange(1, shares.shape[1] + 1)
         longest = max(longest, len(ranks))
         mean, spread = shares.mean(0), shares.std(0)
-        axes.plot(
-            ranks,
-            mean,
-            color=style.colour,
-            linestyle=style.line,
-            marker=style.marker,
-            markevery=max(1, len(ranks) // 10),
-            label=f"{_shown(name)} (rank 1: {mean[0]:.2f} %)",
-        )
-        axes.fill_between(
-            ranks, mean - spread, mean + spread, color=style.colour, alpha=0.2, linewidth=0
-        )
+        label = f"{_shown(name)} (rank 1: {mean[0]:.2f} %)"
+        axes.plot(ranks, mean, markevery=max(1, len(ranks) // 10), label=label, **styles[name])
+        band = {"color": styles[name]["color"], "alpha": 0.2, "linewidth": 0}
+        axes.fill_between(ranks, mean - spread, mean + spread, **band)
     step = max(1, longest // 20) * 5 if longest > 10 else 1
     axes.set_xticks(sorted({1, *range(step, longest + 1, step)}))
     axes.set_xlim(0.5, longest + 0.5)
@@ -259,7 +219,6 @@ def cmc_figure(
 def similarity_figure(
     scores: Mapping[str, ArrayLike],
     same: ArrayLike,
-    *,
     thresholds: Mapping[str, float] | None = None,
     title: str = "",
 ) -> Figure:
@@ -268,18 +227,19 @@ def similarity_figure(
     truth = np.asarray(same).astype(bool)
     values = {name: np.asarray(row, dtype=np.float64) for name, row in scores.items()}
     everything = np.concatenate([*values.values()])
-    edges = np.linspace(everything.min(), everything.max(), 61)
+    edges = np.linspace(everything.min(), everything.max(), 61).tolist()
+    kinds = (
+        (~truth, "different people", _ORANGE, None),
+        (truth, "same person", _BLUE, "////"),
+    )
     columns = min(3, len(values))
     figure, panels = _panels(len(values), width=3.1, height=2.5, columns=columns)
     for place, (name, row) in enumerate(values.items()):
         axes = panels[place]
-        for members, colour, hatch, label in (
-            (~truth, _ORANGE, None, "different people"),
-            (truth, _BLUE, "////", "same person"),
-        ):
+        for members, label, colour, hatch in kinds:
             axes.hist(
                 row[members],
-                edges.tolist(),
+                edges,
                 weights=np.full(int(members.sum()), 100 / max(1, int(members.sum()))),
                 histtype="stepfilled",
                 facecolor=(colour, 0.35),
@@ -289,9 +249,8 @@ def similarity_figure(
                 label=label,
             )
         if thresholds and name in thresholds:
-            axes.axvline(
-                thresholds[name], color=_BLACK, linestyle=_DASHED, linewidth=1, label="threshold"
-            )
+            line: dict[str, Any] = {"color": _BLACK, "linestyle": "--", "linewidth": 1}
+            axes.axvline(thresholds[name], label="threshold", **line)
         axes.set_title(_wrapped(_shown(name), 32))
         if place + columns >= len(values):
             axes.set_xlabel("Cosine similarity")

@@ -90,7 +90,6 @@ class Identification:
 
     cmc: Floats  # [draws, R], share of probes found among the first r
     draws: GalleryDraws
-    n_subjects: int
     n_probes: int
 
     @property
@@ -134,7 +133,7 @@ def identify(
         rank = torch.count_nonzero(scores >= own, dim=1).numpy()[is_probe[draw, part]]
         counts[draw] += np.bincount(rank, minlength=n_subjects + 1)
     cmc = counts.cumsum(1)[:, 1 : max_rank + 1] / counts.sum(1, keepdims=True)
-    return Identification(cmc, drawn, n_subjects, len(searched) - n_subjects)
+    return Identification(cmc, drawn, len(searched) - n_subjects)
 
 
 @dataclass(frozen=True)

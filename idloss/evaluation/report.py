@@ -38,6 +38,7 @@ from idloss.evaluation.results import (
     metric_title,
     pretty_size,
     read_task,
+    rising_sizes,
     write_together,
 )
 from idloss.evaluation.verification import roc
@@ -131,7 +132,8 @@ def paper_table(
             text += f" ± {100 * chosen[cell].std:.2f}"
         return f"**{text}**" if cell.srnet != HR and shown[cell] == best[cell.size] else text
 
-    columns = _columns([cell for cell in chosen if cell.srnet != HR], pair=task == "verification")
+    sizes = rising_sizes(cell for cell in chosen if cell.srnet != HR)
+    columns = _columns(sizes, pair=task == "verification")
     hr = {cell.fnet: cell for cell in chosen if cell.srnet == HR}
     heads = [
         " ".join([pretty_size(main), *(f"({pretty_size(size)})" for size in other)])
@@ -156,9 +158,8 @@ def paper_table(
     return markdown_table(lines)
 
 
-def _columns(cells: Iterable[Cell], *, pair: bool) -> list[list[tuple[int, int]]]:
+def _columns(sizes: Iterable[tuple[int, int]], *, pair: bool) -> list[list[tuple[int, int]]]:
     """Sizes from small to large; a square one joins the face-shaped one just below it."""
-    sizes = sorted({(cell.height, cell.width) for cell in cells}, key=lambda s: (s[0] * s[1], s))
     columns: list[list[tuple[int, int]]] = []
     for size in sizes:
         square = size[0] == size[1]

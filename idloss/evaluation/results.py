@@ -17,7 +17,7 @@ import platform
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
@@ -46,17 +46,8 @@ _MOST_BYTES = 1 << 30
 _MOST_PACKED = 100
 # Spreadsheets take a cell that begins so for a formula, and would run it.
 _FORMULA = ("=", "+", "-", "@")
-_PACKAGES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "numpy",
-    "pillow",
-    "safetensors",
-    "huggingface-hub",
-    "opencv-python",
-    "opencv-python-headless",
-)
+# What figures may depend on.
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "pillow", "safetensors")
 
 
 def read_task(name: str) -> Task:
@@ -357,6 +348,11 @@ def metric_title(metric: str) -> str:
 def pretty_size(size: Sequence[int]) -> str:
     """Rows and columns with a multiplication sign between, for people."""
     return f"{size[0]}\N{MULTIPLICATION SIGN}{size[1]}"
+
+
+def rising_sizes(cells: Iterable[Cell]) -> list[tuple[int, int]]:
+    """The probe sizes of cells, each once, from few pixels to many."""
+    return sorted({(c.height, c.width) for c in cells}, key=lambda size: (size[0] * size[1], size))
 
 
 def markdown_table(lines: Sequence[Sequence[str]], *, left: Sequence[int] = (0, 1)) -> str:

@@ -6,7 +6,7 @@ meaning the same person, but for the squared Euclidean distance of the `standard
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,29 +47,28 @@ class ThresholdRule:
     remainder: Remainder = "spread"  # the folds that pairs left over go to
 
 
-def _paper_grid() -> Floats:
-    return np.linspace(-10000, 10000, 10001) / 10000
-
-
-def _sphereface_grid() -> Floats:
-    return np.arange(-10000, 10001) / 10000
-
-
-def _standard_grid() -> Floats:
-    return np.arange(0, 4, 0.01)
-
-
 # johnnysclai/SR_LRFR, src/lfw_verification.py and src/common/util.py: 10,001 thresholds over
 # [-1, 1], and `>=` in the search, so that the last of the best wins.
-PAPER_RULE = ThresholdRule("paper", "cosine", _paper_grid, pick="last")
+PAPER_RULE = ThresholdRule(
+    "paper", "cosine", lambda: np.linspace(-10000, 10000, 10001) / 10000, pick="last"
+)
 # wy1iu/sphereface, test/code/evaluation.m: 20,001 thresholds, both comparisons strict, the mean of
 # the best thresholds.
 SPHEREFACE_RULE = ThresholdRule(
-    "sphereface", "centred_cosine", _sphereface_grid, pick="mean", ties="wrong"
+    "sphereface",
+    "centred_cosine",
+    lambda: np.arange(-10000, 10001) / 10000,
+    pick="mean",
+    ties="wrong",
 )
 # deepinsight/insightface, recognition/arcface_torch/eval/verification.py: 400 thresholds, argmax.
 STANDARD_RULE = ThresholdRule(
-    "standard", "squared_euclidean", _standard_grid, pick="first", same="below", remainder="first"
+    "standard",
+    "squared_euclidean",
+    lambda: np.arange(0, 4, 0.01),
+    pick="first",
+    same="below",
+    remainder="first",
 )
 
 
@@ -130,26 +129,22 @@ def verify(
     right: ArrayLike,
     same: ArrayLike,
     rule: ThresholdRule = PAPER_RULE,
-    *,
     folds: ArrayLike | None = None,
-    n_folds: int = FOLDS,
 ) -> FoldResult:
     """K-fold accuracy of pairs of embeddings `[N, D]`, in whatever measure the rule asks for."""
-    fold_of = _folds(folds, len(np.asarray(same)), n_folds, rule.remainder)
+    fold_of = _folds(folds, len(np.asarray(same)), rule.remainder)
     if rule.measure == "centred_cosine":
         scores = centred_scores(left, right, fold_of)
     else:
         scores = pair_scores(left, right, rule.measure)
-    return kfold(scores, same, rule, folds=fold_of)
+    return kfold(scores, same, rule, fold_of)
 
 
 def kfold(
     scores: ArrayLike,
     same: ArrayLike,
     rule: ThresholdRule = PAPER_RULE,
-    *,
     folds: ArrayLike | None = None,
-    n_folds: int = FOLDS,
 ) -> FoldResult:
     """K-fold accuracy of scores `[N]`, or `[F, N]` where each fold has its own.
 
@@ -160,7 +155,7 @@ def kfold(
     """
     truth = _labels(same)
     values = np.asarray(scores, dtype=np.float64)
-    fold_of = _folds(folds, truth.size, n_folds, rule.remainder)
+    fold_of = _folds(folds, truth.size, rule.remainder)
     n = int(fold_of.max()) + 1
     if values.shape not in ((truth.size,), (n, truth.size)):
         raise ValueError(
@@ -186,7 +181,10 @@ def kfold(
         thresholds = np.array([grid[places][end] for places in best])
 
     own = rows[fold_of, np.arange(truth.size)] if len(rows) > 1 else rows[0]
-    correct = _correct(own, truth, thresholds[fold_of], rule)
+    limits = thresholds[fold_of]
+    correct = (own > limits if rule.same == "above" else own < limits) == truth
+    if rule.ties == "wrong":
+        correct &= own != limits
     accuracies = np.bincount(fold_of, weights=correct, minlength=n) / np.bincount(fold_of)
     return FoldResult(accuracies, thresholds, correct, fold_of)
 
@@ -216,19 +214,11 @@ def _right_answers(
     return right
 
 
-def _correct(scores: Floats, truth: Bools, thresholds: Floats, rule: ThresholdRule) -> Bools:
-    called_same = scores > thresholds if rule.same == "above" else scores < thresholds
-    correct: Bools = called_same == truth
-    if rule.ties == "wrong":
-        correct &= scores != thresholds
-    return correct
-
-
-def _folds(folds: ArrayLike | None, count: int, n_folds: int, remainder: Remainder) -> Ints:
+def _folds(folds: ArrayLike | None, count: int, remainder: Remainder) -> Ints:
     if folds is None:
-        if n_folds < 2 or count < n_folds:
-            raise ValueError(f"{count} pairs cannot be cut into {n_folds} folds; give 2 to {count}")
-        return contiguous_folds(count, n_folds, remainder).numpy()
+        if count < FOLDS:
+            raise ValueError(f"{count} pairs cannot be cut into {FOLDS} folds; give folds or more")
+        return contiguous_folds(count, FOLDS, remainder).numpy()
     given = np.asarray(folds, dtype=np.int64)
     if given.shape != (count,):
         raise ValueError(f"folds must be [{count}], one for each pair, got {list(given.shape)}")
@@ -318,23 +308,17 @@ def _equal_error(far: Floats, tar: Floats) -> Any:
 
 
 def bootstrap(
-    scores: ArrayLike,
-    same: ArrayLike,
-    *,
-    far_targets: Sequence[float] = FAR_TARGETS,
-    draws: int = BOOTSTRAP_DRAWS,
-    seed: int = 0,
-    block_bytes: int = BLOCK_BYTES,
+    scores: ArrayLike, same: ArrayLike, *, draws: int = BOOTSTRAP_DRAWS, seed: int = 0
 ) -> dict[str, Floats]:
     """AUC, EER and TAR@FAR, `[draws]` each, on samples of the pairs, drawn for each class apart.
 
     A sample is a vector of counts over the sorted pairs, and its curve two cumulative sums.
     """
     ranked = _Ranked(*_scored(scores, same))
-    names = ("auc", "eer", *map(_tar_name, far_targets))
+    names = ("auc", "eer", *map(_tar_name, FAR_TARGETS))
     figures = {name: np.empty(draws) for name in names}
     # an index, two counts, two sums and two shares of 8 bytes for each pair and sample
-    block = max(1, block_bytes // (7 * 8 * ranked.same.size))
+    block = max(1, BLOCK_BYTES // (7 * 8 * ranked.same.size))
     genuine, strangers = np.random.default_rng(seed).spawn(2)
     for start in range(0, draws, block):
         part = slice(start, min(start + block, draws))
@@ -343,7 +327,7 @@ def bootstrap(
         far = ranked.accepted(ranked.different, size, strangers) / ranked.n_different
         figures["auc"][part] = _area(far, tar)
         figures["eer"][part] = _equal_error(far, tar)
-        for target in far_targets:
+        for target in FAR_TARGETS:
             place = np.count_nonzero(far <= target * _UP, axis=1) - 1
             figures[_tar_name(target)][part] = tar[np.arange(size), place]
     return figures
@@ -353,6 +337,7 @@ def bootstrap_accuracy(
     result: FoldResult, *, draws: int = BOOTSTRAP_DRAWS, seed: int = 0
 ) -> Floats:
     """The mean accuracy on samples of each fold's pairs, `[draws]`, thresholds held."""
+    # n answers, drawn with replacement from answers of which a share p is right
     sizes = np.bincount(result.folds)
     right = np.random.default_rng(seed).binomial(sizes, result.accuracies, size=(draws, len(sizes)))
     means: Floats = (right / sizes).mean(1)
@@ -364,10 +349,8 @@ def summarise(
     same: ArrayLike,
     result: FoldResult,
     *,
-    far_targets: Sequence[float] = FAR_TARGETS,
     draws: int = BOOTSTRAP_DRAWS,
     seed: int = 0,
-    level: float = 0.95,
 ) -> dict[str, Estimate]:
     """Accuracy, AUC, EER and TAR@FAR by name, with intervals over folds and from the bootstrap.
 
@@ -384,7 +367,7 @@ def summarise(
         own = roc(values[held_out], truth[held_out])
         found = {"auc": own.auc, "eer": own.eer}
         strangers = values[~held_out & ~truth]
-        for target in far_targets:
+        for target in FAR_TARGETS:
             passed = values[held_out & truth] > rejecting_threshold(strangers, target)
             found[_tar_name(target)] = float(passed.mean())
         for name, value in found.items():
@@ -392,13 +375,13 @@ def summarise(
 
     whole = roc(values, truth)
     figures = {"accuracy": result.accuracy, "auc": whole.auc, "eer": whole.eer}
-    figures |= {_tar_name(target): whole.tar_at(target) for target in far_targets}
+    figures |= {_tar_name(target): whole.tar_at(target) for target in FAR_TARGETS}
     resampled: dict[str, Floats] = {}
     if draws:
-        resampled = bootstrap(values, truth, far_targets=far_targets, draws=draws, seed=seed)
+        resampled = bootstrap(values, truth, draws=draws, seed=seed)
         resampled["accuracy"] = bootstrap_accuracy(result, draws=draws, seed=seed)
     return {
-        name: estimate(fold_figures[name], value, level=level, resampled=resampled.get(name))
+        name: estimate(fold_figures[name], value, resampled=resampled.get(name))
         for name, value in figures.items()
     }
 

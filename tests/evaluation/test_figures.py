@@ -69,7 +69,7 @@ def figures(run, scores):
     values, same = scores
     curves = {name: roc(row, same) for name, row in values.items()}
     cmc = {name: np.linspace(0.2, 0.9, 20) + np.zeros((10, 1)) for name in values}
-    yield "accuracy", accuracy_figure(run)
+    yield "accuracy", accuracy_figure(run, "verification")
     yield "roc", roc_figure(curves, title="LFW, sface, 14x12")
     yield "cmc", cmc_figure(cmc, title="LFW, sface, 14x12")
     yield (
@@ -186,7 +186,7 @@ def drawn_bars(axes):
 
 
 def test_accuracy_figure_shows_the_figures(run):
-    figure = accuracy_figure(run)
+    figure = accuracy_figure(run, "verification")
     assert len(figure.axes) == 2
     first = figure.axes[0]
     ticks = [label.get_text() for label in first.get_xticklabels()]
@@ -208,7 +208,7 @@ def test_accuracy_figure_shows_the_figures(run):
         assert ends.min() >= 0
         assert ends.max() <= 100
     with pytest.raises(ValueError, match="no 'eer' for verification; it has accuracy"):
-        accuracy_figure(run, metric="eer")
+        accuracy_figure(run, "verification", metric="eer")
 
 
 def test_roc_figure_shows_the_curve(scores):
@@ -223,13 +223,13 @@ def test_methods_look_the_same_in_every_figure(run, scores):
     styles = method_styles([*METHODS, LONG])
     again = method_styles([LONG, *METHODS[::-1]])
     assert styles == again
-    assert len({(style.colour, style.line) for style in styles.values()}) == len(styles)
+    assert len({(style["color"], style["linestyle"]) for style in styles.values()}) == len(styles)
     values, same = scores
     axes = roc_figure({name: roc(row, same) for name, row in values.items()}).axes[0]
     colours = {line.get_label().split(" ")[0]: line.get_color() for line in axes.lines}
-    bars = drawn_bars(accuracy_figure(run).axes[0])
+    bars = drawn_bars(accuracy_figure(run, "verification").axes[0])
     for name in METHODS:
-        assert colours[name] == bars[name].lines[0].get_color() == styles[name].colour
+        assert colours[name] == bars[name].lines[0].get_color() == styles[name]["color"]
 
 
 def test_colours_stay_apart_for_the_colour_blind():
@@ -250,11 +250,11 @@ def test_colours_stay_apart_for_the_colour_blind():
     for matrix in simulations.values():
         seen = {}
         for name, style in styles.items():
-            linear = np.array(to_rgb(style.colour)) ** 2.2
+            linear = np.array(to_rgb(style["color"])) ** 2.2
             seen[name] = np.clip(np.array(matrix) @ linear, 0, 1) ** (1 / 2.2)
         for name, one in seen.items():
             for other, two in seen.items():
-                if styles[name].colour != styles[other].colour:
+                if styles[name]["color"] != styles[other]["color"]:
                     assert np.linalg.norm(one - two) > 0.15, (name, other)
 
 

@@ -6,6 +6,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import KFold
 
 from idloss.data.pairs import contiguous_folds
+from idloss.evaluation import verification
 from idloss.evaluation.protocols import PROTOCOLS
 from idloss.evaluation.verification import (
     FAR_TARGETS,
@@ -266,12 +267,13 @@ def test_bootstrap_equals_resampling_one_by_one():
             assert found[f"tar@far={target:g}"][draw] == pytest.approx(expected.tar_at(target))
 
 
-def test_bootstrap_is_seeded_and_independent_of_block_size():
+def test_bootstrap_is_seeded_and_independent_of_block_size(monkeypatch):
     same = np.arange(300) % 2 == 0
     scores = same + np.random.default_rng(0).standard_normal(300)
     whole = bootstrap(scores, same, draws=30, seed=1)
-    blocks = bootstrap(scores, same, draws=30, seed=1, block_bytes=1)
     other = bootstrap(scores, same, draws=30, seed=2)
+    monkeypatch.setattr(verification, "BLOCK_BYTES", 1)
+    blocks = bootstrap(scores, same, draws=30, seed=1)
     for name, figures in whole.items():
         np.testing.assert_allclose(blocks[name], figures, rtol=1e-12)
     assert not np.array_equal(whole["auc"], other["auc"])
