@@ -10,10 +10,9 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -36,33 +35,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_P = ParamSpec("_P")
 Styles = Mapping[str, dict[str, Any]]
 
 _DPI = 200
 _FAR_FLOOR = 1e-4
-_FONT = 9.0
-_SETTINGS: dict[Any, Any] = {
-    "figure.titlesize": 10.0,
-    "axes.titlesize": 10.0,
-    "axes.labelsize": _FONT,
-    "xtick.labelsize": _FONT - 1,
-    "ytick.labelsize": _FONT - 1,
-    "axes.grid": True,
-    "grid.color": "#D9D9D9",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "lines.markersize": 5.0,
-    "legend.frameon": False,
-    "legend.fontsize": _FONT - 0.5,
-    "legend.handlelength": 2.6,
-}
+_FONT, _TITLE = 9.0, 10.0
 
 
 def _style(color: str, marker: str, linestyle: str) -> dict[str, Any]:
-    return {"color": color, "marker": marker, "linestyle": linestyle}
+    return {"color": color, "marker": marker, "markersize": 5, "linestyle": linestyle}
 
 
 # The colours of Okabe and Ito (jfly.uni-koeln.de/color), told apart by colour-blind readers;
@@ -102,26 +83,6 @@ def method_styles(methods: Iterable[str]) -> Styles:
     return {name: _FIXED.get(name) or spare[name] for name in names}
 
 
-def _in_style(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
-    """Draw in the house's style, with fonts that hold all the letters."""
-
-    @wraps(draw)
-    def drawn(*args: _P.args, **options: _P.kwargs) -> Figure:
-        try:
-            from matplotlib import rc_context
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "figures need matplotlib, which comes with the extra: pip install 'idloss[eval]'"
-            ) from error
-        with rc_context(_SETTINGS):
-            figure = draw(*args, **options)
-        _add_fonts(figure)
-        return figure
-
-    return drawn
-
-
-@_in_style
 def accuracy_figure(
     results: Results, task: str, metric: str | None = None, styles: Styles | None = None
 ) -> Figure:
@@ -136,7 +97,7 @@ def accuracy_figure(
     figure, panels = _panels(len(fnets), width=3.6, height=3.3)
     for fnet, axes in zip(fnets, panels, strict=True):
         _accuracy_panel(axes, [one for one in records if one.cell.fnet == fnet], styles)
-        axes.set_title(_wrapped(_shown(fnet), 36))
+        axes.set_title(_wrapped(_shown(fnet), 36), fontsize=_TITLE)
     panels[0].set_ylabel(f"{metric_title(records[0].metric)} (%)")
     _add_legend(figure, panels)
     return figure
@@ -175,7 +136,6 @@ def _accuracy_panel(axes: Axes, records: Sequence[Record], styles: Styles) -> No
     axes.set_xlabel("Probe resolution (pixels, height \N{MULTIPLICATION SIGN} width)")
 
 
-@_in_style
 def roc_figure(curves: Mapping[str, Roc], title: str = "", styles: Styles | None = None) -> Figure:
     """ROC curves of each method over a logarithmic FAR."""
     styles = styles or method_styles(_require_some(curves))
@@ -191,7 +151,6 @@ def roc_figure(curves: Mapping[str, Roc], title: str = "", styles: Styles | None
     return figure
 
 
-@_in_style
 def cmc_figure(
     curves: Mapping[str, ArrayLike], title: str = "", styles: Styles | None = None
 ) -> Figure:
@@ -215,7 +174,6 @@ def cmc_figure(
     return figure
 
 
-@_in_style
 def similarity_figure(
     scores: Mapping[str, ArrayLike],
     same: ArrayLike,
@@ -251,18 +209,17 @@ def similarity_figure(
         if thresholds and name in thresholds:
             line: dict[str, Any] = {"color": _BLACK, "linestyle": "--", "linewidth": 1}
             axes.axvline(thresholds[name], label="threshold", **line)
-        axes.set_title(_wrapped(_shown(name), 32))
+        axes.set_title(_wrapped(_shown(name), 32), fontsize=_TITLE)
         if place + columns >= len(values):
             axes.set_xlabel("Cosine similarity")
         if place % columns == 0:
             axes.set_ylabel("Pairs (% of class)")
     if title:
-        figure.suptitle(_title(figure, title))
+        figure.suptitle(_title(figure, title), fontsize=_TITLE)
     _add_legend(figure, panels[:1])
     return figure
 
 
-@_in_style
 def picture_sheet(
     columns: Mapping[str, Tensor],
     cosines: Mapping[str, ArrayLike] | None = None,
@@ -325,7 +282,7 @@ def picture_sheet(
                 weight = "bold" if best else "normal"
                 axes.set_xlabel(f"{own:.3f}", labelpad=2, fontweight=weight)
     if title:
-        figure.suptitle(_title(figure, title))
+        figure.suptitle(_title(figure, title), fontsize=_TITLE)
     if marks:
         figure.supxlabel("Under each face: cosine similarity to HR", fontsize=_FONT - 0.5)
     return figure
@@ -349,9 +306,10 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> list[Path]:
     given = Path(path)
     stem = given.with_suffix("") if given.suffix in (".png", ".pdf") else given
     contents = {}
+    _add_fonts(figure)
     # TrueType fonts in the PDF: publishers refuse matplotlib's default, Type 3
     with rc_context({"pdf.fonttype": 42}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # told when the figure was made
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # told already
         for kind in ("png", "pdf"):
             drawn = io.BytesIO()
             figure.savefig(drawn, dpi=_DPI, format=kind)
@@ -363,19 +321,31 @@ def _panels(
     count: int, *, width: float, height: float, columns: int | None = None, share_y: bool = True
 ) -> tuple[Figure, list[Axes]]:
     """A figure of panels of so many inches, row by row; the places that are over stay empty."""
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "figures need matplotlib, which comes with the extra: pip install 'idloss[eval]'"
+        ) from error
     columns = columns or count
     rows = -(-count // columns)
     figure = Figure(figsize=(width * columns + 0.6, height * rows + 0.7), layout="constrained")
     places = figure.subplots(rows, columns, sharey=share_y, squeeze=False).ravel()
     for unused in places[count:]:
         unused.remove()
+    for axes in places[:count]:
+        axes.grid(visible=True, color="#D9D9D9", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=_FONT - 1)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.label.set_fontsize(_FONT)
     return figure, list(places[:count])
 
 
 def _name_rates(figure: Figure, axes: Axes, across: str, up: str, title: str) -> None:
-    axes.set(ylim=(0, 101), xlabel=across, ylabel=up, title=_title(figure, title))
+    axes.set(ylim=(0, 101), xlabel=across, ylabel=up)
+    axes.set_title(_title(figure, title), fontsize=_TITLE)
     _add_legend(figure, [axes])
 
 
@@ -393,7 +363,8 @@ def _add_legend(figure: Figure, panels: Sequence[Axes]) -> None:
     labels = [_wrapped(label, (room - 0.6) / 0.065) for label in entries]
     entry = 0.6 + 0.065 * max(len(line) for label in labels for line in label.split("\n"))
     columns = max(1, min(len(labels), int(room / entry)))
-    figure.legend(entries.values(), labels, loc="outside lower center", ncols=columns)
+    options = {"frameon": False, "fontsize": _FONT - 0.5, "handlelength": 2.6, "ncols": columns}
+    figure.legend(entries.values(), labels, loc="outside lower center", **options)
 
 
 def _shown(name: str) -> str:

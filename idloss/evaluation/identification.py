@@ -36,6 +36,8 @@ BLOCK_BYTES = 16 * 2**20
 _ALIGNED_ROWS = 64
 _EPS = 1e-12
 
+Array = ArrayLike | Tensor
+
 
 class GalleryDraws(NamedTuple):
     """Which images are the gallery in each draw."""
@@ -97,31 +99,26 @@ class Identification:
         """Rank-1 rate of each draw, `[draws]`."""
         return self.cmc[:, 0]
 
-    def summarise(
-        self, ranks: Sequence[int] = (1, 5, 10), *, level: float = 0.95
-    ) -> dict[str, Estimate]:
+    def summarise(self, ranks: Sequence[int] = (1, 5, 10)) -> dict[str, Estimate]:
         """Rates named `rank1` and the like, at those of the ranks that the curve reaches."""
         within = [rank for rank in ranks if rank <= self.cmc.shape[1]]
-        return {f"rank{rank}": estimate(self.cmc[:, rank - 1], level=level) for rank in within}
+        return {f"rank{rank}": estimate(self.cmc[:, rank - 1]) for rank in within}
 
 
 def identify(
-    gallery: ArrayLike | Tensor,
-    probes: ArrayLike | Tensor,
+    gallery: Array,
+    probes: Array,
     subjects: ArrayLike,
     *,
-    min_images: int = MIN_IMAGES,
     draws: int = DRAWS,
     seed: int = 0,
     max_rank: int = MAX_RANK,
 ) -> Identification:
     """Rank-1 and CMC of images `[N, D]`, as gallery and as probes, after the paper's Table 2.
 
-    In each draw one image of each subject, as the gallery sees it (HR), is enrolled, and all the
-    others, as probes (LR), are searched for by cosine. A subject's rank counts every other one
-    that scores as high: a network that gives the same embedding to everybody gets no rank 1.
+    In each draw one image of each subject is enrolled, and all others are searched for by cosine.
     """
-    drawn = draw_galleries(subjects, min_images=min_images, draws=draws, seed=seed)
+    drawn = draw_galleries(subjects, draws=draws, seed=seed)
     enrolled, searched = _both(gallery, probes, len(np.asarray(subjects)), drawn.images)
     subject_of = torch.from_numpy(drawn.subjects)
     n_subjects = drawn.gallery.shape[1]
@@ -130,6 +127,7 @@ def identify(
     counts = np.zeros((draws, n_subjects + 1), dtype=np.int64)
     for part, draw, scores in _score_blocks(searched, enrolled, drawn.gallery):
         own = scores.gather(1, subject_of[part, None])
+        # every other subject that scores as high counts: one embedding for all gets no rank 1
         rank = torch.count_nonzero(scores >= own, dim=1).numpy()[is_probe[draw, part]]
         counts[draw] += np.bincount(rank, minlength=n_subjects + 1)
     cmc = counts.cumsum(1)[:, 1 : max_rank + 1] / counts.sum(1, keepdims=True)
@@ -149,34 +147,30 @@ class OpenSet:
     n_mated: Ints  # [draws]
     n_non_mated: Ints  # [draws]
 
-    def summarise(self, *, level: float = 0.95) -> dict[str, Estimate]:
+    def summarise(self) -> dict[str, Estimate]:
         """TPIR at each FPIR, named `tpir@fpir=0.01` and the like."""
-        return {
-            f"tpir@fpir={target:g}": estimate(self.tpir[:, place], level=level)
-            for place, target in enumerate(self.fpir)
-        }
+        rates = zip(self.fpir, self.tpir.T, strict=True)
+        return {f"tpir@fpir={target:g}": estimate(tpir) for target, tpir in rates}
 
 
 def identify_open_set(
-    gallery: ArrayLike | Tensor,
-    probes: ArrayLike | Tensor,
+    gallery: Array,
+    probes: Array,
     subjects: ArrayLike,
     *,
     fpir: Sequence[float] = FPIR_TARGETS,
     enrolled_share: float = 0.5,
-    min_images: int = MIN_IMAGES,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> OpenSet:
     """TPIR at FPIR: a watch list that holds some of the people who pass.
 
     In each draw a share of the subjects with enough images is enrolled with one image each. Their
-    other images are mated probes; every image of everybody else, those with too few images
-    included, is a non-mated one. The threshold lets through the wanted share of the non-mated
-    probes' best scores; a mated probe counts where its own subject is the best and exceeds it.
+    other images are mated probes, all of everybody else non-mated ones, whose best scores give the
+    threshold. A mated probe counts where its own subject is the best and exceeds it.
     """
     labels = np.asarray(subjects)
-    drawn = draw_galleries(labels, min_images=min_images, draws=draws, seed=seed)
+    drawn = draw_galleries(labels, draws=draws, seed=seed)
     n_able = drawn.gallery.shape[1]
     n_enrolled = round(enrolled_share * n_able)
     if not 0 < n_enrolled < n_able:
@@ -218,9 +212,7 @@ def identify_open_set(
     return OpenSet(np.asarray(fpir, dtype=np.float64), tpir, thresholds, n_mated, n_non_mated)
 
 
-def _both(
-    gallery: ArrayLike | Tensor, probes: ArrayLike | Tensor, count: int, places: Ints
-) -> tuple[Tensor, Tensor]:
+def _both(gallery: Array, probes: Array, count: int, places: Ints) -> tuple[Tensor, Tensor]:
     """Normalised embeddings of some images as gallery and as probes."""
     sides = []
     for name, embeddings in (("gallery", gallery), ("probe", probes)):
@@ -258,31 +250,20 @@ def _score_blocks(
 
 
 def found_within(
-    gallery: NDArray[np.float32],
-    gallery_labels: Ints,
-    probes: NDArray[np.float32],
-    labels: Ints,
-    *,
-    max_rank: int = MAX_RANK,
+    gallery: NDArray[np.float32], gallery_labels: Ints, probes: NDArray[np.float32], labels: Ints
 ) -> Bools:
     """Whether each probe's person is among the first r of a set's own gallery, `[P, R]`."""
-    matches = search(gallery, probes, min(max_rank, len(gallery)))
+    matches = search(gallery, probes, min(MAX_RANK, len(gallery)))
     right = gallery_labels[matches.places.numpy()] == labels[:, None]
     within: Bools = np.maximum.accumulate(right, axis=1)
     return within
 
 
-def closed_set(
-    within: Bools, *, seed: int = 0, ranks: Sequence[int] = (1, 5, 10, 20)
-) -> tuple[dict[str, Estimate], Floats]:
+def closed_set(within: Bools, *, seed: int = 0) -> tuple[dict[str, Estimate], Floats]:
     """Rates named `rank1` and the like with bootstrap intervals over probes, and the CMC `[R]`."""
     curve: Floats = within.mean(0)
-    figures = {
-        f"rank{rank}": _share(curve[rank - 1], len(within), seed)
-        for rank in ranks
-        if rank <= within.shape[1]
-    }
-    return figures, curve
+    ranks = [rank for rank in (1, 5, 10, 20) if rank <= within.shape[1]]
+    return {f"rank{rank}": _share(curve[rank - 1], len(within), seed) for rank in ranks}, curve
 
 
 def open_set(
@@ -292,7 +273,6 @@ def open_set(
     labels: Ints,
     strangers: NDArray[np.float32],
     *,
-    fpir: Sequence[float] = SURVFACE_FPIR_TARGETS,
     seed: int = 0,
 ) -> tuple[dict[str, Estimate], Bools]:
     """TPIR at FPIR: how many of the enrolled people are found when strangers are turned away.
@@ -302,7 +282,7 @@ def open_set(
     by name, and whether each mated probe counts at the first of them and rank 1, `[P]`.
     """
     best = search(gallery, strangers, 1).scores[:, 0].numpy()
-    thresholds = {target: rejecting_threshold(best, target) for target in fpir}
+    thresholds = {target: rejecting_threshold(best, target) for target in SURVFACE_FPIR_TARGETS}
     matches = search(gallery, mated, min(max(TPIR_RANKS), len(gallery)))
     right = gallery_labels[matches.places.numpy()] == labels[:, None]
     # the best score of the own person within the first r
@@ -313,7 +293,7 @@ def open_set(
             name = f"tpir{'' if rank == 1 else rank}@fpir={target:g}"
             passed = own[:, rank - 1] > threshold
             figures[name] = _share(float(passed.mean()), len(mated), seed)
-    correct: Bools = own[:, 0] > thresholds[fpir[0]]
+    correct: Bools = own[:, 0] > thresholds[SURVFACE_FPIR_TARGETS[0]]
     return figures, correct
 
 
@@ -330,13 +310,7 @@ class Matches(NamedTuple):
     places: Tensor  # rows of the gallery, [P, k]
 
 
-def search(
-    gallery: ArrayLike | Tensor,
-    probes: ArrayLike | Tensor,
-    k: int = 1,
-    *,
-    block_bytes: int = BLOCK_BYTES,
-) -> Matches:
+def search(gallery: Array, probes: Array, k: int = 1, *, block_bytes: int = BLOCK_BYTES) -> Matches:
     """Find the k nearest of a gallery `[G, D]` of any size by cosine, exactly, in blocks.
 
     The gallery may be a memory-mapped array, is read once for each block of probes, and need not be
@@ -364,11 +338,7 @@ def search(
     if rows > _ALIGNED_ROWS:
         rows -= rows % _ALIGNED_ROWS
     rows = max(1, min(size, rows))
-    answers = [
-        _search_block(source, block, k, rows) for block in searched.split(n_probes) if len(block)
-    ]
-    if not answers:
-        return Matches(searched.new_zeros(0, k).float(), searched.new_zeros(0, k).long())
+    answers = [_search_block(source, block, k, rows) for block in searched.split(n_probes)]
     return Matches(*(torch.cat(parts) for parts in zip(*answers, strict=True)))
 
 

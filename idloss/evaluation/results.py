@@ -168,16 +168,7 @@ class Results:
         estimates: Mapping[str, Estimate],
         arrays: Mapping[str, NDArray[Any]] | None = None,
     ) -> None:
-        """Take in what was found for one cell.
-
-        Args:
-            cell: What was measured.
-            estimates: Figures by metric.
-            arrays: What they were made of.
-
-        Raises:
-            ValueError: The cell is there already.
-        """
+        """Take in figures by metric and what they were made of; `ValueError` if there are any."""
         if any(record.cell == cell for record in self.records):
             raise ValueError(f"there is a result for {cell.label} already")
         self.records += [Record(cell, name, figure) for name, figure in estimates.items()]
@@ -198,18 +189,7 @@ class Results:
         raise KeyError(f"no {metric} for {cell.label}")
 
     def select(self, task: str, metric: str | None = None) -> list[Record]:
-        """The rows of one task and metric.
-
-        Args:
-            task: The task.
-            metric: The metric; None for accuracy, rank 1, or the first there is.
-
-        Returns:
-            At least one row.
-
-        Raises:
-            ValueError: There are none; says what there is.
-        """
+        """The rows of a task and metric (None: accuracy, rank 1 or the first), or `ValueError`."""
         wanted = read_task(task)
         records = [record for record in self.records if record.cell.task == wanted]
         known = list(dict.fromkeys(record.metric for record in records))

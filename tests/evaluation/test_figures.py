@@ -143,11 +143,10 @@ def test_letters_that_no_font_holds_are_named(scores, tmp_path):
     values, same = scores
     curves = {"\u6c49\uf8f8": roc(values["bicubic"], same)}
     with pytest.warns(UserWarning, match="no installed font holds .*drawn as boxes; install one"):
-        figure = roc_figure(curves)
-    assert save_figure(figure, tmp_path / "boxes")
+        assert save_figure(roc_figure(curves), tmp_path / "boxes")
 
 
-def test_letters_of_another_installed_font_are_drawn(scores, monkeypatch):
+def test_letters_of_another_installed_font_are_drawn(scores, monkeypatch, tmp_path):
     """A font that matplotlib brings beside its first one stands for one that holds the letter."""
     from matplotlib import font_manager, rc_context
 
@@ -164,6 +163,7 @@ def test_letters_of_another_installed_font_are_drawn(scores, monkeypatch):
     with warnings.catch_warnings(), rc_context():
         warnings.simplefilter("error")
         figure = roc_figure({letter: roc(values["bicubic"], same)})
+        save_figure(figure, tmp_path / "another")
     families = {tuple(t.get_fontfamily()) for t in figure.findobj(Text) if letter in t.get_text()}
     assert families == {("sans-serif", "STIXGeneral")}
 
