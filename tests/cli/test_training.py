@@ -5,7 +5,7 @@ from minilfw import photo_folder
 from typer.testing import CliRunner
 
 from idloss import create_fnet, create_srnet
-from idloss.cli import app, main
+from idloss.cli import app
 
 run = CliRunner().invoke
 SMALL = ["srnet_options={depth: 1, width: 8}", "device=cpu", "trackers=[]", "log_every=1"]
@@ -53,11 +53,9 @@ def test_train_fnet(photos, tmp_path):
         (["paper_edsr16_64", "data=nowhere"], "nowhere"),
     ],
 )
-def test_what_is_wrong_is_one_line(arguments, message, monkeypatch, tmp_path):
+def test_what_is_wrong_is_one_line(arguments, message, command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["idloss", "train", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert message in str(stop.value)
-    assert "\n" not in str(stop.value)
+    error = command("train", *arguments)
+    assert message in error
+    assert "\n" not in error
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,291 @@
+"""`idloss evaluate` and `idloss compare`, as a person types them."""
+
+import io
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from idloss.data import SyntheticFaces
+from idloss.evaluation import Results
+from idloss.weights.files import written_whole
+
+
+def test_evaluate_from_end_to_end(lfw, networks, command, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = [lfw, "--fnet", networks[0], "--srnet", "bicubic", "--srnet", networks[1]]
+    words += ["--size", "7x6", "--size", "14x12", "--task", "verification"]
+    words += ["--task", "identification", "--task", "open-set", "--draws", 2, "--faces", 2]
+    assert not command("evaluate", *words, "--out", out)
+    shown = capsys.readouterr().out
+    assert "| FNet" in shown
+    assert "| ours" in shown
+    results = Results.load(out / "results.json")
+    assert len(results.cells()) == 3 * (1 + 2 * 2)
+    assert results.run["command"][:2] == ["idloss", "evaluate"]
+    assert results.run["sizes"]["identification"] == [[7, 6], [14, 12]]
+    captions = {
+        "table1": "Verification accuracy (%)",
+        "table2": "Rank-1 identification rate (%), mean ± deviation of 2 draws",
+        "open_set": "TPIR@FPIR 0.1 (%), mean ± deviation of 2 draws",
+    }
+    for name, caption in captions.items():
+        table = (out / f"{name}.md").read_text()
+        assert table in shown
+        assert table.startswith(f"{caption}: lfw, protocol paper\n\n| FNet")
+        assert ("±" in table.partition("\n")[2]) == (name != "table1")
+    made = {path.name for path in (out / "figures").iterdir()}
+    for stem in ("table1-by-size", "roc-f-7x6", "similarity-f-14x12", "cmc-f-7x6", "faces-7x6"):
+        assert {f"{stem}.png", f"{stem}.pdf"} <= made, made
+        assert (out / "figures" / f"{stem}.png").stat().st_size > 5_000
+    assert command("compare", out / "results.json", tmp_path / "no.json") == (
+        f"idloss: no result file at {tmp_path / 'no.json'}; give the .json of a run"
+    )
+    assert not command("compare", out / "results.json", out / "results.json", "--srnets", "bicubic",
+                       "ours")  # fmt: skip
+    compared = capsys.readouterr().out
+    assert compared.count("→ ours") == 6
+    assert "McNemar" in compared
+
+
+def test_standard_protocol_and_single_sizes(lfw, networks, command, tmp_path):
+    out = tmp_path / "out"
+    words = ["--fnet", networks[0], "--srnet", "bilinear", "--size", "14x12", "--no-figures"]
+    words += ["--protocol", "standard", "--probe", "both", "--no-cache", "--out", out]
+    assert not command("evaluate", lfw, *words)
+    assert Results.load(out / "results.json").run["protocol"]["name"] == "standard"
+    assert not (out / "figures").exists()
+    assert not (tmp_path / "hf").exists()
+
+
+def edited(lfw, folder, change):
+    """A copy of the miniature with its lists changed."""
+    shutil.copytree(lfw, folder)
+    change(folder)
+    return folder
+
+
+def wrong_count(folder):
+    text = (folder / "pairs.txt").read_text()
+    (folder / "pairs.txt").write_text(text.replace("\n", "\nPerson_0\t1\t2\n", 1))
+
+
+def wrong_name(folder):
+    text = (folder / "pairs.txt").read_text()
+    (folder / "pairs.txt").write_text(text.replace("Person_0\t1\t2", "Person_0\t1\t9", 1))
+
+
+def wrong_point(folder):
+    rows = (folder / "lfw_landmarks.csv").read_text().splitlines()
+    rows[3] = rows[3].rpartition(",")[0] + ",nan"
+    (folder / "lfw_landmarks.csv").write_text("\n".join(rows))
+
+
+def half_a_photo(folder):
+    photo = folder / "lfw/Person_1/Person_1_0002.jpg"
+    photo.write_bytes(photo.read_bytes()[:700])
+
+
+def half_an_archive(folder, name):
+    with tarfile.open(folder / name, "w:gz" if name.endswith("gz") else "w") as archive:
+        archive.add(folder / "lfw", "lfw")
+    shutil.rmtree(folder / "lfw")
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: len(whole) // 2])
+
+
+def half_a_tar(folder):
+    half_an_archive(folder, "lfw.tar")
+
+
+def half_a_tgz(folder):
+    half_an_archive(folder, "lfw.tgz")
+
+
+def one_person_only(folder):
+    rows = "".join(f"Person_0\t{a}\t{b}\n" for a, b in ((1, 2), (1, 3), (1, 4)))
+    others = "".join(f"Person_0\t{a}\tPerson_0\t{b}\n" for a, b in ((2, 3), (2, 4), (3, 4)))
+    (folder / "pairs.txt").write_text(f"1\t3\n{rows}{others}")
+
+
+def no_pairs(folder):
+    (folder / "pairs.txt").write_text("\n\n")
+
+
+def no_points(folder):
+    (folder / "lfw_landmarks.csv").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (wrong_count, r"pairs\.txt:1: announces"),
+        (wrong_name, r"pairs\.txt:2: there is no image Person_0/Person_0_0009\.jpg"),
+        (wrong_point, r"lfw_landmarks\.csv:4: Person_0/Person_0_0004\.jpg: expected ten finite"),
+        (half_a_photo, r"Person_1_0002\.jpg: unreadable image"),
+        (half_a_tar, r"lfw\.tar: .*cut short.* after lfw/Person_\d/"),
+        (half_a_tgz, r"lfw\.tgz: the gzip stream is damaged or cut short"),
+        (one_person_only, r"lfw: 6 pairs in 1 folds; .* give two folds or more"),
+        (no_pairs, r"pairs\.txt: the file is empty"),
+        (no_points, r"no landmarks .* --landmarks"),
+    ],
+)
+def test_data_errors_are_a_few_lines_with_file_and_line(
+    change, said, lfw, networks, command, tmp_path
+):
+    place = edited(lfw, tmp_path / "edited", change)
+    words = ["--fnet", networks[0], "--size", "7x6", "--no-figures", "--out", tmp_path / "out"]
+    error = command("evaluate", place, *words)
+    assert re.search(said, error)
+    assert error.count("\n") <= 11  # ten faults, each on its line, and what to do
+    assert "Traceback" not in error
+    assert "skip_missing" not in error
+
+
+def test_skip_missing_goes_on_and_is_recorded(lfw, networks, command, tmp_path, capsys):
+    place = edited(lfw, tmp_path / "edited", half_a_photo)
+    words = ["--fnet", networks[0], "--srnet", "bilinear", "--size", "7x6", "--no-figures"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert not command("evaluate", place, *words, "--skip-missing", "--out", tmp_path / "out")
+    assert "idloss: warning: left out:" in capsys.readouterr().err
+    run_data = Results.load(tmp_path / "out/results.json").run["data"]
+    assert [fault for fault in run_data["skipped"] if "Person_1_0002.jpg" in fault]
+
+
+def test_pickle_with_code_is_refused(command, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return (print, ("run",))
+
+    (tmp_path / "evil.bin").write_bytes(pickle.dumps(([Code()], [True])))
+    error = command("evaluate", tmp_path / "evil.bin", "--out", tmp_path / "out")
+    assert "evil.bin" in error
+    assert "print" in error
+
+
+def test_pairs_csv_and_bin(networks, command, tmp_path):
+    files = []
+    crops = SyntheticFaces(4, 10, crop="arcface", size=(112, 112)).render(progress=False).crops
+    for index, crop in enumerate(crops):
+        stream = io.BytesIO()
+        Image.fromarray(crop.permute(1, 2, 0).numpy()).save(stream, "PNG")
+        files.append(stream.getvalue())
+        (tmp_path / f"{index}.png").write_bytes(stream.getvalue())
+    pairs = [(20 * p + k, 20 * p + (k + 1) % 10 + 10 * d, 1 - d) for p in (0, 1) for k in range(10)
+             for d in (0, 1)]  # fmt: skip
+    table = "first,second,same\n" + "".join(f"{a}.png,{b}.png,{s}\n" for a, b, s in pairs)
+    (tmp_path / "pairs.csv").write_text(table)
+    pictures = [files[place] for a, b, _ in pairs for place in (a, b)]
+    content = (pictures, [bool(same) for _, _, same in pairs])
+    (tmp_path / "set.bin").write_bytes(pickle.dumps(content))
+    words = ["--fnet", networks[0], "--srnet", "bilinear", "--size", "14x12", "--no-figures"]
+    for data, more in (("pairs.csv", ["--crop", "arcface"]), ("set.bin", [])):
+        out = tmp_path / data.partition(".")[0]
+        assert not command("evaluate", tmp_path / data, *words, *more, "--out", out)
+    scores = [
+        next(iter(Results.load(tmp_path / name / "results.json").arrays.values()))["scores"]
+        for name in ("pairs", "set")
+    ]
+    np.testing.assert_array_equal(*scores)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--protocol", "papper"], "unknown protocol 'papper'.*paper"),
+        (["--size", "7,6"], "--size '7,6' is not rows x columns"),
+        (["--size", "0x6"], "--size '0x6' is not rows x columns"),
+        (["--size", "7x6", "--size", "7\N{MULTIPLICATION SIGN}6"], "given twice"),
+        (["--fnet", "mobilfacenet"], "mobilefacenet"),
+        (["--srnet", "bicubic", "--srnet", "bicubic"], "--srnet 'bicubic' is given twice"),
+        (["--data-set", "lwf"], "lfw"),
+        (["--data-set", "bin", "--people", "x"], "'bin' takes no --people"),
+        (["--task", "verify"], "verification"),
+        (["--size", "224x192"], "224x192 is no smaller version of the 112x96 crop"),
+        (["--srnet", "hr=bicubic"], "cannot be called 'hr'"),
+        (["--srnet", "f=bicubic"], "'f' is both an FNet and an SRNet"),
+        (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+    ],
+)
+def test_wrong_words_are_one_line(words, said, lfw, networks, command, tmp_path):
+    fnet = [] if "--fnet" in words else ["--fnet", networks[0]]
+    error = command("evaluate", lfw, *fnet, *words, "--out", tmp_path / "out")
+    assert re.search(said, error, re.IGNORECASE), error
+    assert "\n" not in error
+
+
+def test_results_that_cannot_be_written_are_told_first(lfw, networks, command, tmp_path):
+    (tmp_path / "file").write_text("")
+    places = [(tmp_path / "file", "file is a file"), (tmp_path / "file" / "x", "file is a file")]
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    if not os.access(closed, os.W_OK):  # root writes anywhere
+        places.append((closed / "out", "closed may not be written to"))
+    for place, said in places:
+        error = command("evaluate", tmp_path / "no data", "--out", place)
+        assert re.search(rf"--out .*{said}; name another folder", error), error
+
+
+def test_results_outlive_a_disk_that_filled_up(lfw, networks, command, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def full(target):
+        if out in target.parents:
+            raise OSError(28, "No space left on device")
+        return written_whole(target)
+
+    monkeypatch.setattr("idloss.evaluation.results.written_whole", full)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    words = ["--fnet", networks[0], "--srnet", "bicubic", "--size", "7x6", "--no-figures"]
+    folder = tmp_path / "mine"
+    told = command("evaluate", lfw, *words, "--out", out, "--cache-folder", folder)
+    other = re.search(r"No space left on device\); .*another folder; .* kept in (\S+)", told)
+    assert len(Results.load(f"{other[1]}/results.json").cells()) == 2
+    assert [*folder.rglob("*.safetensors")]
+
+
+def test_photos_without_points_say_what_to_give(networks, command, tmp_path):
+    for shade, name in enumerate("abcd"):
+        picture = Image.fromarray(np.full((20, 20, 3), shade, np.uint8))
+        picture.save(tmp_path / f"{name}.png")
+    (tmp_path / "pairs.csv").write_text("a.png,b.png,1\nc.png,d.png,0\n")
+    words = ["--fnet", networks[0], "--out", tmp_path / "out"]
+    error = command("evaluate", tmp_path / "pairs.csv", *words)
+    assert "put landmarks.csv beside it" in error
+    assert "--crop arcface" in error
+    error = command("evaluate", tmp_path / "pairs.csv", *words, "--crop", "arcface")
+    assert "pairs: 2 pairs in 1 folds" in error
+
+
+def test_cache_is_found_by_another_process(networks):
+    """Keys hold no address and no hash that differs from one process to the next."""
+    code = (
+        "from idloss import create_fnet, create_srnet\n"
+        "import torch\n"
+        "from idloss.evaluation import Cell, get_protocol\n"
+        "from idloss.evaluation.embedding import cell_keys, ready\n"
+        f"f = create_fnet({networks[0][2:]!r}, pretrained=True)\n"
+        f"s = create_srnet({networks[1][5:]!r}, pretrained=True)\n"
+        "cells = [Cell('verification', 'f', one, 7, 6) for one in ('hr', 's')]\n"
+        "with ready({'f': f}, {'s': s}, get_protocol('paper'), torch.device('cpu')) as networks:\n"
+        "    keys = list(cell_keys(networks, cells).values())\n"
+    )
+    here: dict[str, object] = {}
+    exec(code, here)
+    there = subprocess.run(
+        [sys.executable, "-c", f"{code}print('keys', *keys)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert there.stdout.split("keys ")[1].split() == here["keys"]
+    assert len(set(here["keys"])) == 2
