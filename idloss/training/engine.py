@@ -92,7 +92,8 @@ def create_accelerator(options: RunOptions, folder: Path) -> Accelerator:
             f"{started} processes were started and on {accelerator.device} they do not join: "
             "start one, or set device=cpu"
         )
-    if started > 1:  # else gloo's threads may outlive what they use, and abort a run that is done
+    if started > 1 and accelerator.device.type == "cpu":
+        # else gloo's threads may outlive what they use, and abort a run that is done
         atexit.register(accelerator.state.destroy_process_group)
     if accelerator.distributed_type in _SHARDED:
         raise ValueError(
