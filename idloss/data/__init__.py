@@ -4,19 +4,12 @@ from idloss.data.celeba import celeba_faces
 from idloss.data.faces import AlignedFaces, Faces, FileFaces, align_all
 from idloss.data.files import DataError, Fault
 from idloss.data.folder import folder_faces
-from idloss.data.insightface import insightface_bin
 from idloss.data.layouts import EVALUATIONS, open_evaluation, open_faces, open_training
 from idloss.data.lfw import lfw
 from idloss.data.overlap import Exclusion, Match
-from idloss.data.pairs import EvaluationSet, Pairs, pairs_csv
+from idloss.data.pairs import EvaluationSet, Pairs
 from idloss.data.preparation import prepare
 from idloss.data.prepared import PreparedFaces, Report, open_prepared
-from idloss.data.surveillance import (
-    scface,
-    survface_identification,
-    survface_verification,
-    tinyface,
-)
 from idloss.data.synthetic import SyntheticFaces
 
 __all__ = [
@@ -36,16 +29,10 @@ __all__ = [
     "align_all",
     "celeba_faces",
     "folder_faces",
-    "insightface_bin",
     "lfw",
     "open_evaluation",
     "open_faces",
     "open_prepared",
     "open_training",
-    "pairs_csv",
     "prepare",
-    "scface",
-    "survface_identification",
-    "survface_verification",
-    "tinyface",
 ]

@@ -12,8 +12,9 @@ import torch
 from data.test_faces import HEADER, NUMBERS, write
 from data.test_files import jpeg
 
-from idloss.data import DataError, insightface_bin, open_evaluation, pairs_csv
-from idloss.data.insightface import _Reader
+from idloss.data import DataError, open_evaluation
+from idloss.data.insightface import _Reader, insightface_bin
+from idloss.data.pairs import pairs_csv
 
 IMAGES = [jpeg(size=(112, 112), seed=i) for i in range(8)]
 SAME = [True, False, True, False]

@@ -5,9 +5,8 @@ import pytest
 from data.test_faces import NUMBERS, write
 from data.test_files import jpeg
 
-from idloss.data import (
-    DataError,
-    open_evaluation,
+from idloss.data import DataError, open_evaluation
+from idloss.data.surveillance import (
     scface,
     survface_identification,
     survface_verification,
@@ -197,6 +196,13 @@ def test_scface(cameras):
         assert all(name.endswith(f"_{distance}.jpg") for name in probes)
     assert found.faces.labels[found.probes["d2"]].bincount().tolist() == [5, 5, 5]
     assert scface(cameras, subjects=range(51, 52)).faces.identities == ("051",)
+
+
+def test_scface_lost_probe_is_named(cameras):
+    (lost,) = cameras.rglob("002_cam3_1.jpg")
+    lost.unlink()
+    with pytest.raises(DataError, match=r"there is no 002_cam3_1\.jpg"):
+        scface(cameras, subjects=(1, 2, 51))
 
 
 def test_scface_subject_without_mugshot(cameras):
