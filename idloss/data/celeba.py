@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from idloss.data.faces import FileFaces, is_picture, number_identities
 from idloss.data.files import DataError, Fault, Files, open_files, skip_or_raise
@@ -18,34 +18,22 @@ PARTITION = "list_eval_partition.txt"
 KAGGLE = "list_landmarks_align_celeba.csv"
 # folders of the official distribution, of torchvision, and of both one level up
 TEXT_FOLDERS = ("", "Anno/", "Eval/", "celeba/", "celeba/Anno/", "celeba/Eval/")
+IMAGE_FOLDERS = ("", "Img/", "celeba/", "celeba/Img/")
 
 
-@dataclass(frozen=True)
-class Layout:
-    """One of the two editions of CelebA.
-
-    Attributes:
-        landmarks: its landmark table.
-        images: the folders its photos are found in.
-    """
+class Layout(NamedTuple):
+    """An edition of CelebA: its landmark table, and the folders its photos are found in."""
 
     landmarks: str
     images: tuple[str, ...]
 
 
-IN_THE_WILD = Layout(
-    "list_landmarks_celeba.txt",
-    ("img_celeba/", "Img/img_celeba/", "celeba/img_celeba/", "celeba/Img/img_celeba/"),
-)
-ALIGNED = Layout(
-    "list_landmarks_align_celeba.txt",
-    (
-        "celeba/img_align_celeba/",
-        "img_align_celeba/",
-        "Img/img_align_celeba/",
-        "celeba/Img/img_align_celeba/",
-    ),
-)
+def _layout(landmarks: str, images: str) -> Layout:
+    return Layout(landmarks, tuple(f"{above}{images}/" for above in IMAGE_FOLDERS))
+
+
+IN_THE_WILD = _layout("list_landmarks_celeba.txt", "img_celeba")
+ALIGNED = _layout("list_landmarks_align_celeba.txt", "img_align_celeba")
 
 
 def celeba_faces(
@@ -54,20 +42,20 @@ def celeba_faces(
     """Read CelebA, in the wild where it is there, else the aligned edition with a warning.
 
     Args:
-        path: a folder or tar with `img_celeba/`, `list_landmarks_celeba.txt` and
+        path: A folder or tar with `img_celeba/`, `list_landmarks_celeba.txt` and
             `identity_CelebA.txt` (the official `Anno/`, `Eval/` and `Img/` folders are found too),
             or torchvision's root with `celeba/img_align_celeba/` and
             `list_landmarks_align_celeba.txt`.
         split: `"all"`, or `"train"`, `"valid"`, `"test"` after `list_eval_partition.txt`.
-        skip_missing: leave out photos that are missing or lack readable points.
+        skip_missing: Leave out photos that are missing or lack readable points.
 
     Returns:
         The faces, in the landmark table's order.
 
     Raises:
-        FileNotFoundError: neither edition is there; lists what was looked for.
-        DataError: a table has faults; names file and line.
-        ValueError: there is no such split.
+        FileNotFoundError: Neither edition is there; lists what was looked for.
+        DataError: A table has faults; names file and line.
+        ValueError: There is no such split.
     """
     if split != "all" and split not in SPLITS:
         raise ValueError(did_you_mean("split", split, ["all", *SPLITS]))

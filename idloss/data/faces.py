@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import threading
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -119,17 +120,11 @@ class Faces(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class FileFaces:
-    """Faces in files; a `Faces`, whose attributes are told there.
+    """Faces in files; a `Faces`, whose other attributes are told there.
 
     Attributes:
         files: Where the pictures are.
         members: The file of each face in `files`.
-        names: The name of each face.
-        labels: Identities or None.
-        identities: Names of the identities.
-        landmarks: Five points a face or None.
-        crop: The template the faces are aligned to, if they are.
-        skipped: What was left out.
     """
 
     files: Files
@@ -172,7 +167,17 @@ class FileFaces:
         faults: dict[int, Fault] | None = None,
     ) -> Tensor:
         """Some faces as crops `[B, 3, H, W]`; see `Faces.crops_at`."""
-        return cut_crops(self, indices, crop, faults=faults)
+        wanted = indices.tolist() if isinstance(indices, Tensor) else list(indices)
+        template = crop or self.crop
+        if template is None:
+            raise ValueError("photos have no crop of their own: name the template, sphereface, say")
+        found: dict[int, Fault] = {}
+        crops = _read_crops(self, wanted, get_template(template), found)
+        if found and faults is None:
+            raise DataError(found.values())
+        if faults is not None:
+            faults.update(found)
+        return crops
 
     def select(self, keep: Tensor) -> FileFaces:
         """A smaller set over the same files."""
@@ -228,15 +233,10 @@ class AlignedCrops:
 
 @dataclass(frozen=True, eq=False)
 class AlignedFaces(AlignedCrops):
-    """Aligned crops in memory, a `Faces`; also a map-style data set of (crop, label) pairs.
+    """Aligned crops in memory; a `Faces`, whose other attributes are told there.
 
     Attributes:
         crops: uint8 RGB `[N, 3, H, W]`.
-        names: One name a crop.
-        labels: Identities as int64 `[N]` in 0 ... K-1, or None.
-        identities: The K names of the identities.
-        crop: The template the crops are aligned to.
-        skipped: What was left out, and why.
     """
 
     crops: Tensor
@@ -280,7 +280,7 @@ def align_all(
     *,
     skip_missing: bool = False,
     threads: int | None = None,
-    progress: bool | Callable[[int], object] = True,
+    progress: bool = True,
 ) -> AlignedFaces:
     """Align all faces in memory, 32 kB a face at 112x96.
 
@@ -289,8 +289,7 @@ def align_all(
         crop: Template wanted.
         skip_missing: Leave out photos that cannot be read or aligned.
         threads: Decoding threads; None for one a core, eight at most.
-        progress: Show a progress bar when it takes more than two seconds; or what to tell of every
-            few faces that are done, such as the `update` of a bar that stands for more.
+        progress: Show a progress bar when it takes more than two seconds.
 
     Returns:
         The crops, in the order of the faces.
@@ -306,27 +305,17 @@ def align_all(
         crops[indices] = faces.crops_at(indices, target, faults=faults)
         return len(indices)
 
-    workers = threads or min(8, os.cpu_count() or 1)
-    own = progress is True
-    bar = tqdm(total=len(faces), desc="aligning", unit="face", delay=2, disable=not own)
-    tell = progress if callable(progress) else bar.update
-    with bar, ThreadPoolExecutor(workers) as pool:
-        for done in pool.map(work, like_sized_batches(faces, 0, len(faces))):
-            tell(done)
+    batches = like_sized_batches(faces, 0, len(faces))
+    with tqdm(desc="aligning", total=len(faces), unit="face", delay=2, disable=not progress) as bar:
+        for done in map_ahead(work, batches, threads):
+            bar.update(done)
     skipped = skip_or_raise((faults[i] for i in sorted(faults)), skip_missing=skip_missing)
-    aligned = AlignedFaces(
-        crops=crops,
-        names=tuple(faces.names),
-        labels=faces.labels,
-        identities=tuple(faces.identities),
-        crop=target.name,
-        skipped=(*faces.skipped, *skipped),
-    )
-    if not skipped:
-        return aligned
+    names, people = tuple(faces.names), tuple(faces.identities)
+    every = (*faces.skipped, *skipped)
+    aligned = AlignedFaces(crops, names, faces.labels, people, target.name, every)
     good = torch.ones(len(faces), dtype=torch.bool)
     good[list(faults)] = False
-    return aligned.select(good)
+    return aligned.select(good) if skipped else aligned
 
 
 def map_ahead(
@@ -346,27 +335,6 @@ def map_ahead(
         finally:
             for future in begun:
                 future.cancel()
-
-
-def cut_crops(
-    faces: Faces,
-    indices: Sequence[int] | Tensor,
-    crop: str | Template | None,
-    *,
-    faults: dict[int, Fault] | None,
-) -> Tensor:
-    """`Faces.crops_at` by reading pictures one by one, uint8 `[B, 3, H, W]`."""
-    wanted = indices.tolist() if isinstance(indices, Tensor) else list(indices)
-    if crop is None and faces.crop is None:
-        raise ValueError("photos have no crop of their own: name the template, crop='sphereface'")
-    target = get_template(crop or faces.crop or "")
-    found: dict[int, Fault] = {}
-    crops = _read_crops(faces, wanted, target, found)
-    if faults is not None:
-        faults.update(found)
-    elif found:
-        raise DataError(found.values())
-    return crops
 
 
 def convert_crops(crops: Tensor, own: str | Template, wanted: str | Template) -> Tensor:
@@ -441,10 +409,7 @@ def _align(faces: Faces, indices: Sequence[int], template: Template) -> Tensor:
 def _boxes(matrices: Tensor, template: Template) -> list[list[int]]:
     """What a crop sees of its photo, in whole pixels: left, top, right, bottom (exclusive)."""
     height, width = template.size
-    corners = torch.tensor(
-        [[0.0, 0.0], [width - 1, 0.0], [0.0, height - 1], [width - 1, height - 1]],
-        dtype=matrices.dtype,
-    )
+    corners = torch.tensor([(x, y) for x in (0, width - 1) for y in (0, height - 1)]).to(matrices)
     linear, shift = matrices[:, :, :2], matrices[:, :, 2]
     seen = torch.linalg.solve(linear[:, None], (corners[None] - shift[:, None])[..., None])[..., 0]
     low = seen.amin(1).floor() - BICUBIC_REACH
@@ -482,50 +447,51 @@ def decode_image(data: bytes, name: str) -> Tensor:
     is the one that refuses a file cut short (OpenCV paints the rest grey) and that torchvision,
     whose own decoder is to be removed, goes on depending on.
     """
+    opened = _open_image(data, name)
+    many = opened.width * opened.height > MANY_PIXELS
+    # I, I;16 and F hold more than 8 bits, which Pillow clips rather than scales
+    if opened.mode[0] in "IF":
+        raise DataError([Fault(name, f"expected 8 bits a channel, got mode {opened.mode!r}")])
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            mode, pixels = opened.mode, opened.width * opened.height
-            _refuse_huge(opened, name)
-            with _one_large_picture if pixels > MANY_PIXELS else nullcontext():
-                transpose = TRANSPOSES.get(_orientation(opened))
-                image = opened if transpose is None else opened.transpose(transpose)
-                array = np.array(image.convert("RGB"))
-    except DataError:
-        raise
-    except UnidentifiedImageError as error:  # whose message holds an address
-        what = f"unreadable image (none of {', '.join(FORMATS)})"
-        raise DataError([Fault(name, what)]) from error
+        with opened, _one_large_picture if many else nullcontext():
+            transpose = TRANSPOSES.get(_orientation(opened))
+            image = opened if transpose is None else opened.transpose(transpose)
+            array = np.array(image.convert("RGB"))
     # what a damaged file makes Pillow's plug-ins raise is not told: struct.error, KeyError, ...
     except Exception as error:
-        what = f"unreadable image ({type(error).__name__}: {error})"
-        raise DataError([Fault(name, what)]) from error
-    # I, I;16 and F hold more than 8 bits, which Pillow clips rather than scales
-    if mode[0] in "IF":
-        raise DataError([Fault(name, f"expected 8 bits a channel, got Pillow mode {mode!r}")])
+        raise _unreadable(name, f"{type(error).__name__}: {error}") from error
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:
     """Rows and columns of a picture once it is upright, from its header."""
+    with _open_image(data, name) as opened:
+        size = (opened.height, opened.width)
+        return size[::-1] if _orientation(opened) >= 5 else size
+
+
+def _open_image(data: bytes, name: str) -> Image.Image:
+    """A picture of which no more than the header is read."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            size = (opened.height, opened.width)
-            return size[::-1] if _orientation(opened) >= 5 else size
+        opened = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:  # whose message holds an address
+        raise _unreadable(name, f"none of {', '.join(FORMATS)}") from error
     except Exception as error:
-        raise DataError([Fault(name, f"unreadable image ({type(error).__name__})")]) from error
-
-
-def _refuse_huge(image: Image.Image, name: str) -> None:
-    if image.width * image.height > MOST_PIXELS:
-        what = f"{image.width}x{image.height} pixels, more than {MOST_PIXELS:,}: make it smaller"
+        raise _unreadable(name, f"{type(error).__name__}: {error}") from error
+    if opened.width * opened.height > MOST_PIXELS:
+        what = f"{opened.width}x{opened.height} pixels, more than {MOST_PIXELS:,}: make it smaller"
         raise DataError([Fault(name, what)])
+    return opened
+
+
+def _unreadable(name: str, why: str) -> DataError:
+    return DataError([Fault(name, f"unreadable image ({why})")])
 
 
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 where it or the EXIF cannot be read."""
     try:
-        found = image.getexif().get(ORIENTATION, 1)
-        return int(found)
+        return int(image.getexif().get(ORIENTATION, 1))
     except Exception:
         return 1
 
@@ -547,7 +513,7 @@ def number_identities(per_face: Iterable[str | None]) -> tuple[Tensor, tuple[str
     numeric = all(name.isdecimal() for name in known)
     told: dict[object, str] = {}
     for name in sorted(known):
-        other = told.setdefault(int(name) if numeric else name, name)
+        other = told.setdefault(int(name) if numeric else unicodedata.normalize("NFC", name), name)
         if other != name:
             raise DataError([Fault(name, f"is the identity {other} in another spelling")])
     names = sorted(known, key=lambda name: (int(name) if numeric else 0, name))

@@ -49,8 +49,8 @@ class DataError(ValueError):
     """A data set cannot be used as it is.
 
     Args:
-        faults: what is wrong; the first ten are spelt out in the message.
-        remedy: the way out, one sentence.
+        faults: What is wrong; the first ten are spelt out in the message.
+        remedy: The way out, one sentence.
     """
 
     def __init__(self, faults: Iterable[Fault] | str, remedy: str = "") -> None:
@@ -105,11 +105,7 @@ class Files(Protocol):
         """Names that start with a folder prefix (`""` or `"folder/"`), in a stable order."""
 
     def read(self, name: str) -> bytes:
-        """The bytes of one file.
-
-        Raises:
-            DataError: there is no such file; names it and its location.
-        """
+        """The bytes of one file; a DataError names it where it cannot be read."""
 
 
 class FolderFiles:

@@ -22,14 +22,15 @@ def folder_faces(path: str | os.PathLike[str] | Files, *, skip_missing: bool = F
     identities are known, `identity`; `image_id` is the photo's path from the table's folder.
 
     Args:
-        path: a folder or a tar that holds the table at its top or one folder down.
-        skip_missing: leave out photos that are missing or have no readable points.
+        path: A folder or a tar that holds the table at its top or one folder down.
+        skip_missing: Leave out photos that are missing or have no readable points.
 
     Returns:
         The faces, in the table's order.
 
     Raises:
-        DataError: there is no such table, or it has faults; names file and line.
+        FileNotFoundError: There is no such table.
+        DataError: The table has faults; names file and line.
     """
     files = open_files(path)
     name = find_landmarks(files)

@@ -95,18 +95,9 @@ def insightface_bin(
 ) -> EvaluationSet:
     """Read a `.bin` of insightface: a pickle of 2P image files and P labels, 112x112 crops.
 
-    The pickle cannot run code: its reader knows a short list of names.
-
-    Args:
-        path: such as `lfw.bin` or `cfp_fp.bin`.
-        crop: the template of the crops, of whatever size they are.
-        skip_missing: leave out pairs with unreadable images, which then are all decoded once.
-
-    Returns:
-        The crops with the pairs in 10 contiguous folds.
-
-    Raises:
-        DataError: the pickle names code, is cut short, or does not hold pairs.
+    The pickle cannot run code: its reader knows a short list of names. Crops are of `crop` in
+    whatever size, pairs in 10 contiguous folds; `skip_missing` leaves out those with unreadable
+    images, which then are all decoded once.
     """
     place = Path(path).expanduser()
     data = read_file(place)
@@ -114,26 +105,18 @@ def insightface_bin(
         _refuse_greedy(data)
         content = _Reader(io.BytesIO(data), encoding="bytes").load()
         images, same = _content(content)
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        KeyError,
-        OverflowError,
-        MemoryError,
-    ) as error:
+    except Exception as error:  # what a damaged pickle raises is not told
         raise DataError([Fault(str(place), f"not a verification set: {error}")]) from error
-    names = tuple(f"{i:05d}" for i in range(len(images)))
-    files = MemoryFiles(str(place), dict(zip(names, images, strict=True)))
+    contents = {f"{i:05d}": image for i, image in enumerate(images)}
+    files, names = MemoryFiles(str(place), contents), tuple(contents)
     faces = FileFaces(files, names, names, crop=crop)
     first, second = torch.arange(len(images)).view(-1, 2).unbind(1)
     pairs = Pairs(first, second, same, contiguous_folds(len(same)))
     warn_of_doubles(faces, zip(first.tolist(), second.tolist(), strict=True), str(place))
     if skip_missing:
-        faults = _unreadable(faces)
+        faults: dict[int, Fault] = {}
+        for index in tqdm(range(len(faces)), desc="decoding", unit="face", delay=2):
+            faces.crops_at([index], faults=faults)
         faces = replace(faces, skipped=skip_or_raise(faults.values(), skip_missing=True))
         lost = torch.tensor([*faults], dtype=torch.int64)
         pairs = pairs.select(~(torch.isin(first, lost) | torch.isin(second, lost)))
@@ -157,13 +140,3 @@ def _content(content: object) -> tuple[list[bytes], torch.Tensor]:
     if not labels or len(images) != 2 * len(labels):
         raise ValueError(f"{len(images)} images for {len(labels)} pairs")
     return [bytes(item) for item in images], torch.tensor(labels).bool()
-
-
-def _unreadable(faces: FileFaces) -> dict[int, Fault]:
-    faults = {}
-    for index in tqdm(range(len(faces)), desc="decoding", unit="face", delay=2):
-        try:
-            faces.read(index)
-        except DataError as error:  # noqa: PERF203 -- each image may fail
-            faults[index] = error.faults[0]
-    return faults

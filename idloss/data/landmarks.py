@@ -113,19 +113,9 @@ def read_clean_list(path: Path, names: Sequence[str]) -> tuple[list[str], Points
 
 
 def _is_header(cells: list[str], known: frozenset[str]) -> bool:
-    numbers = cells[1:LISTED_COLUMNS]
-    return cells[0] not in known and (
-        cells[0].lower() in HEADERS
-        or (len(cells) >= LISTED_COLUMNS and not any(map(_is_number, numbers)))
-    )
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
+    words = [cell for cell in cells[1:LISTED_COLUMNS] if cell[:1].isalpha() and cell.lower() != "nan"]
+    named = cells[0].lower() in HEADERS or len(words) == LISTED_COLUMNS - 1
+    return named and cells[0] not in known
 
 
 def check_landmarks(faces: FileFaces, where: str) -> FileFaces:

@@ -39,19 +39,18 @@ SUFFIXES = {".csv": "pairs", ".bin": "bin"}
 
 
 def open_faces(path: str | os.PathLike[str], *, skip_missing: bool = False) -> FileFaces:
-    """Open faces for training: a folder or tar of photos with landmarks, or CelebA.
+    """Open photos for training: CelebA, or a folder or archive with `landmarks.csv`.
 
     Args:
-        path: a folder, `.tar`, `.tar.gz` or `.tgz`. A CelebA layout is tried first, then
-            `landmarks.csv`.
-        skip_missing: leave out photos that are missing or lack readable points.
+        path: A folder, `.tar`, `.tar.gz` or `.tgz`.
+        skip_missing: Leave out photos that are missing or lack readable points.
 
     Returns:
         The faces.
 
     Raises:
-        FileNotFoundError: there is nothing, or no layout that is known; lists what was looked for.
-        DataError: the tables found have faults; names file and line.
+        FileNotFoundError: There is nothing, or no layout that is known; lists what was looked for.
+        DataError: The tables found have faults; names file and line.
     """
     files = open_files(path)
     if find_layout(files):
@@ -70,16 +69,15 @@ def open_training(
     """Open faces for training: a folder that `idloss prepare` made, or whatever `open_faces` takes.
 
     Args:
-        path: the folder or archive.
-        skip_missing: leave out photos that are missing or lack readable points; prepared faces have
-            none.
+        path: The folder or archive.
+        skip_missing: See `open_faces`; prepared faces lack none.
 
     Returns:
         Prepared crops, or photos, which are to be aligned as they are read.
 
     Raises:
-        FileNotFoundError: there is nothing, or no layout that is known; lists what was looked for.
-        DataError: the faces have faults, or their preparation is not finished; says what.
+        FileNotFoundError: See `open_faces`.
+        DataError: The faces have faults, or their preparation is not finished; says what.
     """
     return open_prepared(path) if is_prepared(path) else open_faces(path, skip_missing=skip_missing)
 
@@ -94,19 +92,21 @@ def open_evaluation(
     """Open an evaluation set.
 
     Args:
-        path: a `pairs.csv`, an insightface `.bin`, or a folder or tar of LFW or of another set.
-        kind: a name in `EVALUATIONS`; None takes `.csv` and `.bin` by their suffix and finds the
+        path: A `pairs.csv`, an insightface `.bin`, or a folder or tar of LFW or of another set.
+        kind: A name in `EVALUATIONS`; None takes `.csv` and `.bin` by their suffix and finds the
             others by their layout.
         crop: Template the pictures are aligned to, which then need no landmarks; None for photos.
-        **options: passed on to the reader of that kind.
+        **options: Of every kind: `skip_missing`; of those in folders: `landmarks`, a table of names
+            and five points; of single ones: `pairs`, `people` and `download` (LFW), `distractors`
+            (TinyFace), `subjects` (SCface). `help(EVALUATIONS[kind])` tells more.
 
     Returns:
         The set.
 
     Raises:
-        FileNotFoundError: there is nothing, or no layout that is known; lists what was looked for.
-        DataError: the set has faults; names file and line.
-        ValueError: there is no such kind, or there is nothing to align photos by.
+        FileNotFoundError: There is nothing, or no layout that is known; lists what was looked for.
+        DataError: The set has faults; names file and line.
+        ValueError: There is no such kind, or there is nothing to align photos by.
     """
     if kind is not None and kind not in EVALUATIONS:
         raise ValueError(did_you_mean("evaluation set", kind, EVALUATIONS))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
+import warnings
 from pathlib import Path
 
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
-from idloss.data.faces import FileFaces, number_identities
+from idloss.data.faces import FileFaces, is_picture, number_identities
 from idloss.data.files import DataError, Fault, Files, FolderFiles, open_files, skip_or_raise
 from idloss.data.landmarks import check_landmarks, read_points
 from idloss.data.pairs import EvaluationSet, index_of, lfw_name, read_lfw_pairs
@@ -20,7 +22,7 @@ PAIRS = "pairs.txt"
 LANDMARKS = "lfw_landmarks.csv"
 FOLDERS = ("lfw/", "lfw-py/lfw/", "")
 ARCHIVES = (ARCHIVE, "lfw.tar", f"lfw-py/{ARCHIVE}")
-IMAGE = re.compile(r"(?P<name>(?P<person>[^/]+)/(?P=person)_\d{4})\.(?i:jpg|jpeg|png|bmp|webp)")
+IMAGE = re.compile(r"(?P<name>(?P<person>[^/]+)/(?P=person)_\d{4})\.\w+")
 
 # Images and pairs: copies kept by scikit-learn on figshare, the university's own host is gone.
 # Landmarks: MTCNN's, of the paper's authors (github.com/johnnysclai/SR_LRFR).
@@ -55,49 +57,42 @@ def lfw(
     download: bool = False,
     skip_missing: bool = False,
 ) -> EvaluationSet:
-    """Read LFW.
+    """Read LFW, labelled by person, with its pairs.
 
     Args:
-        root: a folder with `lfw/Name/Name_0001.jpg`, `lfw-py/lfw/` or `lfw.tgz`; that inner folder;
+        root: A folder with `lfw/Name/Name_0001.jpg`, `lfw-py/lfw/` or `lfw.tgz`; that inner folder;
             or the archive, `.tgz` or `.tar`, which is read in place.
-        pairs: `pairs.txt`; None looks for it in `root` and beside it, and does without.
-        landmarks: rows of `Name/Name_0001.jpg` and five points, no header; None looks for
+        pairs: Such as `pairs.txt`; None looks for it in `root` and beside it, and does without.
+        landmarks: Rows of `Name/Name_0001.jpg` and five points, no header; None looks for
             `lfw_landmarks.csv` likewise.
         people: `lfw-names.txt` or `people.txt`, whose counts of images are then checked.
-        crop: the template the images are aligned to; None for the photos. Names end in `.jpg`
+        crop: The template the images are aligned to; None for photos. Names end in `.jpg`
             whatever the files' ending, so that lists fit aligned copies in PNG too.
-        download: fetch `lfw.tgz`, `pairs.txt` and the landmarks into `root` where they are
+        download: Fetch `lfw.tgz`, `pairs.txt` and the landmarks into `root` where they are
             missing, verified.
-        skip_missing: leave out pairs whose images are missing, and images without landmarks.
+        skip_missing: Leave out pairs whose images are missing, and images without landmarks.
 
     Returns:
-        The faces found, labelled by person, with the pairs.
+        The faces found and the pairs.
 
     Raises:
-        FileNotFoundError: there is no LFW at `root`; lists what was looked for.
-        DataError: images or lists have faults; names file and line.
+        FileNotFoundError: There is no LFW at `root`; lists what was looked for.
+        DataError: Images or lists have faults; names file and line.
     """
     place = Path(root).expanduser()
     if download:
         fetch(place)
     files, prefix = find(place)
-    members: dict[str, str] = {}
-    faults: list[Fault] = []
-    for member in files.names(prefix):
-        if match := IMAGE.fullmatch(member.removeprefix(prefix)):
-            name = f"{match['name']}.jpg"
-            if name in members:
-                what = f"the image {members[name]} once more"
-                faults.append(Fault(files.where(member), what))
-            members.setdefault(name, member)
-    points = None
+    members, faults = _members(files, prefix)
+    points, where = None, ""
     if crop is None and (table := _table(landmarks, place, LANDMARKS, ",")):
-        points = read_points(table)
-        where = table.where
-        faults += points.faults
-        without = [name for name in members if name not in points.by_name]
-        faults += [Fault(table.where, f"no points of {name}") for name in without]
-        for name in without:
+        points, where = read_points(table), table.where
+        absent = points.by_name.keys() - members.keys()
+        if absent:
+            _warn(f"{where} has points of {len(absent)} images that are not there", min(absent))
+        lost = [name for name in members if name not in points.by_name]
+        faults += points.faults + [Fault(where, f"no points of {name}") for name in lost]
+        for name in lost:
             del members[name]
     if people is not None:
         faults += _miscounted(read_own_table(people, None), members)
@@ -116,9 +111,31 @@ def lfw(
         crop=crop,
         skipped=skip_or_raise(faults, skip_missing=skip_missing),
     )
-    if points:
-        check_landmarks(faces, where)
+    faces = check_landmarks(faces, where)
     return EvaluationSet("lfw", faces, pair_list.finish() if pair_list else None)
+
+
+def _members(files: Files, prefix: str) -> tuple[dict[str, str], list[Fault]]:
+    """The image files by LFW's name, and those had twice; says which pictures are no LFW's."""
+    members: dict[str, str] = {}
+    faults, others = [], []
+    for member in files.names(prefix):
+        match = IMAGE.fullmatch(unicodedata.normalize("NFC", member.removeprefix(prefix)))
+        if not is_picture(member) or not match:
+            others += [member] if is_picture(member) else []
+            continue
+        name = f"{match['name']}.jpg"
+        if name in members:
+            faults.append(Fault(files.where(member), f"the image {members[name]} once more"))
+        members.setdefault(name, member)
+    if others:
+        what = f"{len(others)} pictures of {files.location} are not called as in LFW and not taken"
+        _warn(what, others[0])
+    return members, faults
+
+
+def _warn(what: str, example: str) -> None:
+    warnings.warn(f"{what}, such as {example!a}", UserWarning, stacklevel=4)
 
 
 def fetch(root: Path) -> None:
@@ -154,8 +171,8 @@ def find(place: Path) -> tuple[Files, str]:
 def _prefix(files: Files) -> str | None:
     """The folder that holds the people, where there is one."""
     for prefix in FOLDERS:
-        names = (name.removeprefix(prefix) for name in files.names(prefix))
-        if any(IMAGE.fullmatch(name) for name in names):
+        names = filter(is_picture, files.names(prefix))
+        if any(IMAGE.fullmatch(name.removeprefix(prefix)) for name in names):
             return prefix
     return None
 

@@ -30,10 +30,10 @@ class Pairs:
     """Pairs of faces to verify.
 
     Attributes:
-        first: positions of the first faces, int64 `[P]`.
-        second: positions of the second faces, int64 `[P]`.
-        same: whether both show one person, bool `[P]`.
-        fold: the cross-validation fold of each pair, int64 `[P]`, from 0.
+        first: Positions of the first faces, int64 `[P]`.
+        second: Positions of the second faces, int64 `[P]`.
+        same: Whether both show one person, bool `[P]`.
+        fold: The cross-validation fold of each pair, int64 `[P]`, from 0.
     """
 
     first: Tensor
@@ -54,11 +54,11 @@ class EvaluationSet:
     """Faces to evaluate on, with what to compare.
 
     Attributes:
-        name: what the set is called in tables.
-        faces: all its faces.
-        pairs: the pairs to verify, where it has some.
-        gallery: positions of the enrolled faces, int64, where it has a fixed gallery.
-        probes: positions of the faces to identify, by the name of the probe set. A probe whose
+        name: What the set is called in tables.
+        faces: All its faces.
+        pairs: The pairs to verify, where it has some.
+        gallery: Positions of the enrolled faces, int64, where it has a fixed gallery.
+        probes: Positions of the faces to identify, by the name of the probe set. A probe whose
             label is -1 is of nobody in the gallery.
     """
 
@@ -199,18 +199,9 @@ def pairs_csv(
 ) -> EvaluationSet:
     """Read pairs to verify from a table of one's own.
 
-    Args:
-        path: rows of two images, as paths from the table's folder, and 1 (same person) or 0; with
-            or without the header `first,second,same`.
-        crop: the template the images are aligned to; None for photos, whose points are in a
-            `landmarks.csv` in the same folder.
-        skip_missing: leave out pairs with missing images.
-
-    Returns:
-        The faces and the pairs; each kind of pair is cut into 10 folds, or as many as it has pairs.
-
-    Raises:
-        DataError: the tables or images have faults; names file and line.
+    Rows are two images, as paths from the table's folder, and 1 (same person) or 0, with or without
+    the header `first,second,same`. Photos, which are aligned to no `crop`, have their points in a
+    `landmarks.csv` beside it. Each kind of pair is cut into 10 folds, or as many as it has pairs.
     """
     place = Path(path).expanduser()
     table = read_own_table(place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,7 @@ from idloss.data.files import DataError, Fault, Files, FolderFiles
 class Table:
     """Rows of a text file.
 
-    Attributes:
-        where: the file, for messages.
-        rows: line number, counted from 1, and fields of each line that is not empty.
+    `where` is the file, for messages; a row is the line's number, from 1, and its fields.
     """
 
     where: str
@@ -37,7 +36,7 @@ class Table:
 
 
 def read_table(files: Files, name: str, separator: str | None = ",") -> Table:
-    """Read a text table in UTF-8.
+    """Read a text table in UTF-8, its accents composed.
 
     Fields stand between commas and may be quoted; where the first line has none, between tabs or
     semicolons if it has those. A `separator` of None is any run of blanks.
@@ -45,7 +44,7 @@ def read_table(files: Files, name: str, separator: str | None = ",") -> Table:
     table = Table(files.where(name), [])
     data = files.read(name)
     try:
-        text = data.decode("utf-8-sig")
+        text = unicodedata.normalize("NFC", data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = 1 + data[: error.start].count(b"\n")
         what = f"not UTF-8 text ({error}): save the table as UTF-8"

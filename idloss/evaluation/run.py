@@ -179,7 +179,7 @@ def _describe_network(net: nn.Module) -> dict[str, Any]:
 
 def _digest_list(data: EvaluationSet) -> str:
     """SHA-256 of what is compared with what: names of the faces, pairs, gallery and probes."""
-    digest = hashlib.sha256("\n".join(data.faces.names).encode())
+    digest = hashlib.sha256("\n".join(data.faces.names).encode(errors="surrogateescape"))
     columns: list[Tensor] = []
     if data.pairs is not None:
         columns += [data.pairs.first, data.pairs.second, data.pairs.same, data.pairs.fold]

@@ -220,3 +220,31 @@ def test_aligned_copies_in_png_fit_the_lists(home):
     write(home, {"lfw/Bo/Bo_0001.jpg": jpeg()})
     with pytest.raises(DataError, match=r"the image .*Bo_0001\.\w+ once more"):
         lfw(home, crop="sphereface")
+
+
+def test_pictures_that_are_not_taken_are_told(home):
+    write(home, {"lfw/Bo/Bo_3.jpg": jpeg(), "lfw/Bo/notes.txt": b""})
+    with pytest.warns(UserWarning, match=r"1 pictures .*not called as in LFW.*'lfw/Bo/Bo_3\.jpg'"):
+        check(lfw(home))
+    (home / "lfw/Bo/Bo_3.jpg").unlink()
+    (home / "pairs.txt").unlink()
+    shutil.rmtree(home / "lfw/Dee")
+    with pytest.warns(UserWarning, match=r"points of 2 images that are not there.*'Dee/Dee_0001"):
+        assert len(lfw(home).faces) == 6
+
+
+def test_names_decomposed_on_disk_fit_the_lists(home):
+    (home / "lfw/Zoe\u0301").mkdir()
+    for number in (1, 2):
+        path = home / f"lfw/Zoe\u0301/Zoe\u0301_000{number}.jpg"
+        path.write_bytes(jpeg(seed=number))
+    with (home / "lfw_landmarks.csv").open("a", encoding="utf-8") as table:
+        table.writelines(f"Zo\u00e9/Zo\u00e9_000{n}.jpg,{NUMBERS}\n" for n in (1, 2))
+    (home / "pairs.txt").write_text("1\nZo\u00e9\t1\t2\nBo\t1\tZo\u00e9\t1\n", encoding="utf-8")
+    found = lfw(home)
+    assert names(found.pairs, found.faces)[0] == (lfw_name("Zo\u00e9", 1), lfw_name("Zo\u00e9", 2))
+    assert found.faces.read(len(found.faces) - 1).shape == (3, 110, 100)
+    (home / "lfw/Zo\u00e9").mkdir()
+    (home / "lfw/Zo\u00e9/Zo\u00e9_0001.jpg").write_bytes(jpeg())
+    with pytest.raises(DataError, match="once more"):
+        lfw(home)
