@@ -113,7 +113,9 @@ def read_clean_list(path: Path, names: Sequence[str]) -> tuple[list[str], Points
 
 
 def _is_header(cells: list[str], known: frozenset[str]) -> bool:
-    words = [cell for cell in cells[1:LISTED_COLUMNS] if cell[:1].isalpha() and cell.lower() != "nan"]
+    words = [
+        cell for cell in cells[1:LISTED_COLUMNS] if cell[:1].isalpha() and cell.lower() != "nan"
+    ]
     named = cells[0].lower() in HEADERS or len(words) == LISTED_COLUMNS - 1
     return named and cells[0] not in known
 

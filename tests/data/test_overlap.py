@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from data.test_preparation import thumbnail
 from PIL import Image
 
-from idloss.data import AlignedFaces, Exclusion, SyntheticFaces, insightface_bin
+from idloss.data import AlignedFaces, Exclusion, SyntheticFaces
 from idloss.data import overlap as overlap_module
+from idloss.data.insightface import insightface_bin
 from idloss.data.overlap import embed_faces, find_overlap, identity_means, matched_faces
 
 
