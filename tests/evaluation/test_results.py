@@ -24,21 +24,15 @@ SIZES = ((7, 6), (14, 12), (16, 16), (28, 24))
 SAME = np.tile(np.repeat([True, False], 300), 10)
 
 
-def plain_table(*args, **options):
-    return paper_table(*args, **options).replace("\N{MULTIPLICATION SIGN}", "x")
-
-
 def table_run(methods=TABLE_1, seed=0, **run):
     rng = np.random.default_rng(seed)
     results = Results(run={"protocol": "paper", "seed": 0, "data": {"pairs": "abc"}, **run})
     for name, values in methods.items():
         for size, value in zip(SIZES, values, strict=True):
-            correct = rng.random(6000) < value / 100
-            results.add(
-                Cell("verification", "sface", name, *size),
-                {"accuracy": estimate(rng.normal(value / 100, 0.01, 10), value / 100)},
-                {"same": SAME, "correct": correct, "scores": rng.random(6000, dtype=np.float32)},
-            )
+            figure = estimate(rng.normal(value / 100, 0.01, 10), value / 100)
+            arrays = {"same": SAME, "correct": rng.random(6000) < value / 100}
+            arrays["scores"] = rng.random(6000, dtype=np.float32)
+            results.add(Cell("verification", "sface", name, *size), {"accuracy": figure}, arrays)
     results.add(Cell("verification", "sface", HR, 112, 96), {"accuracy": estimate([0.9907])})
     return results
 
@@ -56,42 +50,45 @@ def identification_run(shift, seed=0):
     return results
 
 
+@pytest.fixture
+def saved(tmp_path):
+    """The JSON and the arrays of a run on disk."""
+    main, _, sidecar = table_run().save(tmp_path / "run")
+    return main, sidecar
+
+
 def test_results_survive_the_disk(tmp_path):
     results = table_run()
     files = results.save(tmp_path / "new" / "run")
     assert [file.name for file in files] == ["run.json", "run.csv", "run.npz"]
     assert sorted(file.name for file in files[0].parent.iterdir()) == sorted(f.name for f in files)
     again = Results.load(files[0])
-    assert again.run == results.run
-    assert again.environment == results.environment
-    assert again.created == results.created
-    assert [record.row() for record in again.records[:-1]] == [
-        record.row() for record in results.records[:-1]
-    ]
+    for kept in ("run", "environment", "created"):
+        assert getattr(again, kept) == getattr(results, kept)
+    assert again.records[:-1] == results.records[:-1]
     assert np.isnan(again.records[-1].estimate.low)  # HR: one repeat has no interval
     assert list(again.arrays) == list(results.arrays)
     for cell, arrays in results.arrays.items():
         for name, array in arrays.items():
             np.testing.assert_array_equal(again.arrays[cell][name], array)
             assert again.arrays[cell][name].dtype == array.dtype
+    (tmp_path / "moved").mkdir()
+    for file in files:
+        file.rename(tmp_path / "moved" / f"other{file.suffix}")
+    assert Results.load(tmp_path / "moved" / "other.json").arrays
 
 
-def test_csv_is_tidy(tmp_path):
-    rows = list(csv.DictReader(io.StringIO(table_run().to_csv())))
+@pytest.mark.parametrize("name", ["sface", "=1+1", "+1", "-1", "@SUM(A1)"])
+def test_csv_is_tidy_and_holds_no_formula(name):
+    results = table_run()
+    results.add(Cell("verification", name, name, 7, 6), {"accuracy": estimate([0.5])})
+    rows = list(csv.DictReader(io.StringIO(results.to_csv())))
     assert tuple(rows[0]) == COLUMNS
-    assert len(rows) == 13
+    assert len(rows) == 14
     assert (rows[0]["srnet"], rows[0]["height"], rows[0]["width"]) == ("bilinear", "7", "6")
     assert float(rows[0]["value"]) == pytest.approx(0.5903)
-    assert rows[-1]["srnet"] == "hr"
-    assert rows[-1]["low"] == ""
-
-
-def test_renamed_run_keeps_its_scores(tmp_path):
-    main, _, sidecar = table_run().save(tmp_path / "run.json")
-    (tmp_path / "moved").mkdir()
-    main.rename(tmp_path / "moved" / "other.json")
-    sidecar.rename(tmp_path / "moved" / "other.npz")
-    assert Results.load(tmp_path / "moved" / "other.json").arrays
+    assert (rows[-2]["srnet"], rows[-2]["low"]) == ("hr", "")
+    assert rows[-1]["fnet"] == rows[-1]["srnet"] == ("" if name == "sface" else "'") + name
 
 
 def change(**values):
@@ -140,8 +137,8 @@ def change_row(**values):
         (lambda document: document | {"records": document["records"][:1] * 2}, "twice"),
     ],
 )
-def test_damaged_and_hostile_results_are_told_in_one_line(tmp_path, hostile, says):
-    main = table_run().save(tmp_path / "run")[0]
+def test_damaged_and_hostile_results_are_told_in_one_line(saved, hostile, says):
+    main, _ = saved
     main.write_text(json.dumps(hostile(json.loads(main.read_text()))))
     with pytest.raises(ValueError, match=says) as caught:
         Results.load(main)
@@ -183,15 +180,14 @@ def packed(**arrays):
     ],
     ids=["empty", "no archive", "no such cell", "no cell", "code", "bomb"],
 )
-def test_hostile_arrays_are_refused(tmp_path, monkeypatch, sidecar, says):
+def test_hostile_arrays_are_refused(saved, monkeypatch, sidecar, says):
     monkeypatch.setattr(results_module, "_MOST_BYTES", 1 << 20)
-    main, _, file = table_run().save(tmp_path / "run")
-    whole = file.read_bytes()
+    main, file = saved
+    pin = sha256(file.read_bytes()).hexdigest()
     file.write_bytes(sidecar)
     with pytest.raises(ValueError, match=r"run\.npz is not the file that run\.json was writ"):
         Results.load(main)
-    text = main.read_text().replace(sha256(whole).hexdigest(), sha256(sidecar).hexdigest())
-    main.write_text(text)
+    main.write_text(main.read_text().replace(pin, sha256(sidecar).hexdigest()))
     with pytest.raises(ValueError, match=rf"run\.npz is damaged: .*{says}"):
         Results.load(main)
     file.unlink()
@@ -199,24 +195,15 @@ def test_hostile_arrays_are_refused(tmp_path, monkeypatch, sidecar, says):
         Results.load(main)
 
 
-def test_arrays_of_older_numpy_are_read(tmp_path):
+def test_arrays_of_older_numpy_are_read(saved):
     """numpy before 2.2 wrote the argument allow_pickle as one more array."""
-    main, _, file = table_run().save(tmp_path / "run")
-    whole = file.read_bytes()
-    with np.load(io.BytesIO(whole)) as stored:
-        older = packed(allow_pickled=np.array(False), **stored)
-    file.write_bytes(older)
-    main.write_text(main.read_text().replace(sha256(whole).hexdigest(), sha256(older).hexdigest()))
+    main, file = saved
+    pin = sha256(file.read_bytes()).hexdigest()
+    with np.load(file) as stored:
+        file.write_bytes(packed(allow_pickled=np.array(False), **stored))
+    main.write_text(main.read_text().replace(pin, sha256(file.read_bytes()).hexdigest()))
     for cell, arrays in Results.load(main).arrays.items():
         assert set(arrays) == {"same", "correct", "scores"}, cell
-
-
-@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)"])
-def test_names_are_no_formulas_in_spreadsheets(name):
-    results = Results()
-    results.add(Cell("verification", name, name, 7, 6), {"accuracy": estimate([0.5])})
-    (row,) = csv.DictReader(io.StringIO(results.to_csv()))
-    assert row["fnet"] == row["srnet"] == "'" + name
 
 
 @pytest.mark.parametrize("name", ["", " ", "a\nb", "a\r", "\x1b[2J", "\u202egnp", 'a"\t"', None])
@@ -227,42 +214,33 @@ def test_names_that_would_forge_tables_are_refused(name):
     Cell("open-set", 'a, "b" | =c\\', "\u6c49", 7, 6)  # odd, but harmless
 
 
-def test_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
-    results = table_run()
-    main = results.save(tmp_path / "run")[0]
-    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+def test_failed_save_leaves_the_old_files_and_keeps_the_new(tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    results = table_run(seed=1)
+    results.save(folder / "run")
+    before = {file: file.read_bytes() for file in folder.iterdir()}
     results.run["not plain"] = object()
-    for arrays in results.arrays.values():
-        arrays["scores"] = arrays["scores"] + 1
     with pytest.raises(TypeError):
-        results.save(tmp_path / "run")
-    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
-    assert Results.load(main).records
-
-
-def test_results_are_kept_where_a_disk_is_full(tmp_path, monkeypatch):
-    results = table_run()
-    results.save(tmp_path / "out" / "run")
-    before = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+        results.save(folder / "run")
+    results.run["not plain"] = "plain"
     full, whole = [".npz"], results_module.written_whole
 
     def refuse(target):
-        if target.suffix in full and tmp_path / "out" in target.parents:
+        if target.suffix in full and folder in target.parents:
             raise OSError(28, "No space left on device")
         return whole(target)
 
     monkeypatch.setattr(results_module, "written_whole", refuse)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    results.run["seed"] = 1
     with pytest.raises(OSError, match=r"run\.json, .*out \(No space left on device\)") as caught:
-        results.save(tmp_path / "out" / "run")
-    assert {file: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+        results.save(folder / "run")
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
     (kept,) = tmp_path.glob("idloss-results-*/run.json")
     assert str(kept.parent) in str(caught.value)
-    assert Results.load(kept).run["seed"] == 1
+    assert Results.load(kept).run["not plain"]
     full.append(".md")
     with pytest.raises(OSError, match=r"table1\.md cannot be written to .*another folder"):
-        write_tables(results, tmp_path / "out")
+        write_tables(results, folder)
 
 
 def test_a_cell_is_measured_once():
@@ -281,22 +259,19 @@ def test_environment_is_plain():
     assert found["processor"]
 
 
-def test_table_1_has_the_papers_layout():
-    assert plain_table(table_run()) == (
+def test_tables_have_the_papers_layout():
+    assert paper_table(table_run()).replace("\N{MULTIPLICATION SIGN}", "x") == (
         "| FNet  | Method/SRNet  | 7x6       | 14x12 (16x16)         | 28x24     | 112x96 |\n"
         "| ----- | ------------- | --------: | --------------------: | --------: | -----: |\n"
         "| sface | bilinear      | 59.03     | 82.75 (89.10)         | 97.60     | 99.07  |\n"
         "|       | edsr32_256    | 73.42     | 92.25 (94.32)         | 98.48     |        |\n"
         "|       | edsr32_256_id | **84.03** | **94.73** (**95.10**) | **98.85** |        |\n"
     )
-
-
-def test_table_2_has_its_own_columns_and_deviations():
-    lines = plain_table(identification_run(0), "identification", deviation=True).splitlines()
-    assert [cell.strip() for cell in lines[0].split("|")[3:-1]] == ["7x6", "16x14", "18x16"]
-    assert "±" in lines[2]
-    open_set = plain_table(identification_run(0), "open_set")
-    assert "18x16" in open_set
+    for task in ("identification", "open-set"):
+        head, _, row = paper_table(identification_run(0), task, deviation=True).splitlines()
+        sizes = [f"{h}\N{MULTIPLICATION SIGN}{w}" for h, w in ((7, 6), (16, 14), (18, 16))]
+        assert [cell.strip() for cell in head.split("|")[3:-1]] == sizes
+        assert "±" in row
 
 
 def test_table_shows_what_is_missing():
@@ -330,7 +305,7 @@ def test_compare_pairs_two_runs_by_cell(tmp_path):
     np.testing.assert_allclose([one.p_holm for one in found], corrected)
 
 
-def test_compare_pairs_srnets_of_one_run():
+def test_compare_pairs_srnets():
     run = table_run()
     found = compare(run, run, srnets=("edsr32_256", "edsr32_256_id"))
     assert [one.cell_a.size for one in found] == ["7x6", "14x12", "16x16", "28x24"]
@@ -341,12 +316,8 @@ def test_compare_pairs_srnets_of_one_run():
     assert "verification sface + edsr32_256 at 7x6 → edsr32_256_id" in text
     assert "+10.61" in text
     assert len(text.splitlines()) == 6
-
-
-def test_compare_matches_the_only_srnets():
-    first = table_run({"edsr32_256": TABLE_1["edsr32_256"]})
-    second = table_run({"edsr32_256_id": TABLE_1["edsr32_256_id"]})
-    assert [one.cell_b.srnet for one in compare(first, second)] == ["edsr32_256_id"] * 4
+    alone = (table_run({name: TABLE_1[name]}) for name in ("edsr32_256", "edsr32_256_id"))
+    assert [one.cell_b.srnet for one in compare(*alone)] == ["edsr32_256_id"] * 4
 
 
 def test_compare_tests_identification_over_draws():
@@ -387,8 +358,7 @@ def test_tables_of_any_run_are_fit_for_a_terminal(tmp_path, name):
 
 
 def test_other_pairs_are_refused():
-    first = table_run({"bilinear": TABLE_1["bilinear"]})
-    second = table_run({"bilinear": TABLE_1["bilinear"]})
+    first, second = (table_run({"bilinear": TABLE_1["bilinear"]}) for _ in range(2))
     for arrays in second.arrays.values():
         arrays["same"] = ~SAME
     with pytest.raises(ValueError, match="the runs hold other pairs"):
