@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from idloss.errors import some_of
 from idloss.evaluation.results import HR, Cell, Results, markdown_table
 from idloss.evaluation.statistics import mcnemar, paired_t, sign_test
 
@@ -109,8 +110,7 @@ def _compare_cell(first: Results, second: Results, cell_a: Cell, cell_b: Cell) -
         return _array(first, cell_a, name), _array(second, cell_b, name)
 
     task = cell_a.task
-    drawn = (run.run.get("draws", {}).get(task) for run in (first, second))
-    _require_same("the gallery draws", *drawn)
+    _require_same("the gallery draws", *(_draws(run, task) for run in (first, second)))
     verified = task == "verification"
     if verified and not np.array_equal(*both("same")):
         raise ValueError(f"{cell_a.label}: the runs hold other pairs; use one list for both")
@@ -130,19 +130,25 @@ def _compare_cell(first: Results, second: Results, cell_a: Cell, cell_b: Cell) -
             for draws in both("rank1" if task == "identification" else "tpir")
         )
         p = paired_t(draws_a, draws_b)
-    except ValueError as error:
+    except (IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{cell_a.label}: {error}") from error
     wins_a, wins_b = int((draws_a > draws_b).sum()), int((draws_b > draws_a).sum())
     p_sign = sign_test(wins_a, wins_b)
     return Comparison(cell_a, cell_b, metric, a, b, wins_a, wins_b, "paired t", p, p_sign)
 
 
+def _draws(results: Results, task: str) -> Any:
+    draws = results.run.get("draws")
+    return draws.get(task) if isinstance(draws, Mapping) else draws
+
+
 def _array(results: Results, cell: Cell, name: str) -> NDArray[Any]:
-    if cell not in results.arrays:
-        raise ValueError(f"the run holds no scores for {cell.label}; evaluate it again")
-    arrays = results.arrays[cell]
+    arrays = results.arrays.get(cell, {})
     if name not in arrays:
-        raise ValueError(f"the run holds no {name!r} for {cell.label}; it has {sorted(arrays)}")
+        raise ValueError(
+            f"the run holds no {name!r} for {cell.label}, but {some_of(sorted(arrays))}; evaluate "
+            "it again"
+        )
     return arrays[name]
 
 
@@ -162,11 +168,11 @@ def _matching(
     ]
     pairs = [pair for pair in pairs if pair[1] in theirs]
     if not pairs:
+        wanted = f" for {srnets[0]} against {srnets[1]}" if srnets else ""
+        held = [some_of([cell.label for cell in cells], 4) for cells in (ours, theirs)]
         raise ValueError(
-            "the runs share no cell"
-            + (f" for {srnets[0]} against {srnets[1]}" if srnets else "")
-            + f". A has {_listing(ours)}; B has {_listing(theirs)}. "
-            "Name two SRNets to compare with srnets=(a, b)"
+            f"the runs share no cell{wanted}. A has {held[0]}; B has {held[1]}. Name two SRNets to "
+            "compare with srnets=(a, b)"
         )
     return pairs
 
@@ -190,12 +196,6 @@ def _difference(a: Any, b: Any, of: str = "") -> str:
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         # what was left out shows in the lists and contents; its paths differ between machines
         shared = [key for key in a if key in b and key != "skipped"]
-        return next(
-            filter(None, (_difference(a[key], b[key], f"{of}{key} ") for key in shared)), ""
-        )
+        found = (_difference(a[key], b[key], f"{of}{key} ") for key in shared)
+        return next(filter(None, found), "")
     return "" if a == b else f"{of}{str(a)[:80]!r} and {str(b)[:80]!r}"
-
-
-def _listing(cells: Sequence[Cell], most: int = 4) -> str:
-    names = [cell.label for cell in cells[:most]]
-    return "; ".join(names) + (f"; and {len(cells) - most} more" if len(cells) > most else "")

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from idloss.data import EvaluationSet, Fault
 from idloss.encoder import resolve_device
+from idloss.errors import some_of
 from idloss.evaluation.embedding import CANVAS, SR_CROP, cut, prepare_probe, ready
 from idloss.evaluation.figures import (
     accuracy_figure,
@@ -74,19 +75,15 @@ def write_tables(results: Results, folder: str | os.PathLike[str]) -> dict[Path,
         caption = f"{metric_title(record.metric)} (%)"
         if task != "verification" and record.estimate.repeats > 1:
             caption += f", mean ± deviation of {record.estimate.repeats} draws"
-        data, protocol = (_name_of(results.run.get(key)) for key in ("data", "protocol"))
+        told = [results.run.get(key) for key in ("data", "protocol")]
+        names = (one.get("name") if isinstance(one, Mapping) else one for one in told)
+        data, protocol = (some_of([str(name)]) for name in names)
         # the paper's Table 1 gives no deviations; of drawn galleries they are asked for
         table = paper_table(results, task, deviation=task != "verification")
         text = f"{caption}: {data}, protocol {protocol}\n\n{table}"
         (file,) = write_together(Path(folder), {f"{_FILES[task]}.md": text.encode()})
         tables[file] = text
     return tables
-
-
-def _name_of(what: Any) -> str:
-    """The name of a run's data or protocol, fit for a terminal."""
-    name = str(what.get("name") if isinstance(what, Mapping) else what)
-    return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 def paper_table(

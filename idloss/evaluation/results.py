@@ -40,6 +40,7 @@ HR = "hr"
 LR = "lr"
 
 Task = Literal["verification", "identification", "open_set"]
+Arrays = Mapping[str, NDArray[Any]]
 
 # Arrays of a run take a quarter of their size on disk; a small file that unpacks to this is no run.
 _MOST_BYTES = 1 << 30
@@ -163,10 +164,7 @@ class Results:
     )
 
     def add(
-        self,
-        cell: Cell,
-        estimates: Mapping[str, Estimate],
-        arrays: Mapping[str, NDArray[Any]] | None = None,
+        self, cell: Cell, estimates: Mapping[str, Estimate], arrays: Arrays | None = None
     ) -> None:
         """Take in figures by metric and what they were made of; `ValueError` if there are any."""
         if any(record.cell == cell for record in self.records):
@@ -228,10 +226,7 @@ class Results:
             raise OSError(f"{error}; meanwhile they are kept in {spare[0].parent}") from error
 
     def _contents(self, name: str) -> dict[str, bytes]:
-        """All files by name, made before any is written; the JSON, which vouches for them, first.
-
-        A value that JSON does not know costs no older result.
-        """
+        """The files by name, made before any is written: first the JSON, which pins the rest."""
         sidecar = Path(name).with_suffix(".npz").name
         flat = {
             f"{place}/{key}": np.asarray(array)

@@ -1,14 +1,11 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from idloss.evaluation import identification
-from idloss.evaluation.identification import (
-    draw_galleries,
-    identify,
-    identify_open_set,
-    search,
-)
+from idloss.evaluation.identification import draw_galleries, identify, identify_open_set, search
 
 
 def people(n_subjects=30, width=16, noise=1.2, seed=0):
@@ -100,19 +97,16 @@ def test_perfect_and_worthless_embeddings():
     worthless = np.ones((names.size, 4))
     found = identify(worthless, worthless, names)
     assert (found.rank1 == 0).all()
-    open_set = identify_open_set(worthless, worthless, names, draws=2)
-    assert (open_set.tpir == 0).all()
-    open_set = identify_open_set(perfect, perfect, names, draws=2)
-    assert (open_set.tpir == 1).all()
+    for embeddings, rate in ((worthless, 0), (perfect, 1)):
+        assert (identify_open_set(embeddings, embeddings, names, draws=2).tpir == rate).all()
 
 
 @pytest.mark.parametrize("block_bytes", [1, 2**24])
 def test_open_set_equals_loops(monkeypatch, block_bytes):
     monkeypatch.setattr(identification, "BLOCK_BYTES", block_bytes)
     gallery, probes, names = people(40, noise=0.6)
-    found = identify_open_set(
-        gallery, probes, names, fpir=(0.3, 0.1, 0.01), enrolled_share=0.4, draws=3, seed=2
-    )
+    options = {"fpir": (0.3, 0.1, 0.01), "enrolled_share": 0.4, "draws": 3, "seed": 2}
+    found = identify_open_set(gallery, probes, names, **options)
     drawn = draw_galleries(names, draws=3, seed=2)
     n_able = drawn.gallery.shape[1]
     for draw in range(3):
@@ -139,42 +133,29 @@ def test_open_set_equals_loops(monkeypatch, block_bytes):
     assert list(found.summarise()) == ["tpir@fpir=0.3", "tpir@fpir=0.1", "tpir@fpir=0.01"]
 
 
+FOUR_OF_TWO = list("aaaabbbb")
+ONES = np.ones((8, 2))
+
+
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "arguments", "says"),
     [
-        (lambda: identify(np.ones((4, 2)), np.ones((4, 2)), list("aabb")), "0 of 2 subjects"),
-        (
-            lambda: identify(np.ones((8, 2)), np.full((8, 2), np.nan), list("aaaabbbb")),
-            "probe embedding 0 is not finite",
-        ),
-        (
-            lambda: identify(np.ones((8, 2)), np.ones((8, 3)), list("aaaabbbb")),
-            "differ in width: 2 and 3",
-        ),
-        (
-            lambda: identify(np.ones((7, 2)), np.ones((8, 2)), list("aaaabbbb")),
-            r"gallery embeddings must be \[8, D\]",
-        ),
-        (lambda: draw_galleries(list("aabb"), min_images=1), "min_images must be >= 2"),
-        (lambda: draw_galleries([list("ab")]), r"\[N\]"),
-        (
-            lambda: identify_open_set(
-                np.ones((8, 2)), np.ones((8, 2)), list("aaaabbbb"), enrolled_share=1
-            ),
-            "somebody left out",
-        ),
-        (lambda: search(np.ones((5, 4)), np.ones((2, 3))), r"\[5, 4\] and \[2, 3\]"),
-        (lambda: search(np.ones((5, 4)), np.ones((2, 4)), 6), r"1\.\.5.*got 6"),
-        (lambda: search(np.ones((5, 4)), np.ones((2, 4)), block_bytes=0), "positive, got 0"),
-        (
-            lambda: search(np.array([[1.0], [np.nan]]), np.ones((2, 1))),
-            "gallery embedding 1 is not finite",
-        ),
+        (identify, (ONES[:4], ONES[:4], list("aabb")), "0 of 2 subjects"),
+        (identify, (ONES, ONES * np.nan, FOUR_OF_TWO), "probe embedding 0 is not finite"),
+        (identify, (ONES, np.ones((8, 3)), FOUR_OF_TWO), "differ in width: 2 and 3"),
+        (identify, (ONES[:7], ONES, FOUR_OF_TWO), r"gallery embeddings must be \[8, D\]"),
+        (partial(draw_galleries, min_images=1), (FOUR_OF_TWO,), "min_images must be >= 2"),
+        (draw_galleries, ([list("ab")],), r"\[N\]"),
+        (partial(identify_open_set, enrolled_share=1), (ONES, ONES, FOUR_OF_TWO), "left out"),
+        (search, (np.ones((5, 4)), np.ones((2, 3))), r"\[5, 4\] and \[2, 3\]"),
+        (search, (ONES, ONES, 9), r"1\.\.8.*got 9"),
+        (partial(search, block_bytes=0), (ONES, ONES), "positive, got 0"),
+        (search, (np.array([[1.0], [np.nan]]), ONES[:, :1]), "gallery embedding 1 is not finite"),
     ],
 )
-def test_bad_arguments_are_named(call, says):
+def test_bad_arguments_are_named(call, arguments, says):
     with pytest.raises(ValueError, match=says):
-        call()
+        call(*arguments)
 
 
 def drawn(gallery, probes, width):
@@ -197,6 +178,8 @@ def test_search_equals_full_sort(block_bytes, k):
     order = np.argsort(-full, axis=1)[:, :k]
     np.testing.assert_array_equal(found.places.numpy(), order)
     np.testing.assert_allclose(found.scores.numpy(), np.take_along_axis(full, order, 1), atol=1e-6)
+    nothing = search(gallery, probes[:0], k, block_bytes=block_bytes)
+    assert nothing.scores.shape == nothing.places.shape == (0, k)
 
 
 def test_search_equals_faiss():
@@ -228,8 +211,3 @@ def test_search_stays_within_its_memory(tmp_path, monkeypatch):
     assert sum(taken) == gallery.size
     rows = max(taken) // 32
     assert 0.4 * 2**18 < 4 * rows * (32 + 1 + 2 * len(probes)) <= 2**18
-
-
-def test_search_of_nothing():
-    found = search(np.ones((3, 2)), np.ones((0, 2)), 2)
-    assert found.scores.shape == found.places.shape == (0, 2)

@@ -292,7 +292,9 @@ def test_compare_pairs_two_runs_by_cell(tmp_path):
     files = [run.save(tmp_path / name)[0] for name, run in (("a", first), ("b", second))]
     names = {cell for cell in first.cells() if cell.srnet != HR}
     # HR holds no scores here: that is said, not skipped in silence
-    with pytest.raises(ValueError, match=r"no scores for verification sface \+ hr at 112x96"):
+    with pytest.raises(
+        ValueError, match=r"no 'same' for verification sface \+ hr at 112x96, but none; evaluate it"
+    ):
         compare(*files)
     for run in (first, second):
         run.records = [record for record in run.records if record.cell.srnet != HR]
@@ -341,6 +343,7 @@ def test_compare_tests_identification_over_draws():
         ({"data": {"pairs": "xyz"}}, "the data sets of the runs differ"),
         ({"data": None}, "second run does not state the data sets"),
         ({"protocol": None}, "second run does not state the protocol"),
+        ({"draws": 5}, "first run does not state the gallery draws"),
         ({"probe": "both"}, "first run does not state which faces are LR"),
     ],
 )
@@ -368,5 +371,5 @@ def test_other_pairs_are_refused():
     for arrays in second.arrays.values():
         arrays["same"] = SAME
         del arrays["correct"]
-    with pytest.raises(ValueError, match=r"holds no 'correct' for .*it has \['same', 'scores'\]"):
+    with pytest.raises(ValueError, match=r"holds no 'correct' for .*, but same, scores; evaluate"):
         compare(first, second)

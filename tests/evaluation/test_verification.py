@@ -136,13 +136,8 @@ def test_folds_may_be_given_in_any_order():
     left, right, same = random_pairs(300, noise=2.0)
     order = np.random.default_rng(0).permutation(300)
     plain = verify(left, right, same, PAPER_RULE)
-    mixed = verify(
-        left[order],
-        right[order],
-        same[order],
-        PAPER_RULE,
-        folds=contiguous_folds(300).numpy()[order],
-    )
+    folds = contiguous_folds(300).numpy()[order]
+    mixed = verify(left[order], right[order], same[order], PAPER_RULE, folds=folds)
     np.testing.assert_array_equal(mixed.accuracies, plain.accuracies)
     np.testing.assert_array_equal(mixed.correct, plain.correct[order])
 
@@ -160,15 +155,8 @@ def test_summary_names_and_orders_everything():
     scores = pair_scores(left, right)
     result = kfold(scores, same)
     summary = summarise(scores, same, result, draws=200, seed=3)
-    assert list(summary) == [
-        "accuracy",
-        "auc",
-        "eer",
-        "tar@far=0.1",
-        "tar@far=0.01",
-        "tar@far=0.001",
-        "tar@far=0.0001",
-    ]
+    names = ["tar@far=0.1", "tar@far=0.01", "tar@far=0.001", "tar@far=0.0001"]
+    assert list(summary) == ["accuracy", "auc", "eer", *names]
     for found in summary.values():
         assert found.repeats == 10
         assert found.low <= found.mean <= found.high
@@ -183,32 +171,28 @@ def test_summary_names_and_orders_everything():
     assert summarise(scores, same, result, draws=0)["eer"].boot_low is None
 
 
+GOOD = np.ones((20, 4))
+BAD = np.where(np.arange(80).reshape(20, 4) == 30, np.inf, GOOD)
+SAME = [0, 1] * 10
+
+
 @pytest.mark.parametrize(
-    ("scores", "same", "says"),
+    ("call", "arguments", "says"),
     [
-        ([0.1, np.nan] * 10, [0, 1] * 10, r"score \[1\] is nan"),
-        ([0.1] * 20, [1, -1] * 10, "pair 1 has .*-1"),
-        ([0.1] * 19, [0, 1] * 10, r"\[20\].*got \[19\]"),
-        ([0.1] * 4, [0, 1] * 2, "4 pairs cannot be cut into 10 folds"),
+        (kfold, ([0.1, np.nan] * 10, SAME), r"score \[1\] is nan"),
+        (kfold, ([2.0] * 20, SAME), "are no cosine, which the rule 'paper' judges"),
+        (kfold, ([0.1] * 20, [1, -1] * 10), "pair 1 has .*-1"),
+        (kfold, ([0.1] * 19, SAME), r"\[20\].*got \[19\]"),
+        (kfold, ([0.1] * 4, SAME[:4]), "4 pairs cannot be cut into 10 folds"),
+        (verify, (GOOD, BAD, SAME, STANDARD_RULE), r"right embedding \[7, 2\] is inf"),
+        (verify, (GOOD, GOOD[1:], SAME, SPHEREFACE_RULE), r"\[20, 4\] and \[19, 4\]"),
+        (verify, (GOOD, GOOD, SAME, PAPER_RULE, [0, 2] * 10), "without gaps"),
+        (roc, ([1, 2, 3, 4], [1, 1, 1, 1]), "all 4 pairs have the label 1"),
     ],
 )
-def test_bad_pairs_are_named(scores, same, says):
+def test_bad_pairs_are_named(call, arguments, says):
     with pytest.raises(ValueError, match=says):
-        kfold(scores, same)
-
-
-def test_bad_embeddings_are_named():
-    good = np.ones((20, 4))
-    bad = good.copy()
-    bad[7, 2] = np.inf
-    with pytest.raises(ValueError, match=r"right embedding \[7, 2\] is inf"):
-        verify(good, bad, [0, 1] * 10, STANDARD_RULE)
-    with pytest.raises(ValueError, match=r"\[20, 4\] and \[19, 4\]"):
-        verify(good, good[1:], [0, 1] * 10, SPHEREFACE_RULE)
-    with pytest.raises(ValueError, match="without gaps"):
-        verify(good, good, [0, 1] * 10, PAPER_RULE, folds=[0, 2] * 10)
-    with pytest.raises(ValueError, match="all 4 pairs have the label 1"):
-        roc([1, 2, 3, 4], [1, 1, 1, 1])
+        call(*arguments)
 
 
 @pytest.mark.parametrize("levels", [None, 15])
@@ -235,14 +219,13 @@ def test_roc_figures_equal_scikit_learn(levels):
     assert curve.eer == pytest.approx(far_line[np.abs(far_line - frr_line).argmin()], abs=1e-4)
 
 
-def test_roc_ends():
-    same = np.array([1, 1, 0, 0])
-    perfect = roc([0.9, 0.8, 0.2, 0.1], same)
-    assert (perfect.auc, perfect.eer, perfect.tar_at(1e-4)) == (1, 0, 1)
-    reversed_ = roc([0.1, 0.2, 0.8, 0.9], same)
-    assert (reversed_.auc, reversed_.eer, reversed_.tar_at(1e-4)) == (0, 1, 0)
-    constant = roc([0.5] * 4, same)
-    assert (constant.auc, constant.eer, constant.tar_at(0.1)) == (0.5, 0.5, 0)
+@pytest.mark.parametrize(
+    ("scores", "auc", "eer", "tar"),
+    [([0.9, 0.8, 0.2, 0.1], 1, 0, 1), ([0.1, 0.2, 0.8, 0.9], 0, 1, 0), ([0.5] * 4, 0.5, 0.5, 0)],
+)
+def test_roc_ends(scores, auc, eer, tar):
+    curve = roc(scores, [1, 1, 0, 0])
+    assert (curve.auc, curve.eer, curve.tar_at(1e-4)) == (auc, eer, tar)
 
 
 def test_bootstrap_equals_resampling_one_by_one():
