@@ -1,10 +1,10 @@
 """A training run small enough for a test; as a script, one to be launched, killed and resumed.
 
-python tests/tinytraining.py FOLDER [--resume] [--die-writing STEP] [--die-at STEP] [field=value]
+python tests/tinytraining.py FOLDER '{"die_writing": STEP, "die_at": STEP, "resume": true, ...}'
 """
 
-import argparse
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -149,20 +149,9 @@ def die_at(step):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("fields", nargs="*")
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--die-writing", type=int)
-    parser.add_argument("--die-at", type=int)
-    arguments = parser.parse_intermixed_args()
+    options = json.loads(sys.argv[2])
     torch.set_num_threads(1)
-    if arguments.die_writing:
-        die_writing(arguments.die_writing)
-    if arguments.die_at:
-        die_at(arguments.die_at)
-    changed = dict(field.split("=") for field in arguments.fields)
-    try:
-        tiny_run(arguments.folder, resume=arguments.resume, **changed)
-    except (RuntimeError, OSError) as error:
-        sys.exit(str(error))
+    for name, die in (("die_writing", die_writing), ("die_at", die_at)):
+        if name in options:
+            die(options.pop(name))
+    tiny_run(sys.argv[1], **options)

@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from idloss.evaluation.cache import digest_network
 from idloss.geometry import convert_crop, get_template
 from idloss.losses import IdentityPreservedLoss
 from idloss.resample import to_float
+from idloss.training.recipe import RunOptions
 from idloss.weights.files import written_whole
 
 Batch = Mapping[str, Tensor]
@@ -73,7 +75,7 @@ def shuffled_batches(
             step += 1
 
 
-def shares(count: int, *, process: int, processes: int, accumulate: int) -> list[slice]:
+def shares(count: int, process: int, processes: int, accumulate: int) -> list[slice]:
     """The rows of a batch that one process computes, `accumulate` slices of equal length."""
     parts = processes * accumulate
     if count % parts:
@@ -82,36 +84,24 @@ def shares(count: int, *, process: int, processes: int, accumulate: int) -> list
             f"accumulate={accumulate}: make it a multiple of {parts}"
         )
     size = count // parts
-    first = process * accumulate
-    return [slice((first + i) * size, (first + i + 1) * size) for i in range(accumulate)]
+    first = process * accumulate * size
+    return [slice(start, start + size) for start in range(first, first + accumulate * size, size)]
 
 
 class Crops:
-    """Reads the crops of draws, ahead of time where they come from disk; photos are aligned.
+    """Reads the crops of draws, ahead of time where they come from disk; photos are aligned."""
 
-    `hold` and `workers` are those of `RunOptions`, `skip_missing` that of `Recipe`.
-    """
-
-    def __init__(
-        self,
-        faces: Faces,
-        *,
-        crop: str = "sphereface",
-        device: torch.device,
-        hold: str = "auto",
-        workers: int = 0,
-        skip_missing: bool = False,
-    ) -> None:
+    def __init__(self, faces: Faces, recipe: RunOptions, device: torch.device) -> None:
+        crop, hold = recipe.crop, recipe.hold_crops
         if faces.crop not in (None, crop):
             raise ValueError(
                 f"the faces are aligned to {faces.crop!r} and the recipe says crop={crop}: set "
                 f"crop={faces.crop}, or prepare them anew"
             )
         self.faces = faces
+        self.recipe = recipe
         self.template = get_template(crop)
         self.device = device
-        self.workers = workers
-        self.skip_missing = skip_missing
         self.resident: Tensor | None = None
         self._unusable: dict[int, Fault] = {}
         if faces.crop is None and hold == "device":
@@ -133,7 +123,7 @@ class Crops:
                 yield draw, self.resident.index_select(0, draw.faces.to(self.device))
             return
         on_gpu = self.device.type == "cuda"
-        workers = self.workers
+        workers = self.recipe.workers
         if self.faces.crop is not None:
             # a copy within the host's memory is faster than a worker's answer
             workers = min(workers, 1) if on_gpu else 0
@@ -156,7 +146,7 @@ class Crops:
     def _mend(self, draw: Draw, crops: Tensor, faults: Mapping[int, Fault]) -> Draw:
         """Put the next usable face in the place of each that is not, in `crops` and in the draw."""
         new = {face: fault for face, fault in faults.items() if face not in self._unusable}
-        if not self.skip_missing:
+        if not self.recipe.skip_missing:
             raise DataError(new.values(), "Mend them, or set skip_missing=true.")
         self._unusable |= new
         if new:
@@ -180,12 +170,12 @@ class Crops:
         raise DataError(self._unusable.values(), "No face is left to train on.")
 
 
+@dataclass(frozen=True)
 class _Reader(Dataset[tuple[Tensor, dict[int, Fault]]]):
     """Whole batches of crops, and what is wrong with whom: an error would not survive the way."""
 
-    def __init__(self, faces: Faces, crop: str) -> None:
-        self.faces = faces
-        self.crop = crop
+    faces: Faces
+    crop: str
 
     def __getitems__(self, places: list[int]) -> tuple[Tensor, dict[int, Fault]]:
         faults: dict[int, Fault] = {}

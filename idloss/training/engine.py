@@ -124,20 +124,14 @@ class Engine:
         accelerator: Accelerator,
         *,
         validate: Validate | None = None,
-        validate_every: int = 0,
     ) -> None:
         self.task = task
         self.options = options
         self.folder = folder
         self.accelerator = accelerator
         self.validate = validate
-        self.validate_every = validate_every
-        self.shares = shares(
-            options.batch_size,
-            process=accelerator.process_index,
-            processes=accelerator.num_processes,
-            accumulate=options.accumulate,
-        )
+        process, processes = accelerator.process_index, accelerator.num_processes
+        self.shares = shares(options.batch_size, process, processes, options.accumulate)
         kind = type(task.network).__name__
         next(shuffled_batches(len(task), options.batch_size, seed=0))  # enough faces for one
         trained = [p for p in task.module.parameters() if p.requires_grad]
@@ -351,7 +345,8 @@ class Engine:
         return step
 
     def _validate_if_due(self, step: int) -> None:
-        due = self.validate_every and step % self.validate_every == 0
+        every = self.options.validate_every
+        due = every and step % every == 0
         if self.validate is None or not (due or step == self.options.iterations):
             return
         if self.accelerator.is_main_process:

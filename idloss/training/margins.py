@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,8 +27,8 @@ from idloss.errors import did_you_mean
 class Margin(nn.Module):
     """A margin loss in float32, whatever autocast says, and the centres it learns.
 
-    The loss's parameter `W` holds the centres, `[D, K]`. Their lengths do not count, but a longer
-    one turns less in a step. Their values begin with a deviation of 0.01 in insightface
+    The loss's parameter `W` `[D, K]` holds the centres. Their lengths do not count, but a longer
+    one turns less in a step: they begin with a deviation of 0.01 in insightface
     (recognition/arcface_torch/partial_fc_v2.py), of 1 in pytorch-metric-learning.
     """
 
@@ -56,10 +55,7 @@ class Margin(nn.Module):
 
 
 def softmax(num_identities: int, num_features: int, *, scale: float = 20.0) -> Margin:
-    """Softmax over scaled cosines, without a margin (Zhai and Wu, arXiv 1811.12649).
-
-    The scale is one over the temperature, 0.05 in the paper.
-    """
+    """Softmax over scaled cosines (Zhai and Wu, arXiv 1811.12649: temperature 0.05)."""
     _check(num_identities, scale=scale)
     return Margin(NormalizedSoftmaxLoss(num_identities, num_features, temperature=1 / scale))
 
@@ -95,10 +91,9 @@ def sphereface(
 ) -> Margin:
     """A-Softmax, which multiplies the angle (Liu et al., CVPR 2017, arXiv 1704.08063).
 
-    The embedding's length scales its cosines. pytorch-metric-learning has psi; the annealing is
-    that of the authors' code (wy1iu/sphereface, sphereface_model.prototxt): the target's cosine
-    counts lambda times beside psi, lambda = max(least, base / (1 + decay * step)), which is least
-    after 1,658 steps. The margin is a whole number, 4 in the paper's best networks.
+    The embedding's length scales its cosines. As in the authors' code (wy1iu/sphereface,
+    sphereface_model.prototxt) the target's cosine counts lambda times beside psi, lambda =
+    max(least, base / (1 + decay * step)). A margin of 4 is that of the paper's best networks.
     """
     _check(num_identities, margin=margin)
     if margin != int(margin):
@@ -114,10 +109,7 @@ def sphereface(
 def cosface(
     num_identities: int, num_features: int, *, margin: float = 0.35, scale: float = 64.0
 ) -> Margin:
-    """Cosine margin (Wang et al., CVPR 2018, arXiv 1801.09414, equation 4).
-
-    The margin is taken from the cosine (0.35 and a scale of 64: paper, section 4).
-    """
+    """Margin taken from the cosine (Wang et al., CVPR 2018, arXiv 1801.09414, section 4)."""
     _check(num_identities, margin=margin, scale=scale)
     return Margin(CosFaceLoss(num_identities, num_features, margin=margin, scale=scale))
 
@@ -134,15 +126,11 @@ class SteadyArcFaceLoss(ArcFaceLoss):
 def arcface(
     num_identities: int, num_features: int, *, margin: float = 0.5, scale: float = 64.0
 ) -> Margin:
-    """Angular margin (Deng et al., CVPR 2019, arXiv 1801.07698, equation 3).
-
-    The margin is added to the angle, in radians (0.5 and a scale of 64: paper, section 3.1);
-    pytorch-metric-learning counts in degrees.
-    """
+    """Margin added to the angle, in radians (Deng et al., CVPR 2019, arXiv 1801.07698, 3.1)."""
     _check(num_identities, margin=margin, scale=scale)
     if margin >= math.pi / 2:
         raise ValueError(f"margin of 'arcface' is in radians, below pi / 2, got {margin}")
-    degrees = math.degrees(margin)
+    degrees = math.degrees(margin)  # as pytorch-metric-learning counts
     return Margin(SteadyArcFaceLoss(num_identities, num_features, margin=degrees, scale=scale))
 
 
@@ -160,8 +148,7 @@ class AdaFaceLoss(nn.Module):
         self, *sizes: int, margin: float, scale: float, concentration: float, momentum: float
     ) -> None:
         super().__init__()
-        num_identities, num_features = sizes
-        self.W = nn.Parameter(torch.empty(num_features, num_identities))
+        self.W = nn.Parameter(torch.empty(*sizes[::-1]))
         self.margin, self.scale = margin, scale
         self.concentration, self.momentum = concentration, momentum
         # head.py begins so: at first every face has about mean quality, and the margin is CosFace's
@@ -199,10 +186,10 @@ def adaface(
 ) -> Margin:
     """Margin that adapts to image quality (Kim et al., CVPR 2022, arXiv 2204.00964).
 
-    Poor faces meet ArcFace's margin, which is hard on easy ones, average faces CosFace's, and good
-    faces one that is hard on hard ones. Margin m is of the paper's section 4, scale s and h, how
-    much of the faces lie between the extremes, of the authors' head.py (mk-minchul/AdaFace), and
-    what stays of the running mean and deviation of lengths is 1 - `t_alpha` of their config.py.
+    Poor faces meet ArcFace's margin, average faces CosFace's, and good faces one that is hard on
+    hard ones. Margin m is of the paper's section 4, scale s and h, how much of the faces lie
+    between the extremes, of the authors' head.py (mk-minchul/AdaFace), and what stays of the
+    running statistics 1 - `t_alpha` of their config.py.
     """
     _check(num_identities, margin=margin, scale=scale)
     if not 0 <= momentum < 1:
@@ -212,28 +199,23 @@ def adaface(
     return Margin(loss, num_features**-0.5)  # head.py: of length 1
 
 
-MARGINS: Mapping[str, Callable[..., Margin]] = MappingProxyType(
-    {make.__name__: make for make in (softmax, sphereface, cosface, arcface, adaface)}
-)
-"""Margin losses by name."""
+MARGINS: dict[str, Callable[..., Margin]] = {
+    make.__name__: make for make in (softmax, sphereface, cosface, arcface, adaface)
+}
 
 
 def check_margin(name: str, options: Mapping[str, Any]) -> None:
     """Refuse a margin that there is not, or options that it does not have."""
     if name not in MARGINS:
         raise ValueError(did_you_mean("margin", name, MARGINS))
-    parameters = inspect.signature(MARGINS[name]).parameters.values()
-    known = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
+    known = inspect.getfullargspec(MARGINS[name]).kwonlyargs
     for option in options:
         if option not in known:
             raise ValueError(did_you_mean(f"option of margin {name!r}", option, known))
 
 
 def get_margin(name: str, num_identities: int, num_features: int, **options: Any) -> Margin:
-    """Make one of `MARGINS` over K identities and embeddings of width D, with its options.
-
-    Its centres are drawn from torch's random numbers.
-    """
+    """Make one of `MARGINS` over K identities and embeddings of width D, with its options."""
     check_margin(name, options)
     return MARGINS[name](num_identities, num_features, **options)
 

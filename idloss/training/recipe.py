@@ -31,7 +31,7 @@ _WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
 
 
 class RunOptions(BaseModel):
-    """How a run goes: batches, optimizer, schedule, arithmetic, checkpoints and logs.
+    """How a run goes, what faces it is on, how they are made small and what validates it.
 
     The same numbers come out whatever the `PASSIVE` fields and the number of processes: only
     rounding differs.
@@ -46,10 +46,11 @@ class RunOptions(BaseModel):
     )
 
     PASSIVE: ClassVar[frozenset[str]] = frozenset(
-        {"accumulate", "device", "hold_crops", "workers", "non_finite"}
-        | {"log_every", "checkpoint_every", "keep_checkpoints", "trackers"}
+        {"accumulate", "device", "hold_crops", "workers", "non_finite", "log_every", "data"}
+        | {"checkpoint_every", "keep_checkpoints", "trackers", "validate_on", "validate_every"}
+        | {"store_hr_features", "skip_missing"}
     )
-    """Fields that do not change what comes out."""
+    """Fields that do not change what comes out; data may have moved, their hash counts."""
 
     CHANGEABLE: ClassVar[frozenset[str]] = frozenset(
         {"iterations", "learning_rate", "weight_decay", "schedule", "decay_every", "decay_rate"}
@@ -113,28 +114,6 @@ class RunOptions(BaseModel):
     trackers: tuple[str, ...] = ("tensorboard",)
     """Names that Accelerate knows: `tensorboard`, `wandb`, `mlflow`, ..."""
 
-    @classmethod
-    def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        """Explain every field in the class's docstring, inherited ones too."""
-        lines = [
-            f"        {name}: {' '.join(_explained(cls, name).split())}"
-            for name in cls.model_fields
-        ]
-        cls.__doc__ = "\n".join([f"{(cls.__doc__ or '').rstrip()}\n\n    Attributes:", *lines])
-
-
-def _explained(kind: type[RunOptions], name: str) -> str:
-    return kind.model_fields[name].description or RunOptions.model_fields[name].description or ""
-
-
-class FaceOptions(RunOptions):
-    """What faces to train on, how they are made small, and what a run is validated on."""
-
-    # Data may have moved: what counts is the hash of their content.
-    PASSIVE: ClassVar[frozenset[str]] = RunOptions.PASSIVE | frozenset(
-        {"data", "skip_missing", "validate_on", "validate_every"}
-    )
-
     data: Path | None = None
     """A folder that `idloss prepare` made, CelebA, or a folder or tar with `landmarks.csv`."""
     skip_missing: bool = False
@@ -157,6 +136,15 @@ class FaceOptions(RunOptions):
     validate_every: Count = 0
     """Steps between validations; 0 for one at the end."""
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Explain every field in the class's docstring, inherited ones too."""
+        lines = [
+            f"        {name}: {' '.join(_explained(cls, name).split())}"
+            for name in cls.model_fields
+        ]
+        cls.__doc__ = "\n".join([f"{(cls.__doc__ or '').rstrip()}\n\n    Attributes:", *lines])
+
     @model_validator(mode="after")
     def _check_degradation_and_sizes(self) -> Self:
         get_degradation(self.degradation, **self.degradation_options)
@@ -174,14 +162,16 @@ class FaceOptions(RunOptions):
         return sizes_of(self.factors, get_template(crop).size)
 
 
-class Recipe(FaceOptions):
+def _explained(kind: type[RunOptions], name: str) -> str:
+    return kind.model_fields[name].description or RunOptions.model_fields[name].description or ""
+
+
+class Recipe(RunOptions):
     """Train an SRNet with an image loss plus lambda times an identity loss.
 
     With its defaults it is section 4.1 of the paper (Lai, He and Lam, ICIP 2019), with what its
     released code adds.
     """
-
-    PASSIVE: ClassVar[frozenset[str]] = FaceOptions.PASSIVE | {"store_hr_features"}
 
     srnet: str = "edsr16_64"
     """Name of the SRNet."""
@@ -221,7 +211,7 @@ class Recipe(FaceOptions):
         return self.sizes or super().lr_sizes()
 
 
-class FNetRecipe(FaceOptions):
+class FNetRecipe(RunOptions):
     """Train an FNet to tell identities apart, or to embed faces as another does.
 
     With its defaults it trains the paper's FNet as its authors did (Liu et al., CVPR 2017;

@@ -12,16 +12,16 @@ from torch import nn
 
 from idloss import __version__
 from idloss.data import EvaluationSet, Faces, open_evaluation, open_training
-from idloss.degradation import Degradation, get_degradation
+from idloss.degradation import Degradation
 from idloss.encoder import FaceEncoder
 from idloss.evaluation import HR, evaluate, write_sheets
 from idloss.geometry import get_template
 from idloss.losses import HallucinationLoss
 from idloss.registry import create_fnet, create_srnet
 from idloss.resample import Size
-from idloss.training.batches import Crops, check_crop, stored_features
+from idloss.training.batches import check_crop, stored_features
 from idloss.training.engine import Engine, Validate, create_accelerator
-from idloss.training.recipe import FaceOptions, FNetRecipe, Recipe, read_notes, save_recipe
+from idloss.training.recipe import FNetRecipe, Recipe, RunOptions, read_notes, save_recipe
 from idloss.training.saving import Kind, cfg_of, name_of, save_network, try_to_save, unwrapped
 from idloss.training.tasks import (
     Distillation,
@@ -103,15 +103,7 @@ def train(
         )
     module = Hallucination(network, criterion)
     _check_fit(recipe, module)
-    task = HallucinationTask(
-        module.to(run.device),
-        network,
-        run.crops(),
-        recipe.lr_sizes(),
-        degradation or get_degradation(recipe.degradation, **recipe.degradation_options),
-        seed=recipe.seed,
-        channels_last=recipe.channels_last,
-    )
+    task = HallucinationTask(module, network, run.faces, recipe, run.device, degradation)
     validate = _srnet_validation(recipe, run)
     identity = criterion.identity
     if recipe.store_hr_features and identity is not None:
@@ -175,15 +167,7 @@ def train_fnet(
         identities = len(run.faces.identities)
         margin = get_margin(recipe.margin, identities, width, **recipe.margin_options)
         module = Recognition(network, margin)
-    task = FNetTask(
-        module.to(run.device),
-        run.crops(),
-        recipe.lr_sizes(),
-        get_degradation(recipe.degradation, **recipe.degradation_options),
-        low_resolution=recipe.low_resolution,
-        seed=recipe.seed,
-        channels_last=recipe.channels_last,
-    )
+    task = FNetTask(module, run.faces, recipe, run.device)
     check_crop(task.input, recipe.crop)
     shape = (2, *network.pretrained_cfg["input_size"])  # type: ignore[index]
     return run.carry_out(task, "fnet", shape, options, _fnet_validation(recipe, run))
@@ -194,7 +178,7 @@ class _Run:
 
     def __init__(
         self,
-        recipe: FaceOptions,
+        recipe: RunOptions,
         folder: Path,
         faces: Faces | None,
         given: Mapping[str, object],
@@ -211,17 +195,6 @@ class _Run:
         self.faces = _open_faces(recipe) if faces is None else faces
         torch.manual_seed(recipe.seed)
 
-    def crops(self) -> Crops:
-        recipe = self.recipe
-        return Crops(
-            self.faces,
-            crop=recipe.crop,
-            device=self.device,
-            hold=recipe.hold_crops,
-            workers=recipe.workers,
-            skip_missing=recipe.skip_missing,
-        )
-
     def carry_out(
         self,
         task: FaceTask,
@@ -231,14 +204,7 @@ class _Run:
         validate: Validate | None,
     ) -> nn.Module:
         """Try to save, train, save; `shape` is that of an input, `options` made the network."""
-        engine = Engine(
-            task,
-            self.recipe,
-            self.folder,
-            self.accelerator,
-            validate=validate,
-            validate_every=self.recipe.validate_every,
-        )
+        engine = Engine(task, self.recipe, self.folder, self.accelerator, validate=validate)
         told = self._told(task.network, kind)
         model, path = self.folder / MODEL, self.folder / RECIPE
         if self.accelerator.is_main_process:
@@ -286,7 +252,7 @@ class _Run:
         return told
 
 
-def _changes(recipe: FaceOptions, folder: Path, *, resume: bool) -> list[str]:
+def _changes(recipe: RunOptions, folder: Path, *, resume: bool) -> list[str]:
     """What a resumed run changes of its recipe; refuses what would make it another run."""
     written = folder / RECIPE
     if not written.is_file():
@@ -307,7 +273,7 @@ def _changes(recipe: FaceOptions, folder: Path, *, resume: bool) -> list[str]:
     return list(changed.values())
 
 
-def _open_faces(recipe: FaceOptions) -> Faces:
+def _open_faces(recipe: RunOptions) -> Faces:
     """The faces that a recipe names, without those that it excludes."""
     data = recipe.data
     if data is None:
@@ -353,7 +319,7 @@ def _check_fit(recipe: Recipe, module: Hallucination) -> None:
     module.train(training)
 
 
-def _open_pairs(recipe: FaceOptions) -> EvaluationSet | None:
+def _open_pairs(recipe: RunOptions) -> EvaluationSet | None:
     if recipe.validate_on is None:
         if recipe.validate_every:
             raise ValueError("validate_every needs faces to verify: set validate_on=LFW")

@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ Kind = Literal["srnet", "fnet"]
 _CREATE: Mapping[str, Callable[..., nn.Module]] = {"srnet": create_srnet, "fnet": create_fnet}
 
 
+@dataclass(frozen=True)
 class Checkpoints:
     """The newest few states of a run, each a folder that is renamed into place when complete.
 
@@ -47,11 +49,10 @@ class Checkpoints:
     One takes about `size` bytes, and `keep` of them stay.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, *, keep: int, size: int) -> None:
-        self.folder = folder
-        self.accelerator = accelerator
-        self.keep = keep
-        self.size = size
+    folder: Path
+    accelerator: Accelerator
+    keep: int
+    size: int
 
     def steps(self) -> list[int]:
         """Steps that there are checkpoints of, oldest first."""
@@ -120,7 +121,7 @@ class Checkpoints:
                 "another folder"
             )
         if damaged:
-            self.accelerator.print(f"damaged: {'; '.join(damaged)}. Going on from step {whole}")
+            print(f"damaged: {'; '.join(damaged)}. Going on from step {whole}")
         return whole
 
     def load(self, step: int, ema: ModelEmaV3 | None) -> dict[str, Any]:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from idloss.data import Faces
-from idloss.degradation import BatchDraw, Degradation, draw_batch, mirror
+from idloss.degradation import BatchDraw, Degradation, draw_batch, get_degradation, mirror
 from idloss.encoder import FaceEncoder
 from idloss.losses import HallucinationLoss, cosine_distance
-from idloss.resample import Size, resize, to_float
+from idloss.resample import resize, to_float
 from idloss.training.batches import Batch, Crops, Draw, generator_for
+from idloss.training.recipe import FNetRecipe, RunOptions
 
 if TYPE_CHECKING:
     from idloss.training.margins import Margin  # slow to import
@@ -53,21 +54,21 @@ class FaceTask:
         self,
         module: nn.Module,
         network: nn.Module,
-        crops: Crops,
-        sizes: tuple[Size, ...],
-        degradation: Degradation,
-        *,
-        seed: int,
-        channels_last: bool = True,
+        faces: Faces,
+        recipe: RunOptions,
+        device: torch.device,
+        degradation: Degradation | None = None,
     ) -> None:
-        self.module = module
+        self.module = module.to(device)
         self.network = network
-        self.crops = crops
-        self.content = crops.faces.content
-        self.sizes = sizes
-        self.degradation = degradation
-        self.seed = seed
-        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        self.crops = Crops(faces, recipe, device)
+        self.content = faces.content
+        self.recipe = recipe
+        self.sizes = recipe.lr_sizes()
+        self.degradation = degradation or get_degradation(
+            recipe.degradation, **recipe.degradation_options
+        )
+        self.format = torch.channels_last if recipe.channels_last else torch.contiguous_format
 
     def __len__(self) -> int:
         return len(self.crops.faces)
@@ -83,7 +84,7 @@ class FaceTask:
 
     def mirror(self, draw: Draw, crops: Tensor) -> tuple[BatchDraw, Tensor]:
         """What chance has for a whole batch, and the crops of a draw, mirrored by it."""
-        chance = draw_batch(draw.step, draw.total, seed=self.seed, sizes=self.sizes)
+        chance = draw_batch(draw.step, draw.total, seed=self.recipe.seed, sizes=self.sizes)
         mirrored = chance.mirrored[draw.rows].to(crops.device, non_blocking=True)
         return chance, mirror(crops, mirrored)
 
@@ -164,25 +165,18 @@ class FNetTask(FaceTask):
     gets who is seen and which step it is, too; a `Distillation` the faces as they were.
     """
 
+    recipe: FNetRecipe
+
     def __init__(
         self,
         module: Recognition | Distillation,
-        crops: Crops,
-        sizes: tuple[Size, ...],
-        degradation: Degradation,
-        *,
-        low_resolution: float = 0.0,
-        seed: int,
-        channels_last: bool = True,
+        faces: Faces,
+        recipe: FNetRecipe,
+        device: torch.device,
     ) -> None:
-        super().__init__(
-            *(module, module.fnet, crops, sizes, degradation),
-            seed=seed,
-            channels_last=channels_last,
-        )
-        self.input = input_of(module.fnet, crops.template.name).to(crops.device)
-        self.low_resolution = low_resolution
-        self.labels = crops.faces.labels if isinstance(module, Recognition) else None
+        super().__init__(module, module.fnet, faces, recipe, device)
+        self.input = input_of(module.fnet, recipe.crop).to(device)
+        self.labels = faces.labels if isinstance(module, Recognition) else None
 
     def batch(self, draw: Draw, crops: Tensor) -> Batch:
         """Input of the FNet, and what its lesson needs."""
@@ -203,8 +197,9 @@ class FNetTask(FaceTask):
 
     def choose(self, draw: Draw) -> list[int]:
         """Which rows of a draw are made small, by the seed of the run."""
-        chance = torch.rand(draw.total, generator=generator_for(self.seed, _LOW, draw.step))
-        places: list[int] = (chance[draw.rows] < self.low_resolution).nonzero().flatten().tolist()
+        chance = torch.rand(draw.total, generator=generator_for(self.recipe.seed, _LOW, draw.step))
+        small = chance[draw.rows] < self.recipe.low_resolution
+        places: list[int] = small.nonzero().flatten().tolist()
         return places
 
 

@@ -10,6 +10,7 @@ from tinytraining import losses, tiny_faces, tiny_run
 from idloss import IdentityPreservedLoss
 from idloss.data import DataError, Fault, align_all, lfw, prepare
 from idloss.resample import to_float
+from idloss.training import Recipe
 from idloss.training.batches import (
     Crops,
     Draw,
@@ -43,12 +44,9 @@ def draws(count, steps=3, size=4):
 def test_crops_are_those_of_the_aligner(photos, prepared, held, workers):
     expected = align_all(photos, progress=False).crops
     faces = {"photos": photos, "prepared": prepared, "in memory": align_all(prepared)}
-    crops = Crops(
-        faces.get(held, prepared),
-        device=CPU,
-        hold="device" if held == "on the device" else "auto",
-        workers=workers,
-    )
+    hold = "device" if held == "on the device" else "auto"
+    recipe = Recipe(hold_crops=hold, workers=workers)
+    crops = Crops(faces.get(held, prepared), recipe, CPU)
     assert (crops.resident is not None) == (held == "on the device")
     wanted = list(draws(len(photos)))
     found = list(crops.read(iter(wanted)))
@@ -62,7 +60,7 @@ def test_crops_are_those_of_the_aligner(photos, prepared, held, workers):
 
 def test_photos_cannot_stay_on_the_device(photos):
     with pytest.raises(ValueError, match="needs prepared faces: run 'idloss prepare'"):
-        Crops(photos, device=CPU, hold="device")
+        Crops(photos, Recipe(hold_crops="device"), CPU)
 
 
 def test_features_are_those_of_the_crops_and_their_mirror_images():
@@ -144,7 +142,7 @@ def test_a_photo_that_breaks_names_itself_or_is_replaced(tmp_path, workers):
 
 def test_the_label_of_a_replaced_face_goes_with_it(tmp_path, monkeypatch):
     faces = tiny_faces(8)
-    crops = Crops(faces, device=CPU, skip_missing=True)
+    crops = Crops(faces, Recipe(skip_missing=True), CPU)
     read = type(crops.faces).crops_at
 
     def failing(self, indices, crop=None, *, faults=None):

@@ -167,12 +167,10 @@ def test_an_epoch_holds_every_face_once_and_drops_the_rest():
 
 
 def test_shares_cover_the_batch():
-    rows = [
-        row for process in range(2) for row in shares(8, process=process, processes=2, accumulate=2)
-    ]
+    rows = [row for process in range(2) for row in shares(8, process, 2, 2)]
     assert [i for row in rows for i in range(8)[row]] == list(range(8))
     with pytest.raises(ValueError, match=r"batch_size=8 cannot.*3 processes.*multiple of 3"):
-        shares(8, process=0, processes=3, accumulate=1)
+        shares(8, 0, 3, 1)
 
 
 class Poison(nn.Module):

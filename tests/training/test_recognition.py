@@ -13,11 +13,10 @@ from tinytraining import FIELDS, assert_same, launch, losses, tiny_faces, weight
 
 from idloss import FaceEncoder, IdentityPreservedLoss, create_fnet
 from idloss.data import SyntheticFaces, folder_faces
-from idloss.degradation import get_degradation
 from idloss.fnets.mobilefacenet import mobilefacenet_bubbliiiing
 from idloss.resample import resize, to_float
 from idloss.training import FNetRecipe, load_recipe, recipe_names, train_fnet
-from idloss.training.batches import Crops, Draw, generator_for
+from idloss.training.batches import Draw, generator_for
 from idloss.training.margins import get_margin
 from idloss.training.tasks import Distillation, FNetTask, Recognition, input_of
 
@@ -29,7 +28,6 @@ SMALL = {
 }
 NOBODY = replace(tiny_faces(), labels=None, identities=())
 CPU = torch.device("cpu")
-SIZES = ((7, 6), (14, 12))
 SPHEREFACE = {"widths": [8, 8, 8, 8], "depths": [0, 0, 0, 0], "num_features": 16}
 
 
@@ -55,9 +53,7 @@ def task(faces, fnet=None, share=0.0, teacher=None):
     module = Recognition(fnet, torch.nn.Identity())
     if teacher is not None:
         module = Distillation(fnet, FaceEncoder(teacher, crop="sphereface"))
-    degradation = get_degradation("bicubic")
-    crops = Crops(faces, device=CPU)
-    return FNetTask(module, crops, SIZES, degradation, low_resolution=share, seed=0)
+    return FNetTask(module, faces, FNetRecipe(low_resolution=share), CPU)
 
 
 def draws(steps=1, total=8, parts=1):

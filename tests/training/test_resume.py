@@ -23,8 +23,7 @@ SCRIPT = Path(__file__).parents[1] / "tinytraining.py"
 
 @pytest.mark.parametrize(
     ("death", "processes"),
-    [(("--die-at", "6"), 1), (("--die-writing", "6"), 1), (("--die-writing", "6"), 2)],
-    ids=["at a step", "writing", "two writing"],
+    [("die_at", 1), ("die_writing", 1), ("die_writing", 2)],
 )
 def test_killed_and_resumed(plain, tmp_path, death, processes):
     """Two processes give the losses of one, too, and join without being told that there is no GPU.
@@ -32,20 +31,20 @@ def test_killed_and_resumed(plain, tmp_path, death, processes):
     The log of a killed run is cut.
     """
     device = "cpu" if processes == 1 or torch.accelerator.is_available() else "auto"
-    code, shown = launch(SCRIPT, tmp_path, *death, f"device={device}", processes=processes)
+    dying, again = (json.dumps({one: 6, "device": device}) for one in (death, "resume"))
+    code, shown = launch(SCRIPT, tmp_path, dying, processes=processes)
     assert code != 0, shown
     assert max(losses(tmp_path)) in (5, 6)  # the checkpoint is of step 3
     there = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert "step-000003" in there
     assert "step-000006" not in there
-    assert ("step-000006.partial" in there) == (death[0] == "--die-writing")
+    assert ("step-000006.partial" in there) == (death == "die_writing")
     with (tmp_path / "training.csv").open("a") as log:
         log.write("7,0.1")  # half a row
     if processes == 1:
         tiny_run(tmp_path, resume=True)
     else:
-        again = ("--resume", f"device={device}")
-        code, shown = launch(SCRIPT, tmp_path, *again, processes=processes)
+        code, shown = launch(SCRIPT, tmp_path, again, processes=processes)
         assert code == 0, shown
     states = (tmp_path / "checkpoints" / "step-000008").glob("random_states_*")
     assert len(list(states)) == processes  # they were one run

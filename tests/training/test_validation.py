@@ -12,25 +12,18 @@ from tinytraining import FIELDS, losses, tiny_edsr, tiny_faces, tiny_run
 
 from idloss import HallucinationLoss
 from idloss.training import Recipe
-from idloss.training.batches import Crops
 from idloss.training.engine import Engine, create_accelerator
 from idloss.training.tasks import Hallucination, HallucinationTask
 
 
-def engine(folder, validate, every=0, **fields):
-    recipe = Recipe(**{**FIELDS, **fields})
+def engine(folder, validate, every=0):
+    recipe = Recipe(**FIELDS, validate_every=every)
     accelerator = create_accelerator(recipe, folder)
     srnet = tiny_edsr()
-    criterion = HallucinationLoss(tiny_fnet(), weight=0.5, crop="sphereface")
-    task = HallucinationTask(
-        Hallucination(srnet, criterion),
-        srnet,
-        Crops(tiny_faces(), device=accelerator.device),
-        recipe.lr_sizes(),
-        lambda hr, size, *, seeds: torch.zeros(len(hr), 3, *size),
-        seed=0,
-    )
-    return Engine(task, recipe, folder, accelerator, validate=validate, validate_every=every)
+    module = Hallucination(srnet, HallucinationLoss(tiny_fnet(), crop="sphereface"))
+    black = lambda hr, size, *, seeds: torch.zeros(len(hr), 3, *size)  # noqa: E731
+    task = HallucinationTask(module, srnet, tiny_faces(), recipe, accelerator.device, black)
+    return Engine(task, recipe, folder, accelerator, validate=validate)
 
 
 def read(folder):
