@@ -39,7 +39,8 @@ from idloss.training.tasks import FaceTask
 from idloss.weights.files import written_whole
 
 Validate = Callable[[nn.Module, int], dict[str, float]]
-"""Judges the network after a step: figures by name. Called on the main process alone."""
+"""Judges the network after a step: figures by name. Called on the main process alone; the network
+is the one that trains, and is to be left as it was."""
 
 GIVE_UP_AFTER = 10
 """Steps in a row that may be skipped for a loss that is not finite."""
@@ -350,11 +351,9 @@ class Engine:
         if self.validate is None or not (due or step == self.options.iterations):
             return
         if self.accelerator.is_main_process:
-            with _lent(self.network) as network:
-                figures = self.validate(network, step)
-            self.accelerator.log(
-                {f"{VALIDATION}{name}": value for name, value in figures.items()}, step=step
-            )
+            figures = self.validate(self.network.eval(), step)
+            named = {f"{VALIDATION}{name}": value for name, value in figures.items()}
+            self.accelerator.log(named, step=step)
         self.accelerator.wait_for_everyone()
         self.model.train()
         self._clock = time.perf_counter(), step
@@ -444,29 +443,6 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _lent(network: nn.Module) -> Iterator[nn.Module]:
-    """A network that may be moved, laid out anew or overwritten: its weights are put back.
-
-    A deep copy would do but for networks that keep outputs, or weights made of others.
-    """
-    modules = [(one, one.training, dict(one._buffers)) for one in network.modules()]
-    parameters = [(one, one.data, one.requires_grad) for one in network.parameters()]
-    for parameter, data, _ in parameters:
-        parameter.data = data.clone()
-    for module, _, buffers in modules:
-        module._buffers.update({k: v if v is None else v.clone() for k, v in buffers.items()})
-    try:
-        yield network.eval()
-    finally:
-        for parameter, data, trained in parameters:
-            parameter.data = data
-            parameter.requires_grad_(trained)
-        for module, training, buffers in modules:
-            module._buffers.update(buffers)
-            module.training = training
 
 
 def _sent_to_host(row: Tensor) -> Callable[[], list[float]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from idloss.degradation import get_degradation, sizes_of
 from idloss.errors import did_you_mean
@@ -166,6 +166,10 @@ def _explained(kind: type[RunOptions], name: str) -> str:
     return kind.model_fields[name].description or RunOptions.model_fields[name].description or ""
 
 
+def _size(value: Any) -> Any:
+    return parse_size(value) if isinstance(value, str) else value
+
+
 class Recipe(RunOptions):
     """Train an SRNet with an image loss plus lambda times an identity loss.
 
@@ -188,17 +192,8 @@ class Recipe(RunOptions):
     store_hr_features: bool = True
     """Compute HR features once for the whole set, kept beside prepared data, instead of in each
     step."""
-    sizes: tuple[Size, ...] | None = None
+    sizes: tuple[Annotated[Size, BeforeValidator(_size)], ...] | None = None
     """LR sizes, rows and columns (`[7x6, 14x12]`), instead of `factors`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _spell_out_sizes(cls, fields: Any) -> Any:
-        """`sizes: [7x6, 14x12]`, as on every command line of the house."""
-        if isinstance(fields, Mapping) and isinstance(fields.get("sizes"), (list, tuple)):
-            sizes = [parse_size(one) if isinstance(one, str) else one for one in fields["sizes"]]
-            return {**fields, "sizes": sizes}
-        return fields
 
     @model_validator(mode="after")
     def _check_losses(self) -> Self:

@@ -11,14 +11,13 @@ import yaml
 from torch import nn
 
 from idloss import __version__
-from idloss.data import EvaluationSet, Faces, open_evaluation, open_training
+from idloss.data import Faces, open_evaluation, open_training
 from idloss.degradation import Degradation
 from idloss.encoder import FaceEncoder
 from idloss.evaluation import HR, evaluate, write_sheets
 from idloss.geometry import get_template
 from idloss.losses import HallucinationLoss
 from idloss.registry import create_fnet, create_srnet
-from idloss.resample import Size
 from idloss.training.batches import check_crop, stored_features
 from idloss.training.engine import Engine, Validate, create_accelerator
 from idloss.training.recipe import FNetRecipe, Recipe, RunOptions, read_notes, save_recipe
@@ -87,12 +86,9 @@ def train(
     """
     given = {"srnet": srnet, "criterion": criterion, "degradation": degradation}
     run = _Run(recipe, Path(folder), faces, given, resume=resume)
-    options = {} if srnet is not None else recipe.srnet_options
-    network = create_srnet(
-        recipe.srnet if srnet is None else unwrapped(srnet),
-        pretrained=recipe.pretrained,
-        **options,
-    )
+    network = unwrapped(srnet) if srnet is not None else None
+    if network is None:
+        network = create_srnet(recipe.srnet, pretrained=recipe.pretrained, **recipe.srnet_options)
     if criterion is None:
         criterion = HallucinationLoss(
             recipe.fnet,
@@ -104,7 +100,8 @@ def train(
     module = Hallucination(network, criterion)
     _check_fit(recipe, module)
     task = HallucinationTask(module, network, run.faces, recipe, run.device, degradation)
-    validate = _srnet_validation(recipe, run)
+    judge = recipe.fnet if isinstance(recipe.fnet, str) else next(iter(recipe.fnet))
+    validate = _validation(run, judge)
     identity = criterion.identity
     if recipe.store_hr_features and identity is not None:
         if run.faces.crop is None:
@@ -114,7 +111,7 @@ def train(
             with run.accelerator.local_main_process_first():
                 first = run.accelerator.is_local_main_process
                 task.take_features(stored_features(run.faces, identity, run.device, progress=first))
-    return run.carry_out(task, "srnet", (1, 3, *recipe.lr_sizes()[0]), options, validate)
+    return run.carry_out(task, "srnet", (1, 3, *recipe.lr_sizes()[0]), validate)
 
 
 def train_fnet(
@@ -146,9 +143,10 @@ def train_fnet(
             `TrainingStoppedError` and `OSError`.
     """
     run = _Run(recipe, Path(folder), faces, {"fnet": fnet, "teacher": teacher}, resume=resume)
-    options = {} if fnet is not None else recipe.fnet_options
     network = create_fnet(
-        recipe.fnet if fnet is None else unwrapped(fnet), pretrained=recipe.pretrained, **options
+        recipe.fnet if fnet is None else unwrapped(fnet),
+        pretrained=recipe.pretrained,
+        **(recipe.fnet_options if fnet is None else {}),
     )
     taught_by = teacher or recipe.teacher
     if taught_by is None:
@@ -170,7 +168,7 @@ def train_fnet(
     task = FNetTask(module, run.faces, recipe, run.device)
     check_crop(task.input, recipe.crop)
     shape = (2, *network.pretrained_cfg["input_size"])  # type: ignore[index]
-    return run.carry_out(task, "fnet", shape, options, _fnet_validation(recipe, run))
+    return run.carry_out(task, "fnet", shape, _validation(run))
 
 
 class _Run:
@@ -200,16 +198,15 @@ class _Run:
         task: FaceTask,
         kind: Kind,
         shape: tuple[int, ...],
-        options: Mapping[str, Any],
         validate: Validate | None,
     ) -> nn.Module:
-        """Try to save, train, save; `shape` is that of an input, `options` made the network."""
+        """Try to save, train, save; `shape` is that of an input of the network."""
         engine = Engine(task, self.recipe, self.folder, self.accelerator, validate=validate)
         told = self._told(task.network, kind)
         model, path = self.folder / MODEL, self.folder / RECIPE
         if self.accelerator.is_main_process:
             probe = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-            own = try_to_save(task.network, model, told, options, probe)
+            own = try_to_save(task.network, model, told, probe)
             told["registered"] = not own
             if own:
                 print(f"the saved network will open with open_trained(folder, network): {own}")
@@ -223,7 +220,7 @@ class _Run:
         trained = engine.run(resume=self.resume, on_start=start)
         if self.accelerator.is_main_process:
             told["changes"] = read_notes(path)
-            save_network(trained, model, told, options)
+            save_network(trained, model, told)
         self.accelerator.wait_for_everyone()
         return trained
 
@@ -319,7 +316,13 @@ def _check_fit(recipe: Recipe, module: Hallucination) -> None:
     module.train(training)
 
 
-def _open_pairs(recipe: RunOptions) -> EvaluationSet | None:
+def _validation(run: _Run, fnet_name: str | None = None) -> Validate | None:
+    """Verify pairs by a published FNet on what an SRNet restores, or by the FNet that trains.
+
+    The rates of right answers (protocol `paper`) are named by probe size (`7x6`), and `HR`. For an
+    SRNet the first faces are drawn, too; for an FNet probes are enlarged.
+    """
+    recipe, device = run.recipe, run.device
     if recipe.validate_on is None:
         if recipe.validate_every:
             raise ValueError("validate_every needs faces to verify: set validate_on=LFW")
@@ -327,50 +330,24 @@ def _open_pairs(recipe: RunOptions) -> EvaluationSet | None:
     data = open_evaluation(recipe.validate_on)
     if data.pairs is None:
         raise ValueError(f"validate_on={recipe.validate_on} has no pairs to verify")
-    return data
-
-
-def _srnet_validation(recipe: Recipe, run: _Run) -> Validate | None:
-    """Verify pairs by the first FNet on restored probes, and draw the first faces."""
-    data = _open_pairs(recipe)
-    if data is None:
-        return None
-    name = recipe.fnet if isinstance(recipe.fnet, str) else next(iter(recipe.fnet))
-    fnet = create_fnet(name, pretrained=True)
-    sizes, device = recipe.lr_sizes(), run.device
+    sizes = recipe.lr_sizes() if fnet_name else recipe.sizes_by_factor(SR_CROP)
+    judge = create_fnet(fnet_name, pretrained=True) if fnet_name else None
+    enlarged = create_srnet("bilinear")
 
     def validate(network: nn.Module, step: int) -> dict[str, float]:
-        rates = _verification_rates(data, fnet, network, sizes, device)
-        shown = {"bicubic": create_srnet("bicubic"), "srnet": network}
-        sheets = run.folder / "pictures" / f"step-{step:06d}"
-        write_sheets(sheets, data, {"fnet": fnet}, shown, sizes, count=SHOWN, device=device)
-        del rates["HR"]  # of the FNet alone, and always the same
+        fnets = {"fnet": network if judge is None else judge}
+        srnets = {"srnet": enlarged if judge is None else network}
+        results = evaluate(data, fnets, srnets, sizes, device=device, cache=False, progress=False)
+        rates = {
+            "HR" if record.cell.srnet == HR else record.cell.size: record.estimate.value
+            for record in results.records
+            if record.metric == "accuracy"
+        }
+        if judge is not None:
+            del rates["HR"]  # always the same
+            sheets = run.folder / "pictures" / f"step-{step:06d}"
+            shown = {"bicubic": create_srnet("bicubic"), "srnet": network}
+            write_sheets(sheets, data, fnets, shown, sizes, count=SHOWN, device=device)
         return rates
 
     return validate
-
-
-def _fnet_validation(recipe: FNetRecipe, run: _Run) -> Validate | None:
-    data = _open_pairs(recipe)
-    if data is None:
-        return None
-    sizes, restored = recipe.sizes_by_factor(SR_CROP), create_srnet("bilinear")
-    return lambda network, _: _verification_rates(data, network, restored, sizes, run.device)
-
-
-def _verification_rates(
-    data: EvaluationSet,
-    fnet: nn.Module,
-    srnet: nn.Module,
-    sizes: tuple[Size, ...],
-    device: torch.device,
-) -> dict[str, float]:
-    """Share of right answers by probe size (`7x6`), and `HR`, protocol `paper`; nothing is kept."""
-    results = evaluate(
-        data, {"fnet": fnet}, {"srnet": srnet}, sizes, device=device, cache=False, progress=False
-    )
-    return {
-        "HR" if record.cell.srnet == HR else record.cell.size: record.estimate.value
-        for record in results.records
-        if record.metric == "accuracy"
-    }

@@ -34,7 +34,6 @@ INPUT_FACTS = (
     *("num_classes", "pool_size", "first_conv", "classifier"),
 )
 """What a saved network keeps of its `pretrained_cfg`: the rest told whose weights it began with."""
-_FOR_CREATE_FNET = {"input_size", "mean", "std", "crop"}
 Kind = Literal["srnet", "fnet"]
 _CREATE: Mapping[str, Callable[..., nn.Module]] = {"srnet": create_srnet, "fnet": create_fnet}
 
@@ -248,22 +247,18 @@ def unwrapped(network: nn.Module) -> nn.Module:
     return network
 
 
-def save_network(
-    network: nn.Module, folder: Path, told: Mapping[str, Any], options: Mapping[str, Any]
-) -> None:
+def save_network(network: nn.Module, folder: Path, told: Mapping[str, Any]) -> None:
     """Save a network in the Hub's layout, as timm has it, with what is told of its run.
 
     It is written beside `folder` and then takes its place.
     """
     cfg = cfg_of(network)
-    arguments = {**getattr(network, "_model_args", {}), **options}
     unregistered = f"{told['class']} (not registered)"
     config: dict[str, Any] = {
         "architecture": cfg["architecture"] if told["registered"] else unregistered,
         "num_classes": getattr(network, "num_classes", None),
         "num_features": getattr(network, "num_features", None),
-        # what create_fnet takes for itself stands in pretrained_cfg
-        "model_args": {key: arguments[key] for key in arguments if key not in _FOR_CREATE_FNET},
+        "model_args": getattr(network, "_model_args", {}),  # what timm built it with
         "pretrained_cfg": {key: cfg[key] for key in INPUT_FACTS if cfg.get(key) is not None},
         "idloss": told,
     }
@@ -278,13 +273,7 @@ def save_network(
 
 
 @torch.no_grad()
-def try_to_save(
-    network: nn.Module,
-    folder: Path,
-    told: Mapping[str, Any],
-    options: Mapping[str, Any],
-    probe: Tensor,
-) -> str:
+def try_to_save(network: nn.Module, folder: Path, told: Mapping[str, Any], probe: Tensor) -> str:
     """Save and open a network before its first step, not after its last.
 
     Returns why the registry does not open it; empty if it does, and gives the same for `probe`.
@@ -293,9 +282,9 @@ def try_to_save(
     training = network.training
     try:
         with torch.random.fork_rng(devices=[]):
-            why_not = _why_not_registered(network.eval(), trial, told, options, probe)
+            why_not = _why_not_registered(network.eval(), trial, told, probe)
         if why_not:
-            save_network(network, trial, {**told, "registered": False}, {})
+            save_network(network, trial, {**told, "registered": False})
             open_trained(trial, network)
     except OSError:
         raise
@@ -309,17 +298,13 @@ def try_to_save(
 
 
 def _why_not_registered(
-    network: nn.Module,
-    trial: Path,
-    told: Mapping[str, Any],
-    options: Mapping[str, Any],
-    probe: Tensor,
+    network: nn.Module, trial: Path, told: Mapping[str, Any], probe: Tensor
 ) -> str:
     architecture = cfg_of(network).get("architecture")
     if not is_model(str(architecture)):
         return f"{name_of(network)} is not registered"
     try:
-        save_network(network, trial, told, options)
+        save_network(network, trial, told)
         opened = open_trained(trial).to(probe.device)
         if not torch.allclose(opened(probe), network(probe), 1e-3, 1e-4):
             return f"{architecture} was built with other settings than its own"
