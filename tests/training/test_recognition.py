@@ -314,25 +314,6 @@ def test_faces_of_nobody_and_identities_without_faces_are_left_out(tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    ("field", "message"),
-    [
-        ("margin=arcfase", r"unknown margin 'arcfase'. Did you mean 'arcface'"),
-        ("margin_options={angle: 1}", r"unknown option of margin 'sphereface' 'angle'"),
-        ("degradation=blur", r"unknown degradation 'blur'"),
-        ("degradation_options={angle: 1}", r"unknown option of degradation 'bicubic' 'angle'"),
-        ("low_resolution=1.5", r"low_resolution: .*less than or equal to 1, got 1.5"),
-        ("factors=[]", r"factors is empty"),
-        ("factors=[5]", r"factor 5 does not divide 112x96"),
-        ("crop=arcfase", r"unknown template 'arcfase'"),
-        ("identity_weight=0.5", r"unknown field 'identity_weight'"),
-    ],
-)
-def test_a_recipe_that_does_not_fit_says_so(field, message):
-    with pytest.raises(ValueError, match=message):
-        load_recipe("fnet_sphereface20", [field], FNetRecipe)
-
-
-@pytest.mark.parametrize(
     ("message", "given", "fields"),
     [
         (r"FNet and crop do not fit.*'facenet'.*set crop=facenet", {"crop": "facenet"}, {}),

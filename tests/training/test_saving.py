@@ -10,7 +10,7 @@ from tinytraining import FIELDS, tiny_edsr, tiny_faces, tiny_run, weights
 from torch import nn
 
 from idloss import HallucinationLoss, create_srnet, register_srnet
-from idloss.training import FNetRecipe, Recipe, load_recipe, open_trained, train, train_fnet
+from idloss.training import FNetRecipe, Recipe, open_trained, train, train_fnet
 
 LR = torch.rand(2, 3, 7, 6, generator=torch.Generator().manual_seed(1))
 
@@ -216,5 +216,3 @@ def test_a_device_that_is_not_there(tmp_path):
         pytest.skip("this machine has a GPU")
     with pytest.raises(ValueError, match="cuda:1"):
         tiny_run(tmp_path, device="cuda:1")
-    with pytest.raises(ValueError, match="device: string should match pattern"):
-        load_recipe("paper_edsr16_64", ["device=gpu"])
