@@ -1,10 +1,8 @@
 """The example, piece by piece on a few drawn faces, and whole on a few real ones."""
 
-import importlib.util
 import os
 import subprocess
 import sys
-import tarfile
 
 import pytest
 import torch
@@ -16,16 +14,6 @@ from idloss.data import EvaluationSet
 from idloss.data.synthetic import SyntheticFaces
 from idloss.resample import resize, to_float
 from idloss.training import FNetRecipe, Recipe, load_recipe, train
-
-SCRIPT = ROOT / "examples" / "train_celeba.py"
-
-
-@pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location("train_celeba", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +62,12 @@ def test_training_lowers_what_it_is_told_to(drawn, fnet, tmp_path):
 
 
 def test_report_prints_a_table_and_saves_a_picture(example, drawn, fnet, tmp_path):
-    pairs = example.random_pairs(drawn, 40, seed=0)
+    script = example("train_celeba")
+    pairs = script.random_pairs(drawn, 40, seed=0)
     assert pairs.same.float().mean() == 0.5
     assert (drawn.labels[pairs.first] == drawn.labels[pairs.second]).equal(pairs.same)
-    with example.console.capture() as shown:
-        example.report(
+    with script.console.capture() as shown:
+        script.report(
             EvaluationSet("drawn", drawn, pairs), {"small": fnet}, {"ours": small_srnet()}, tmp_path
         )
     for word in ("bilinear", "bicubic", "ours", "faces.png"):
@@ -86,7 +75,7 @@ def test_report_prints_a_table_and_saves_a_picture(example, drawn, fnet, tmp_pat
     assert {"verification.json", "faces.png", "faces.pdf"} <= {p.name for p in tmp_path.iterdir()}
 
 
-def test_on_real_faces(shared, tmp_path):
+def test_on_real_faces(photos, shared, tmp_path):
     """Sixteen photos of CelebA, the real recogniser, two steps, as a user runs it."""
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     weights = shared("weights/arcface_mobilefacenet.pth")
@@ -94,17 +83,8 @@ def test_on_real_faces(shared, tmp_path):
     subprocess.run(
         [sys.executable, "-c", add, "mobilefacenet", str(weights)], env=environment, check=True
     )
-    photos = tmp_path / "celeba_wild"
-    with tarfile.open(shared("data/celeba_wild.tar")) as archive:
-        table = archive.extractfile("celeba_wild/landmarks.csv").read().decode().splitlines()
-        rows = table[1:17]
-        archive.extractall(
-            tmp_path,
-            [archive.getmember(f"celeba_wild/{row.split(',')[0]}") for row in rows],
-            filter="data",
-        )
-    (photos / "landmarks.csv").write_text("\n".join([table[0], *rows]) + "\n")
-    command = [sys.executable, str(SCRIPT), "--data", str(photos), "--fnet", "mobilefacenet"]
+    command = [sys.executable, str(ROOT / "examples" / "train_celeba.py")]
+    command += ["--data", str(photos(16)), "--fnet", "mobilefacenet"]
     command += ["--weight", "0", "0.5", "--out", str(tmp_path / "out"), "--device", "cpu"]
     command += ["iterations=2", "batch_size=4", "precision=bf16", "device=cpu"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -1,12 +1,7 @@
 """The example, on a few drawn faces and on a few real ones."""
 
-import importlib.util
-import sys
-import tarfile
-
 import pytest
 import torch
-from conftest import ROOT
 from timm.models import save_for_hf
 from tinytraining import losses
 
@@ -14,15 +9,12 @@ from idloss import create_fnet
 from idloss.data import SyntheticFaces
 from idloss.fnets.mobilefacenet import mobilefacenet_bubbliiiing
 
-SCRIPT = ROOT / "examples" / "train_fnet.py"
 FAST = ["trackers=[]", "log_every=1"]
 
 
 @pytest.fixture
-def example(monkeypatch):
-    spec = importlib.util.spec_from_file_location("train_fnet", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def script(example, monkeypatch):
+    module = example("train_fnet")
 
     def few(identities, photos, **options):
         return SyntheticFaces(identities // 10, photos // 2, **options)
@@ -31,15 +23,15 @@ def example(monkeypatch):
     return module
 
 
-def options(example, monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, words)])
-    return example.parse()
+def call(script, monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["train_fnet.py", *map(str, words)])
+    script.main(script.parse())
 
 
-def test_without_data_it_trains_on_drawn_faces_and_verifies_others(example, monkeypatch, tmp_path):
+def test_without_data_it_trains_on_drawn_faces_and_verifies_others(script, monkeypatch, tmp_path):
     words = ["--out", tmp_path, "--device", "cpu", *FAST, "iterations=3", "batch_size=16"]
-    with example.console.capture() as shown:
-        example.main(options(example, monkeypatch, *words, "low_resolution=0.5"))
+    with script.console.capture() as shown:
+        call(script, monkeypatch, *words, "low_resolution=0.5")
     for word in ("saved:", "people not trained on", "before", "after"):
         assert word in shown.get()
     assert list(losses(tmp_path)) == [1, 2, 3]
@@ -47,9 +39,9 @@ def test_without_data_it_trains_on_drawn_faces_and_verifies_others(example, monk
     assert fnet(torch.rand(2, 3, 56, 48)).shape == (2, 128)
 
 
-def test_pairs_are_half_of_one_person_and_half_of_two(example):
+def test_pairs_are_half_of_one_person_and_half_of_two(script):
     faces = SyntheticFaces(8, 5).render(progress=False)
-    pairs = example.all_pairs(faces)
+    pairs = script.all_pairs(faces)
     assert len(pairs) == 2 * 8 * 10
     assert pairs.same.float().mean() == 0.5
     assert (faces.labels[pairs.first] == faces.labels[pairs.second]).equal(pairs.same)
@@ -58,22 +50,15 @@ def test_pairs_are_half_of_one_person_and_half_of_two(example):
     assert all(pairs.same[pairs.fold == fold].float().mean() == 0.5 for fold in range(10))
 
 
-def test_with_a_teacher_real_faces_need_no_names(example, monkeypatch, shared, tmp_path):
+def test_with_a_teacher_real_faces_need_no_names(script, photos, monkeypatch, shared, tmp_path):
     """A dozen photos of CelebA and a real recogniser, two steps."""
     state = torch.load(shared("weights/arcface_mobilefacenet.pth"), weights_only=True)
     teacher = create_fnet("mobilefacenet")
     teacher.load_state_dict(mobilefacenet_bubbliiiing(state))
     save_for_hf(teacher, tmp_path / "teacher", safe_serialization=True)
-    photos = tmp_path / "celeba_wild"
-    with tarfile.open(shared("data/celeba_wild.tar")) as archive:
-        table = archive.extractfile("celeba_wild/landmarks.csv").read().decode().splitlines()
-        rows = [row.split(",")[:11] for row in table[:13]]
-        members = [archive.getmember(f"celeba_wild/{row[0]}") for row in rows[1:]]
-        archive.extractall(tmp_path, members, filter="data")
-    (photos / "landmarks.csv").write_text("\n".join(",".join(row) for row in rows) + "\n")
-    words = ["--data", photos, "--teacher", f"local-dir:{tmp_path}/teacher", "--device", "cpu"]
+    words = ["--data", photos(12, columns=11), "--teacher", f"local-dir:{tmp_path}/teacher"]
     words += ["--recipe", "fnet_mobilefacenet", "--out", tmp_path / "out", *FAST]
     words += ["iterations=2", "batch_size=6", "workers=0", "warmup=0", "device=cpu"]
-    example.main(options(example, monkeypatch, *words))
+    call(script, monkeypatch, *words, "--device", "cpu")
     assert all(0 < row[0] < 2 for row in losses(tmp_path / "out").values())
     assert create_fnet(f"local-dir:{tmp_path}/out/model", pretrained=True).num_features == 128
