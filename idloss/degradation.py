@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from idloss.errors import did_you_mean
-from idloss.plugins import load_plugins
+from idloss.plugins import Registry, load_plugins
 from idloss.resample import Convention, Mode, resize, to_float
 
 __all__ = [
@@ -86,7 +86,7 @@ class Degradation(Protocol):
 
 
 _Kind = TypeVar("_Kind", bound=Callable[..., Degradation])
-_degradations: dict[str, Callable[..., Degradation]] = {}
+_degradations: Registry[Callable[..., Degradation]] = Registry("degradation")
 
 
 def register_degradation(name: str) -> Callable[[_Kind], _Kind]:
@@ -101,9 +101,7 @@ def register_degradation(name: str) -> Callable[[_Kind], _Kind]:
     """
 
     def register(kind: _Kind) -> _Kind:
-        if name in _degradations:
-            raise ValueError(f"the degradation {name!r} is registered already; choose another name")
-        _degradations[name] = kind
+        _degradations.register(name, kind)
         return kind
 
     return register
@@ -125,10 +123,7 @@ def get_degradation(name: str, **options: Any) -> Degradation:
     Raises:
         ValueError: The name or an option is unknown, or an option is out of range.
     """
-    known = list_degradations()
-    if name not in known:
-        raise ValueError(did_you_mean("degradation", name, known))
-    kind = _degradations[name]
+    kind = _degradations.find(name)
     arguments = inspect.signature(kind).parameters
     if all(argument.kind is not argument.VAR_KEYWORD for argument in arguments.values()):
         for option in options.keys() - arguments.keys():

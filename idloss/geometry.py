@@ -8,9 +8,8 @@ the mouth, left and right as seen in the photo.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Final, Literal, TypeAlias, get_args
 
 import torch
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from idloss.errors import did_you_mean
-from idloss.plugins import load_plugins
+from idloss.plugins import Registry
 from idloss.resample import Mode, check_images, resize
 
 Point: TypeAlias = tuple[float, float]
@@ -90,20 +89,7 @@ _ARCFACE: Final = _moved(_SPHEREFACE, 1.0, 8.0, 0.0)
 # FNets of pSp and e4e see rows 35 to 223 and columns 32 to 220 of a 256 px face, shrunk to 112x112
 # (eladrich/pixel2style2pixel, criteria/id_loss.py); pixels have their centres at whole numbers.
 _PSP: Final = 188 / 112
-_templates = {
-    template.name: template
-    for template in (
-        Template("sphereface", (112, 96), _SPHEREFACE),
-        # deepinsight/insightface, python-package/insightface/utils/face_align.py: + 8 px in x
-        Template("arcface", (112, 112), _ARCFACE),
-        Template("vggface", (224, 224), _moved(_SPHEREFACE, 2.433, -1.2, -44.4)),
-        Template("facenet", (160, 160), _moved(_SPHEREFACE, 1.294, 20.1, -4.0)),
-        Template("psp", (256, 256), _moved(_ARCFACE, _PSP, 31.5 + _PSP / 2, 34.5 + _PSP / 2)),
-        Template("ffhq", (512, 512), _FFHQ),
-    )
-}
-
-TEMPLATES: Final[Mapping[str, Template]] = MappingProxyType(_templates)
+TEMPLATES: Final[Registry[Template]] = Registry("template")
 """Crops by name."""
 
 
@@ -113,20 +99,25 @@ def register_template(template: Template) -> Template:
     Args:
         template: The template, whose name no other has.
     """
-    if _templates.setdefault(template.name, template) != template:
-        raise ValueError(f"there is another template {template.name!r}: give this one its own name")
+    TEMPLATES.register(template.name, template)
     return template
+
+
+for _template in (
+    Template("sphereface", (112, 96), _SPHEREFACE),
+    # deepinsight/insightface, python-package/insightface/utils/face_align.py: + 8 px in x
+    Template("arcface", (112, 112), _ARCFACE),
+    Template("vggface", (224, 224), _moved(_SPHEREFACE, 2.433, -1.2, -44.4)),
+    Template("facenet", (160, 160), _moved(_SPHEREFACE, 1.294, 20.1, -4.0)),
+    Template("psp", (256, 256), _moved(_ARCFACE, _PSP, 31.5 + _PSP / 2, 34.5 + _PSP / 2)),
+    Template("ffhq", (512, 512), _FFHQ),
+):
+    register_template(_template)
 
 
 def get_template(crop: str | Template) -> Template:
     """A template by its name, or a template, which is given back."""
-    if isinstance(crop, Template):
-        return crop
-    if crop not in TEMPLATES:
-        load_plugins()
-    if crop not in TEMPLATES:
-        raise ValueError(did_you_mean("template", crop, TEMPLATES))
-    return TEMPLATES[crop]
+    return crop if isinstance(crop, Template) else TEMPLATES.find(crop)
 
 
 def fit_similarity(

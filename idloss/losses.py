@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import torch
@@ -15,14 +14,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from idloss.encoder import FaceEncoder, check_gradient
-from idloss.errors import did_you_mean
 from idloss.geometry import Template
-from idloss.plugins import load_plugins
+from idloss.plugins import Registry
 from idloss.resample import ImageWatch, check_images, resize, to_float, to_uint8
 
-_Function = Callable[[Tensor, Tensor], Tensor]
-Distance = _Function
-ImageLoss = _Function
+Distance = Callable[[Tensor, Tensor], Tensor]
+ImageLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -47,16 +44,16 @@ def l1_distance(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).abs().sum(dim=1)
 
 
-_distances: dict[str, Distance] = {
-    "cosine": cosine_distance,
-    "euclidean": euclidean_distance,
-    "angular": angular_distance,
-    "l1": l1_distance,
-}
-_image_losses: dict[str, ImageLoss] = {"l1": F.l1_loss, "mse": F.mse_loss, "huber": F.huber_loss}
-
-DISTANCES: Final[Mapping[str, Distance]] = MappingProxyType(_distances)
-"""Distances by name."""
+DISTANCES: Final[Registry[Distance]] = Registry(
+    "distance",
+    cosine=cosine_distance,
+    euclidean=euclidean_distance,
+    angular=angular_distance,
+    l1=l1_distance,
+)
+_IMAGE_LOSSES: Final[Registry[ImageLoss]] = Registry(
+    "image loss", l1=F.l1_loss, mse=F.mse_loss, huber=F.huber_loss
+)
 
 
 def register_distance(name: str, distance: Distance) -> None:
@@ -66,7 +63,7 @@ def register_distance(name: str, distance: Distance) -> None:
         name: Its name, which no other distance has.
         distance: From two `[B, D]` tensors to `[B]`.
     """
-    _register("distance", _distances, name, distance)
+    DISTANCES.register(name, distance)
 
 
 def register_image_loss(name: str, image_loss: ImageLoss) -> None:
@@ -76,31 +73,17 @@ def register_image_loss(name: str, image_loss: ImageLoss) -> None:
         name: Its name, which no other image loss has.
         image_loss: From SR and MR, both `[B, 3, h, w]` in [-1, 1], to a scalar.
     """
-    _register("image loss", _image_losses, name, image_loss)
+    _IMAGE_LOSSES.register(name, image_loss)
 
 
 def get_distance(distance: str | Distance) -> Distance:
     """A distance by its name, or a callable, which is given back."""
-    return _found("distance", _distances, distance)
+    return DISTANCES.find(distance) if isinstance(distance, str) else distance
 
 
 def get_image_loss(image_loss: str | ImageLoss) -> ImageLoss:
     """An image loss by its name, or a callable, which is given back."""
-    return _found("image loss", _image_losses, image_loss)
-
-
-def _register(kind: str, known: dict[str, _Function], name: str, function: _Function) -> None:
-    if known.setdefault(name, function) is not function:
-        raise ValueError(f"there is another {kind} {name!r}: give this one its own name")
-
-
-def _found(kind: str, known: Mapping[str, _Function], wanted: str | _Function) -> _Function:
-    if not isinstance(wanted, str):
-        return wanted
-    load_plugins()
-    if wanted not in known:
-        raise ValueError(did_you_mean(kind, wanted, known))
-    return known[wanted]
+    return _IMAGE_LOSSES.find(image_loss) if isinstance(image_loss, str) else image_loss
 
 
 class IdentityPreservedLoss(nn.Module):

@@ -4,11 +4,36 @@ from __future__ import annotations
 
 import warnings
 from importlib.metadata import entry_points
+from typing import TypeVar
+
+from idloss.errors import did_you_mean
 
 PLUGIN_GROUP = "idloss.plugins"
 """Entry-point group of the modules that are imported before the first name is looked up."""
 
 _loaded = False
+_Thing = TypeVar("_Thing")
+
+
+class Registry(dict[str, _Thing]):
+    """Things of a kind by their names."""
+
+    def __init__(self, kind: str, **known: _Thing) -> None:
+        super().__init__(known)
+        self.kind = kind
+
+    def register(self, name: str, thing: _Thing) -> None:
+        """Add a thing whose name no other has."""
+        if self.setdefault(name, thing) != thing:
+            raise ValueError(f"there is another {self.kind} {name!r}: give this one its own name")
+
+    def find(self, name: str) -> _Thing:
+        """The thing of a name, looked for among those of plug-ins too."""
+        if name not in self:  # idloss's own are needed while it is imported, before plug-ins can be
+            load_plugins()
+        if name not in self:
+            raise ValueError(did_you_mean(self.kind, name, self))
+        return self[name]
 
 
 def load_plugins() -> None:

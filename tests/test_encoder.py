@@ -9,9 +9,16 @@ import torch.nn.functional as F
 from nets import faces, tiny_fnet
 from torch import nn
 
-from idloss import FaceEncoder, IdentityPreservedLoss, create_fnet, geometry
+from idloss import FaceEncoder, IdentityPreservedLoss, create_fnet
 from idloss.encoder import FrozenPReLU, resolve_device
-from idloss.geometry import Template, align, convert_crop, get_template, register_template
+from idloss.geometry import (
+    TEMPLATES,
+    Template,
+    align,
+    convert_crop,
+    get_template,
+    register_template,
+)
 from idloss.registry import fnet_crop, register_fnet
 from idloss.resample import to_float
 
@@ -290,7 +297,7 @@ MINE = Template("mine", (64, 64), tuple((x / 2 + 8, y / 2 + 4) for x, y in [
 
 
 def test_own_templates_as_crop_of_images_and_of_fnets(monkeypatch):
-    monkeypatch.setitem(geometry._templates, "mine", MINE)  # and away with it afterwards
+    monkeypatch.setitem(TEMPLATES, "mine", MINE)  # and away with it afterwards
     net = tiny_fnet(size=(112, 96))
     x = faces(2, (64, 64))
     expected = FaceEncoder(net)(convert_crop(x, MINE, "sphereface"))
