@@ -75,8 +75,7 @@ def write_tables(results: Results, folder: str | os.PathLike[str]) -> dict[Path,
         caption = f"{metric_title(record.metric)} (%)"
         if task != "verification" and record.estimate.repeats > 1:
             caption += f", mean ± deviation of {record.estimate.repeats} draws"
-        told = [results.run.get(key) for key in ("data", "protocol")]
-        names = (one.get("name") if isinstance(one, Mapping) else one for one in told)
+        names = (_get(_get(results.run, key), "name") for key in ("data", "protocol"))
         data, protocol = (some_of([str(name)]) for name in names)
         # the paper's Table 1 gives no deviations; of drawn galleries they are asked for
         table = paper_table(results, task, deviation=task != "verification")
@@ -193,9 +192,7 @@ def write_figures(results: Results, folder: str | os.PathLike[str]) -> list[Path
 def _figures(results: Results) -> Iterator[tuple[str, Callable[[], Figure]]]:
     """Names of the figures, and how to draw each: one is held in memory at a time."""
     styles = method_styles(cell.srnet for cell in results.cells())
-    protocol = results.run.get("protocol")
-    rule = protocol.get("rule") if isinstance(protocol, Mapping) else None
-    on_cosine = isinstance(rule, Mapping) and rule.get("measure") == "cosine"
+    rule = _get(_get(results.run, "protocol"), "rule")
     for task, name in _FILES.items():
         cells = results.cells(task)
         if any(cell.srnet != HR for cell in cells):
@@ -218,7 +215,7 @@ def _figures(results: Results) -> Iterator[tuple[str, Callable[[], Figure]]]:
                 marks = {
                     method: float(a["thresholds"].mean())
                     for method, a in arrays.items()
-                    if on_cosine and "thresholds" in a
+                    if _get(rule, "measure") == "cosine" and "thresholds" in a
                 }
                 yield (
                     f"similarity-{end}",
@@ -287,6 +284,11 @@ def write_sheets(
             figure = picture_sheet({**columns, HR: hr}, cosines, names=names, title=f"FNet: {name}")
             files += save_figure(figure, Path(folder) / f"faces-{size[0]}x{size[1]}")
     return files
+
+
+def _get(values: object, key: str) -> object:
+    """What a run says under a key; files of others may hold anything there."""
+    return values.get(key) if isinstance(values, Mapping) else None
 
 
 def _some_probes(data: EvaluationSet, count: int) -> Tensor:

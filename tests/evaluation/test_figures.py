@@ -152,17 +152,19 @@ def test_letters_come_from_another_font_or_are_named(scores, monkeypatch, tmp_pa
     assert families == {("sans-serif", "STIXGeneral")}
 
 
-def test_runs_of_any_kind_are_drawn_and_no_file_is_written_twice(tmp_path):
+@pytest.mark.parametrize("circumstances", [{}, {"protocol": "paper"}, {"protocol": {"rule": 5}}])
+def test_runs_of_any_kind_are_drawn_and_no_file_is_written_twice(
+    circumstances, tmp_path, monkeypatch
+):
     """Names that fall together in file names, and circumstances that say nothing."""
-    rng = np.random.default_rng(0)
-    for circumstances in ({}, {"protocol": "paper"}, {"protocol": {"rule": None}}):
-        results = Results(run=circumstances)
-        for fnet in ("a:b", "a/b"):
-            found = {"scores": rng.random(20), "same": np.arange(20) < 10, "thresholds": np.ones(2)}
-            cell = Cell("verification", fnet, "bicubic", 7, 6)
-            results.add(cell, {"accuracy": estimate([0.5, 0.6])}, found)
-        files = write_figures(results, tmp_path)
-        assert len(files) == len(set(files)) == len([*tmp_path.iterdir()]) == 10
+    monkeypatch.setattr(figures_module, "_DPI", 10)
+    results = Results(run=circumstances)
+    for fnet in ("a:b", "a/b"):
+        found = {"scores": np.arange(20.0), "same": np.arange(20) < 9, "thresholds": np.ones(2)}
+        cell = Cell("verification", fnet, "bicubic", 7, 6)
+        results.add(cell, {"accuracy": estimate([0.5, 0.6])}, found)
+    files = write_figures(results, tmp_path)
+    assert len(files) == len(set(files)) == len([*tmp_path.iterdir()]) == 10
 
 
 def drawn_bars(axes):
@@ -190,25 +192,20 @@ def test_accuracy_figure_shows_the_figures(run):
         accuracy_figure(run, "verification", metric="eer")
 
 
-def test_roc_figure_shows_the_curve(scores):
-    values, same = scores
-    curve = roc(values["bicubic"], same)
-    (line,) = roc_figure({"bicubic": curve}).axes[0].lines
-    np.testing.assert_allclose(line.get_ydata(), 100 * curve.tar)
-    np.testing.assert_allclose(line.get_xdata()[curve.far > 1e-4], curve.far[curve.far > 1e-4])
-
-
 def test_methods_look_the_same_in_every_figure(run, scores):
     styles = method_styles([*METHODS, LONG])
-    again = method_styles([LONG, *METHODS[::-1]])
-    assert styles == again
+    assert styles == method_styles([LONG, *METHODS[::-1]])
     assert len({(style["color"], style["linestyle"]) for style in styles.values()}) == len(styles)
     values, same = scores
-    axes = roc_figure({name: roc(row, same) for name, row in values.items()}).axes[0]
-    colours = {line.get_label().split(" ")[0]: line.get_color() for line in axes.lines}
+    curves = {name: roc(values[name], same) for name in METHODS}
+    lines = roc_figure(curves).axes[0].lines
     bars = drawn_bars(accuracy_figure(run, "verification").axes[0])
-    for name in METHODS:
-        assert colours[name] == bars[name].lines[0].get_color() == styles[name]["color"]
+    for (name, curve), line in zip(curves.items(), lines, strict=True):
+        assert line.get_label().startswith(name)
+        assert line.get_color() == bars[name].lines[0].get_color() == styles[name]["color"]
+        np.testing.assert_allclose(line.get_ydata(), 100 * curve.tar)
+        shown = curve.far > 1e-4
+        np.testing.assert_allclose(line.get_xdata()[shown], curve.far[shown])
 
 
 @pytest.mark.parametrize(
