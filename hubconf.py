@@ -15,7 +15,7 @@ from idloss import create_srnet as _create_srnet
 
 dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors", "numpy", "einops"]
 
-_NETWORKS = {
+_NETWORKS: dict[_Callable[..., _Module], tuple[str, ...]] = {
     _create_srnet: ("edsr16_64", "edsr16_64_id", "edsr32_256", "edsr32_256_id"),
     _create_fnet: ("sface", "vgg_face", "mobilefacenet"),
 }

@@ -30,7 +30,7 @@ from tinyweights import (
 )
 
 from idloss import weights
-from idloss.weights import files, loading
+from idloss.weights import files, loading, sources
 from idloss.weights.sources import GITHUB_RAW
 
 
@@ -254,6 +254,55 @@ class TestDownload:
         kept.write_bytes(b"damaged")
         assert_tiny(weights.fetch(name))
         assert len(server.gets(url_path)) == 2
+
+
+class TestKept:
+    """What lies in the cache is what it says, and no more of it than need be."""
+
+    def test_endless_body(self, web, home, monkeypatch):
+        server, url_path, name = web
+        monkeypatch.setattr(sources, "GITHUB_LIMIT", 500_000)
+        server.faults[url_path] = Fault(no_length=True, body=bytes(4 << 20))
+        with pytest.raises(weights.NotAsPromisedError, match="more than the 500,000 bytes"):
+            weights.fetch(name)
+        assert files_under(home) == []
+
+    def test_converted_weights_with_a_layer_zeroed(self, web):
+        _, _, name = web
+        path = weights.fetch(name)
+        with safetensors.safe_open(path, framework="pt") as file:
+            about = file.metadata()
+        zeroed = state_dict() | {"conv.bias": torch.zeros(128)}
+        safetensors.torch.save_file(zeroed, path, about)
+        assert weights.describe(name)["cached"] is None
+        assert_tiny(weights.fetch(name))
+
+    def test_unpinned_files_are_known_by_name_and_content(self, register, home, tmp_path):
+        source = weights.ManualFile("f.pth", "https://host.invalid/f", "Ask.")
+        first, second = register(source, "net.a"), register(source, "net.b")
+        wrong, good, other = (tmp_path / name for name in ("wrong", "good", "other"))
+        wrong.write_bytes(saved(state_dict()))
+        good.write_bytes(RELEASED)
+        doubled = {key: 2 * value for key, value in state_dict("net.").items()}
+        other.write_bytes(saved(doubled))
+        with pytest.raises(weights.NotAsPromisedError, match="unknown keys"):
+            weights.add(first, wrong)
+        for name, path, factor in ((first, good, 1), (second, other, 2), (first, other, 2)):
+            assert weights.add(name, path) == weights.fetch(name)
+            loaded = safetensors.torch.load_file(weights.fetch(name))
+            assert torch.equal(loaded["conv.bias"], factor * state_dict()["conv.bias"])
+
+    def test_leftovers_of_killed_runs_go(self, web, home):
+        _, _, name = web
+        path = weights.fetch(name)
+        left = [path.with_name(f".{path.name}.{age}.tmp") for age in ("old", "new")]
+        left += [home / "idloss" / ".scratch" / age for age in ("old", "new")]
+        for item in left:
+            item.mkdir() if item.parent.name == ".scratch" else item.touch()
+            if "old" in item.name:
+                os.utime(item, (0, 0))
+        weights.fetch(name, force=True)
+        assert [item.exists() for item in left] == [False, True] * 2
 
 
 class TestReading:

@@ -28,7 +28,7 @@ from tinyweights import (
     state_dict,
 )
 
-from idloss import weights
+from idloss import create_fnet, weights
 from idloss.weights.files import file_git_sha1
 from idloss.weights.loading import get_weights
 from idloss.weights.sources import GITHUB_RAW, ZooFile
@@ -231,6 +231,16 @@ class TestHub:
             caught.value
         )
         assert "idloss fetch net.tag --file tiny.pth" in str(caught.value)
+
+
+    @pytest.mark.parametrize("offline", [True, False])
+    def test_published_networks_fail_at_once(self, hub, naps, monkeypatch, offline):
+        server, _, _ = hub
+        server.httpd.server_close()
+        monkeypatch.setenv("HF_HUB_OFFLINE", str(int(offline)))
+        with pytest.raises(weights.UnreachableError, match="hf-hub:someone/net: the Hub was not"):
+            create_fnet("hf-hub:someone/net", pretrained=True)
+        assert sum(naps) < 5
 
 
 @pytest.fixture(params=["environment", "at import"])
