@@ -11,6 +11,10 @@ from idloss.errors import did_you_mean
 PLUGIN_GROUP = "idloss.plugins"
 """Entry-point group of the modules that are imported before the first name is looked up."""
 
+_BASICSR = """
+torchvision no longer has that module. Where basicsr/data/degradations.py imports rgb_to_grayscale
+from it, torchvision.transforms.functional is the place today."""
+
 _loaded = False
 _Thing = TypeVar("_Thing")
 
@@ -47,9 +51,11 @@ def load_plugins() -> None:
             plugin.load()
         # Whatever a stranger's module raises, sys.exit included, must not take idloss down with it.
         except (Exception, SystemExit) as error:  # noqa: PERF203
+            lacking = getattr(error, "name", None)  # of an import
+            advice = _BASICSR if lacking == "torchvision.transforms.functional_tensor" else ""
             owner = f" of {plugin.dist.name} {plugin.dist.version}" if plugin.dist else ""
             warnings.warn(
                 f"idloss plug-in {plugin.name!r} ({plugin.value}){owner} could not be loaded and "
-                f"is left out: {type(error).__name__}: {error}",
+                f"is left out: {type(error).__name__}: {error}{advice}",
                 stacklevel=3,
             )

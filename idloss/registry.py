@@ -17,7 +17,6 @@ from typing import Any, TypeVar, overload
 import timm
 import torch
 from timm.models import (
-    get_arch_name,
     get_pretrained_cfg,
     is_model,
     list_models,
@@ -43,7 +42,10 @@ _NORMALISATION = ("input_size", "mean", "std")
 _TIMMS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_model_args")
 
 _fnet_crops: dict[str, str | Template | None] = {}  # architecture -> template, None: stretched
-_srnets: dict[str, str] = {}  # architecture -> what we call it
+_srnets: set[str] = set()
+
+# What create_srnet calls them, which are no names to claim among all models of timm.
+_BASELINES = {"interpolation_bicubic": "bicubic", "interpolation_bilinear": "bilinear"}
 
 
 @overload
@@ -79,34 +81,22 @@ def register_fnet(
     return register if fn is None else register(fn)
 
 
-@overload
-def register_srnet(fn: _EntryPoint) -> _EntryPoint: ...
-@overload
-def register_srnet(*, name: str) -> Callable[[_EntryPoint], _EntryPoint]: ...
-def register_srnet(
-    fn: _EntryPoint | None = None, *, name: str | None = None
-) -> _EntryPoint | Callable[[_EntryPoint], _EntryPoint]:
+def register_srnet(fn: _EntryPoint) -> _EntryPoint:
     """Register an entry point with timm and mark it as a super-resolution network (SRNet).
 
     Args:
         fn: Entry point `fn(pretrained=False, **kwargs) -> nn.Module`, named as the model. The
             model maps RGB `[B, 3, H, W]` in [0, 1] to RGB `[B, 3, scale * H, scale * W]`.
-        name: What `create_srnet` is to call it, where that is no name to claim among all models
-            of timm.
 
     Returns:
-        The entry point, or a decorator when only `name` is given.
+        The entry point.
 
     Raises:
         ValueError: If another model has the name.
     """
-
-    def register(entry_point: _EntryPoint) -> _EntryPoint:
-        _register(entry_point)
-        _srnets[entry_point.__name__] = name or entry_point.__name__
-        return entry_point
-
-    return register if fn is None else register(fn)
+    _register(fn)
+    _srnets.add(fn.__name__)
+    return fn
 
 
 def _register(fn: Callable[..., nn.Module]) -> None:
@@ -118,11 +108,7 @@ def _register(fn: Callable[..., nn.Module]) -> None:
 
 
 def _forgiving(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """An entry point that need not know what timm hands on, and never gives random weights.
-
-    One that makes nothing of timm's arguments is built without them, and its weights are loaded
-    here from where they lead to.
-    """
+    """An entry point that need not know what timm hands on, and never gives random weights."""
 
     @functools.wraps(fn)
     def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -194,7 +180,7 @@ def list_fnets(
         pretrained: Only `arch.tag` names that have weights.
 
     Returns:
-        The names, in timm's order.
+        Their names, in timm's order.
     """
     return _listed(_fnet_crops, filter, pretrained)
 
@@ -204,14 +190,14 @@ def list_srnets(
     *,
     pretrained: bool = False,
 ) -> list[str]:
-    """Names of the registered SRNets, plug-ins included.
+    """Names of the registered SRNets, as `list_fnets` gives those of FNets.
 
     Args:
-        filter: Wildcard or wildcards, as for `timm.list_models`.
+        filter: Wildcard or wildcards.
         pretrained: Only `arch.tag` names that have weights.
 
     Returns:
-        The names, in timm's order.
+        Their names.
     """
     return _listed(_srnets, filter, pretrained)
 
@@ -220,26 +206,10 @@ def _listed(
     registered: Collection[str], wanted: str | Sequence[str], pretrained: bool
 ) -> list[str]:
     load_plugins()
-    known = [name for name in list_models(pretrained=pretrained) if _arch(name) in registered]
+    every = list_models(pretrained=pretrained)
     patterns = [wanted] if isinstance(wanted, str) else wanted
-    names = [_srnets.get(name, name) for name in known]
+    names = [_BASELINES.get(n, n) for n in every if split_model_name_tag(n)[0] in registered]
     return [name for name in names if any(fnmatch(name, pattern or "*") for pattern in patterns)]
-
-
-def fnet_crop(name: str) -> str | Template | None:
-    """Template of the crops that a registered FNet takes.
-
-    Args:
-        name: `arch` or `arch.tag` of a registered FNet.
-
-    Returns:
-        The template's name; `None` if crops of any geometry are stretched to the FNet's input.
-
-    Raises:
-        ValueError: If no FNet has that name.
-    """
-    load_plugins()
-    return _fnet_crops[_arch(_known(name, "FNet", _fnet_crops))]
 
 
 def create_fnet(
@@ -279,16 +249,10 @@ def create_fnet(
         TypeError: If `fnet` is neither a name nor a module, or options are given with a module.
         ValueError: If the name or the crop is unknown, or a module says nothing of its input.
     """
-    if isinstance(fnet, nn.Module):
-        if kwargs:
-            raise TypeError(
-                f"create_fnet got a {type(fnet).__name__}, which is already built, and options "
-                f"for building one: {', '.join(sorted(kwargs))}"
-            )
-        model = fnet
-    else:
+    model = _built(fnet, "FNet", kwargs)
+    if model is None:
         load_plugins()
-        model = _build_fnet(fnet, pretrained, kwargs)
+        model = _build_fnet(str(fnet), pretrained, kwargs)
     _describe_input(model, kwargs.get("img_size"), input_size=input_size, mean=mean, std=std)
     _describe_output(model)
     model.crop = _resolve_crop(model, crop)  # type: ignore[assignment]
@@ -311,18 +275,14 @@ def create_srnet(srnet: str | nn.Module, *, pretrained: bool = False, **kwargs: 
         TypeError: If `srnet` is neither a name nor a module, or options are given with a module.
         ValueError: If the name is unknown.
     """
-    if isinstance(srnet, nn.Module):
-        if kwargs:
-            raise TypeError(
-                f"create_srnet got a {type(srnet).__name__}, which is already built, and options "
-                f"for building one: {', '.join(sorted(kwargs))}"
-            )
-        return srnet
+    model = _built(srnet, "SRNet", kwargs)
+    if model is not None:
+        return model
     load_plugins()
-    _check_is_name(srnet, "SRNet")
-    if not srnet.startswith(_HUB_PREFIXES):
-        return _timm_create(_known(srnet, "SRNet", _srnets), pretrained, kwargs)
-    return _open_published(srnet, "SRNet", pretrained, kwargs)[0]
+    name = str(srnet)
+    if name.startswith(_HUB_PREFIXES):
+        return _open_published(name, "SRNet", pretrained, kwargs)[0]
+    return _timm_create(_known(name, "SRNet", _srnets), pretrained, kwargs)
 
 
 def _checked_crop(crop: str | Template) -> str | Template:
@@ -331,34 +291,35 @@ def _checked_crop(crop: str | Template) -> str | Template:
     return template.name if TEMPLATES.get(template.name) == template else template
 
 
-def _arch(name: str) -> str:
-    """`arch` of `arch.tag`."""
-    return str(get_arch_name(name))
-
-
 def _timm_create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
     return model
 
 
-def _check_is_name(name: object, kind: str) -> None:
-    if not isinstance(name, str):
-        inner = isinstance(getattr(name, "model", None), nn.Module)
+def _built(net: object, kind: str, options: Collection[str]) -> nn.Module | None:
+    """A network that is built already; None where it is a name."""
+    what = type(net).__name__
+    if isinstance(net, str):
+        return None
+    if not isinstance(net, nn.Module):
+        inner = isinstance(getattr(net, "model", None), nn.Module)
         advice = ": pass its .model, as of a descriptor of spandrel's" if inner else ""
+        raise TypeError(f"{kind} must be a name or a torch.nn.Module, got {what}{advice}")
+    if options:
         raise TypeError(
-            f"{kind} must be a name or a torch.nn.Module, got {type(name).__name__}{advice}"
+            f"{kind} is a {what}, which is already built, and there are options for building one: "
+            f"{', '.join(sorted(options))}"
         )
+    return net
 
 
 def _known(name: str, kind: str, registered: Collection[str]) -> str:
     """A registered name as timm has it; did-you-mean for unknown architectures and tags."""
-    for arch, ours in _srnets.items():
-        if name == ours:
-            name = arch
+    name = {ours: timms for timms, ours in _BASELINES.items()}.get(name, name)
     arch, tag = split_model_name_tag(name)
     if arch not in registered:
-        names = [_srnets.get(known, known) for known in registered]
-        raise ValueError(did_you_mean(kind, name, names) + _other_kind(name, arch, kind))
+        known = [_BASELINES.get(one, one) for one in registered]
+        raise ValueError(did_you_mean(kind, name, known) + _other_kind(name, arch, kind))
     tagged = list_models(arch, include_tags=True)
     if tag and name not in tagged:
         raise ValueError(did_you_mean(f"weights of {kind}", name, tagged))
@@ -376,7 +337,6 @@ def _other_kind(name: str, arch: str, kind: str) -> str:
 
 def _build_fnet(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     """Build an FNet from a name of any kind that `create_fnet` knows."""
-    _check_is_name(name, "FNet")
     if name.startswith(_HUB_PREFIXES):
         if name.partition(":")[2].startswith("timm/"):
             kwargs = {"num_classes": 0, **kwargs}  # timm's own uploads are classifiers
@@ -393,7 +353,7 @@ def _build_fnet(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modul
         return _timm_create(name, pretrained, {"num_classes": 0, **kwargs})
     name = _known(name, "FNet", _fnet_crops)
     model = _timm_create(name, pretrained, kwargs)
-    registered = _fnet_crops[_arch(name)]
+    registered = _fnet_crops[split_model_name_tag(name)[0]]
     own = getattr(model, "crop", registered)
     if own != registered:
         raise ValueError(
@@ -408,49 +368,49 @@ def _open_published(
     name: str, kind: str, pretrained: bool, kwargs: dict[str, Any]
 ) -> tuple[nn.Module, Mapping[str, Any]]:
     """Build what a folder or a Hub repository holds; the model, and what idloss tells of it."""
-    with _strangers(name):
-        config = json.loads(_config_of(name, kwargs.get("cache_dir")).read_text(encoding="utf-8"))
+    place = name.partition(":")[2]
+    with _strangers(name, place):
+        if name.startswith("local-dir:"):
+            path = Path(place, "config.json")
+            if not path.is_file():
+                raise NotFoundError(f"{name} holds no published network: there is no {path}")
+        else:
+            repo, _, revision = place.partition("@")
+            path = ask_hub(name, repo, "config.json", revision or None, kwargs.get("cache_dir"))
+        config = json.loads(path.read_text(encoding="utf-8"))
         arch, told = str(config["architecture"]), dict(config.get("idloss") or {})
         _check_kind(name, kind, arch, told)
         return _timm_create(name, pretrained, kwargs), told
 
 
 @contextmanager
-def _strangers(name: str) -> Iterator[None]:
+def _strangers(name: str, place: str) -> Iterator[None]:
     """Make whatever is wrong with what strangers wrote an error that names the place."""
     try:
         yield
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise _damaged(name, error) from error
-    except (WeightsError, ValueError):
+    except WeightsError:
         raise
     except OSError as error:
         try:
-            with hub_errors(name, name.partition(":")[2].partition("@")[0]):
+            with hub_errors(name, place.partition("@")[0]):
                 raise
         except TryAgain as again:
             raise again.error from error
     except Exception as error:
-        raise _damaged(name, error) from error
-
-
-def _config_of(name: str, cache_dir: str | None) -> Path:
-    place = name.partition(":")[2]
-    if not name.startswith("local-dir:"):
-        repo, _, revision = place.partition("@")
-        return ask_hub(name, repo, "config.json", revision or None, cache_dir)
-    path = Path(place, "config.json")
-    if not path.is_file():
-        raise NotFoundError(f"{name} holds no published network: there is no {path}")
-    return path
+        # what we refuse is a plain ValueError
+        if type(error) is ValueError:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        kind = type(error).__name__
+        raise NotAsPromisedError(f"{name} cannot be opened ({kind}: {reason})") from error
 
 
 def _check_kind(name: str, kind: str, arch: str, told: Mapping[str, Any]) -> None:
     """Refuse what is of the other kind, or of no kind that is known here."""
     if told.get("registered") is False:
         raise NotAsPromisedError(
-            f"{name} holds the weights of a {told.get('class')}, which is not registered: open it "
-            "with idloss.training.open_trained(folder, network)"
+            f"{name} holds a {told.get('class')}, which is not registered: open it with "
+            "idloss.training.open_trained(folder, network)"
         )
     if arch in (_srnets if kind == "FNet" else _fnet_crops):
         raise ValueError(f"{name!r} holds a {arch}{_other_kind(name, arch, kind)}")
@@ -460,27 +420,15 @@ def _check_kind(name: str, kind: str, arch: str, told: Mapping[str, Any]) -> Non
         raise NotFoundError(f"{name} holds a {arch!r}, which no installed package registers")
 
 
-def _damaged(name: str, error: Exception) -> NotAsPromisedError:
-    reason = " ".join(str(error).split())[:300]
-    return NotAsPromisedError(f"{name} cannot be opened ({type(error).__name__}: {reason})")
-
-
 def _cfg_of(model: nn.Module) -> dict[str, Any]:
     cfg = getattr(model, "pretrained_cfg", None)
     return cfg if isinstance(cfg, dict) else {}
 
 
-def _arch_of(model: nn.Module) -> str | None:
-    """Architecture that timm built the model from."""
-    return _cfg_of(model).get("architecture")
-
-
 def _is_headless(model: nn.Module) -> bool:
     """Whether it is an FNet that has a classifier only while it is trained."""
-    arch = _arch_of(model)
-    if arch not in _fnet_crops:
-        return False
-    cfg = get_pretrained_cfg(arch)
+    arch = _cfg_of(model).get("architecture")
+    cfg = get_pretrained_cfg(arch) if arch in _fnet_crops else None
     return cfg is not None and cfg.num_classes == 0
 
 
@@ -515,7 +463,7 @@ def _describe_output(model: nn.Module) -> None:
 
     What a module declares is checked by the first images that `FaceEncoder` shows it.
     """
-    arch, width = _arch_of(model), getattr(model, "num_features", None)
+    arch, width = _cfg_of(model).get("architecture"), getattr(model, "num_features", None)
     if arch not in _fnet_crops and arch is not None and is_model(arch):
         # timm's num_features is the trunk's width; its head may widen that (VGG, MobileNetV3),
         # and a kept head is what forward returns
@@ -527,10 +475,9 @@ def _describe_output(model: nn.Module) -> None:
 @torch.no_grad()
 def _probe_width(model: nn.Module) -> int:
     """Width of the embeddings of a foreign module, by running two empty images through it."""
-    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     floating = (tensor for tensor in model.parameters() if tensor.is_floating_point())
     reference = next(floating, torch.empty(0, dtype=torch.float32))
-    size = (2, *cfg["input_size"])
+    size = (2, *_cfg_of(model)["input_size"])
     modes = {module: module.training for module in model.modules()}
     for module in modes:
         module.training = False
@@ -556,11 +503,10 @@ def describe_output(output: Any) -> str:
     if isinstance(output, torch.Tensor):
         return str(list(output.shape))
     if isinstance(output, dict):
-        return (
-            "{" + ", ".join(f"{key}: {describe_output(item)}" for key, item in output.items()) + "}"
-        )
+        items = (f"{key}: {describe_output(item)}" for key, item in output.items())
+        return f"{{{', '.join(items)}}}"
     if isinstance(output, (tuple, list)):
-        return "(" + ", ".join(describe_output(item) for item in output) + ")"
+        return f"({', '.join(map(describe_output, output))})"
     return type(output).__name__
 
 
@@ -570,13 +516,12 @@ def _resolve_crop(model: nn.Module, crop: str | Template | None) -> str | Templa
     if crop != "auto":
         return _checked_crop(crop)
     own = getattr(model, "crop", "")
-    if own is None or isinstance(own, Template):
-        return own
-    if own and isinstance(own, str):
+    if own is None:
+        return None
+    if own and isinstance(own, str | Template):
         return _checked_crop(own)
-    if _arch_of(model) in _fnet_crops:
-        return _fnet_crops[str(_arch_of(model))]
-    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    size = tuple(cfg["input_size"][-2:])
+    if (arch := _cfg_of(model).get("architecture")) in _fnet_crops:
+        return _fnet_crops[arch]
+    size = tuple(_cfg_of(model)["input_size"][-2:])
     # Only crops of 112 rows: at 224 or 160 an input size says nothing of the alignment.
     return {(112, 96): "sphereface", (112, 112): "arcface"}.get(size)

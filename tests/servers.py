@@ -31,8 +31,6 @@ class Seen:
     method: str
     path: str
     range: str | None
-    if_range: str | None
-    authorization: str | None
 
 
 class FileServer:
@@ -107,15 +105,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             path = "/" + path.split("://", 1)[1]
         wanted = self.headers.get("Range")
         with state.lock:
-            state.seen.append(
-                Seen(
-                    self.command,
-                    path,
-                    wanted,
-                    self.headers.get("If-Range"),
-                    self.headers.get("Authorization"),
-                )
-            )
+            state.seen.append(Seen(self.command, path, wanted))
         fault = state.next_fault(prefix + path)
         body = fault.body if fault.body is not None else state.files.get(path)
         status = fault.status or (404 if body is None else 200)
@@ -123,8 +113,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._send(status, fault.headers, b"")
         etag = f'"{hashlib.sha256(body).hexdigest()}"'
         headers = {"ETag": etag, "Accept-Ranges": "bytes", **state.headers[path], **fault.headers}
-        unchanged = self.headers.get("If-Range", etag) == etag
-        if wanted and unchanged and not fault.ignore_range:
+        if wanted and not fault.ignore_range:
             start = int(wanted.removeprefix("bytes=").rstrip("-"))
             if start >= len(body):
                 return self._send(416, {"Content-Range": f"bytes */{len(body)}"}, b"")

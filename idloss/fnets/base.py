@@ -39,40 +39,15 @@ class FNet(nn.Module):
         self.img_size = (img_size[0], img_size[1])
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Run the convolutional trunk.
-
-        Args:
-            x: Normalised RGB `[B, 3, H, W]`.
-
-        Returns:
-            The last feature map `[B, C, h, w]`.
-        """
+        """Normalised RGB `[B, 3, H, W]` to the last feature map `[B, C, h, w]`."""
         raise NotImplementedError
 
     def forward_embedding(self, x: Tensor) -> Tensor:
-        """Turn the feature map into embeddings.
-
-        Args:
-            x: Feature map `[B, C, h, w]` of `forward_features`.
-
-        Returns:
-            Embeddings `[B, num_features]`, not normalised.
-        """
+        """Feature map `[B, C, h, w]` to embeddings `[B, num_features]`, not normalised."""
         raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Turn the feature map into embeddings, or into logits if there is a classifier.
-
-        Args:
-            x: Feature map `[B, C, h, w]` of `forward_features`.
-            pre_logits: Stop at the embeddings.
-
-        Returns:
-            Embeddings `[B, num_features]`, not normalised, or logits `[B, num_classes]`.
-
-        Raises:
-            ValueError: If the map is of another size than the embedding's weights are made for.
-        """
+        """Feature map to logits `[B, num_classes]`; to embeddings without a classifier."""
         if x.shape[-2:] != self.grid:
             raise ValueError(
                 f"{type(self).__name__} takes {self.img_size[0]}x{self.img_size[1]} images "
@@ -83,14 +58,7 @@ class FNet(nn.Module):
         return x if pre_logits else self.classifier(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed normalised images.
-
-        Args:
-            x: Normalised RGB `[B, 3, H, W]`, see `pretrained_cfg` for size, mean and std.
-
-        Returns:
-            Embeddings `[B, num_features]`, not normalised; logits if there is a classifier.
-        """
+        """Normalised RGB `[B, 3, H, W]` to embeddings; to logits if there is a classifier."""
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:
@@ -98,15 +66,7 @@ class FNet(nn.Module):
         return self.classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give the network a new classifier.
-
-        Args:
-            num_classes: Identities to tell apart; 0 takes the classifier away.
-            global_pool: Part of timm's interface; these networks do not pool.
-
-        Raises:
-            ValueError: If `global_pool` is asked for.
-        """
+        """Give the network a new classifier; 0 identities take it away."""
         if global_pool:
             raise ValueError(f"{type(self).__name__} does not pool, got {global_pool=}")
         reference = next(self.parameters())
@@ -145,16 +105,6 @@ class FNet(nn.Module):
 
 
 def downsampled(img_size: tuple[int, int], times: int) -> tuple[int, int]:
-    """Height and width after stride-2 layers that round up (3x3, padding 1).
-
-    Args:
-        img_size: `(H, W)` of the input.
-        times: Number of such layers.
-
-    Returns:
-        `(h, w)`.
-    """
-    height, width = img_size
-    for _ in range(times):
-        height, width = (height + 1) // 2, (width + 1) // 2
+    """Height and width after so many stride-2 layers that round up (3x3, padding 1)."""
+    height, width = (-(-side // 2**times) for side in img_size)
     return height, width

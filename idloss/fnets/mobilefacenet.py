@@ -111,17 +111,12 @@ class _ConvNormAct(nn.Module):
         out_channels: int,
         kernel_size: int | tuple[int, int],
         *,
-        stride: int = 1,
-        groups: int = 1,
-        padding: int | None = None,
         act: _Activation | None = None,
+        **options: int,
     ) -> None:
         super().__init__()
-        if padding is None:
-            padding = 1 if kernel_size == 3 else 0
-        self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False
-        )
+        options = {"padding": 1 if kernel_size == 3 else 0, **options}
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, bias=False, **options)  # type: ignore[arg-type]
         self.bn = nn.BatchNorm2d(out_channels)
         self.act = act(out_channels) if act is not None else nn.Identity()
 
@@ -152,14 +147,9 @@ class _Bottleneck(nn.Module):
 def mobilefacenet_bubbliiiing(state_dict: StateDict) -> dict[str, Tensor]:
     """`arcface_mobilefacenet.pth` of bubbliiiing/arcface-pytorch to `MobileFaceNet`."""
     names = _conv_norm_prelu("conv1", "stem") | _conv_norm_prelu("conv2_dw", "stem_depthwise")
-    blocks = [
-        "conv_23",
-        *(f"conv_3.model.{index}" for index in range(4)),
-        "conv_34",
-        *(f"conv_4.model.{index}" for index in range(6)),
-        "conv_45",
-        *(f"conv_5.model.{index}" for index in range(2)),
-    ]
+    blocks: list[str] = []
+    for opening, rest, repeats in (("23", "3", 4), ("34", "4", 6), ("45", "5", 2)):
+        blocks += [f"conv_{opening}", *(f"conv_{rest}.model.{i}" for i in range(repeats))]
     for index, block in enumerate(blocks):
         names |= _conv_norm_prelu(f"{block}.conv", f"blocks.{index}.expand")
         names |= _conv_norm_prelu(f"{block}.conv_dw", f"blocks.{index}.depthwise")

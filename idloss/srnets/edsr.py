@@ -16,14 +16,7 @@ from torch.nn import functional as F
 
 from idloss.registry import register_srnet
 from idloss.resample import ImageWatch
-from idloss.weights import (
-    GitHubBlob,
-    HubFile,
-    ManualFile,
-    Weights,
-    build_model,
-    register_weights,
-)
+from idloss.weights import GitHubBlob, HubFile, ManualFile, Weights, build_model, register_weights
 from idloss.weights.loading import (
     StateDict,
     count_indices,
@@ -99,26 +92,11 @@ class EDSR(nn.Module):
         self._watch = ImageWatch(margin=1.0)  # bicubic LR and noise may leave [0, 1]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks' activations in the backward pass, as for any model of timm's.
-
-        Args:
-            enable: Whether to.
-        """
+        """Recompute the blocks' activations in the backward pass, as for any model of timm's."""
         self.grad_checkpointing = enable
 
     def forward(self, x: Tensor) -> Tensor:
-        """Super-resolve a batch.
-
-        Args:
-            x: RGB `[B, 3, H, W]` in [0, 1].
-
-        Returns:
-            RGB `[B, 3, scale * H, scale * W]`, in [0, 1] if `tanh`.
-
-        Raises:
-            TypeError: If `x` is not floating point.
-            ValueError: If `x` is of another shape, or found to be in another range, as 0 to 255.
-        """
+        """RGB `[B, 3, H, W]` in [0, 1] to `[B, 3, scale * H, scale * W]`, likewise if `tanh`."""
         self._watch.refuse(x, self.in_chans)
         mean, std = _to_meet(x, self.mean), _to_meet(x, self.std)
         x = self.head((x - mean) / std)
@@ -161,10 +139,7 @@ def _to_meet(x: Tensor, values: tuple[float, ...]) -> Tensor | float:
 
 
 def edsr_released(state_dict: StateDict) -> dict[str, Tensor]:
-    """An EDSR of johnnysclai/SR_LRFR, BGR in and out, to `EDSR`.
-
-    Their [-1, 1] and our [0, 1] differ by what `EDSR` with `mean=0.5, std=0.5` does itself.
-    """
+    """An EDSR of johnnysclai/SR_LRFR, BGR in and out, to `EDSR` with `mean=0.5, std=0.5`."""
     names = layer_keys("conv1", "head") | layer_keys("conv2", "body_end")
     for block in range(count_indices(state_dict, r"res_blocks\.(\d+)\.")):
         names |= layer_keys(f"res_blocks.{block}.residual.0", f"body.{block}.conv1")
@@ -177,11 +152,7 @@ def edsr_released(state_dict: StateDict) -> dict[str, Tensor]:
 
 
 def edsr_official(state_dict: StateDict) -> dict[str, Tensor]:
-    """An EDSR of sanghyun-son/EDSR-PyTorch (once thstkdgus35), scale 2, 4 or 8, to `EDSR`.
-
-    Build it with `**OFFICIAL` and the `res_scale` of the checkpoint; the constants `sub_mean` and
-    `add_mean` are arguments of ours.
-    """
+    """An EDSR of sanghyun-son/EDSR-PyTorch (once thstkdgus35) to `EDSR` with `**OFFICIAL`."""
     depth = count_indices(state_dict, r"body\.(\d+)\.body\.")
     names = layer_keys("head.0", "head") | layer_keys(f"body.{depth}", "body_end")
     for block in range(depth):
@@ -227,33 +198,25 @@ def _released(stem: str, first: str, second: str) -> Weights:
 _EDSR = {"paper_name": "Enhanced Deep Residual Networks for Single Image Super-Resolution"}
 
 
+def _div2k(source: Source, licence: str, trained_by: str) -> Weights:
+    """A network of EDSR-PyTorch, or of super-image, which keeps its keys."""
+    return Weights(source, licence, "DIV2K", edsr_official, trained_by=trained_by, cfg=_EDSR)
+
+
 def _official(filename: str) -> Weights:
     """A network of EDSR-PyTorch; what is left of its host is the file's name."""
-    return Weights(
-        source=ManualFile(
-            filename=filename,
-            url=f"https://cv.snu.ac.kr/research/EDSR/models/{filename}",
-            how="Its host is reported dead; a copy is right if its SHA-256 begins with the eight "
-            "hex digits in its name.",
-        ),
-        licence="mit",
-        training_data="DIV2K",
-        adapter=edsr_official,
-        trained_by="Lim et al. (EDSR-PyTorch).",
-        cfg=_EDSR,
+    source = ManualFile(
+        filename=filename,
+        url=f"https://cv.snu.ac.kr/research/EDSR/models/{filename}",
+        how="Its host is reported dead; a copy is right if its SHA-256 begins with the eight hex "
+        "digits in its name.",
     )
+    return _div2k(source, "mit", "Lim et al. (EDSR-PyTorch).")
 
 
 def _super_image(source: Source) -> Weights:
-    """A network of eugenesiow/super-image, which keeps EDSR-PyTorch's keys."""
-    return Weights(
-        source=source,
-        licence="apache-2.0",
-        training_data="DIV2K",
-        adapter=edsr_official,
-        trained_by="Eugene Siow (super-image).",
-        cfg=_EDSR,
-    )
+    """A network of eugenesiow/super-image."""
+    return _div2k(source, "apache-2.0", "Eugene Siow (super-image).")
 
 
 default_cfgs = register_weights(

@@ -40,18 +40,7 @@ class Interpolation(nn.Module):
         self._watch = ImageWatch(margin=1.0)  # noise may leave [0, 1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Up-sample a batch.
-
-        Args:
-            x: RGB `[B, 3, H, W]` in [0, 1].
-
-        Returns:
-            RGB `[B, 3, *size]` or `[B, 3, scale * H, scale * W]`; bicubic may leave [0, 1].
-
-        Raises:
-            TypeError: If `x` is not floating point.
-            ValueError: If `x` is no batch, or found to be in another range, as 0 to 255.
-        """
+        """RGB `[B, 3, H, W]` in [0, 1] to RGB of the size asked for; bicubic may leave [0, 1]."""
         self._watch.refuse(x, channels=None)
         height, width = x.shape[-2:]
         size = self.size or (round(height * self.scale), round(width * self.scale))
@@ -70,26 +59,30 @@ _CFG = {
     "std": (1.0, 1.0, 1.0),
 }
 
-_NAMES = ("interpolation_bicubic", "interpolation_bilinear")
+default_cfgs = generate_default_cfgs(
+    {f"interpolation_{mode}": dict(_CFG) for mode in ("bicubic", "bilinear")}
+)
 
-default_cfgs = generate_default_cfgs({name: dict(_CFG) for name in _NAMES})
 
-
-def _interpolation(mode: str, pretrained: bool, **kwargs: Any) -> Interpolation:
-    del pretrained  # there is nothing to load: asking for it is right, and changes nothing
+def _interpolation(mode: str, **kwargs: Any) -> Interpolation:
     arguments = {"mode": mode, **kwargs}
-    filtered = ("num_classes", "global_pool")
-    variant = f"interpolation_{mode}"
-    return build_model(Interpolation, variant, False, kwargs_filter=filtered, **arguments)
+    # never pretrained: there is nothing to load, and asking for it is right and changes nothing
+    return build_model(
+        Interpolation,
+        f"interpolation_{mode}",
+        False,
+        kwargs_filter=("num_classes", "global_pool"),
+        **arguments,
+    )
 
 
-@register_srnet(name="bicubic")
+@register_srnet
 def interpolation_bicubic(pretrained: bool = False, **kwargs: Any) -> Interpolation:
     """Bicubic interpolation (OpenCV's, a = -0.75)."""
-    return _interpolation("bicubic", pretrained, **kwargs)
+    return _interpolation("bicubic", **kwargs)
 
 
-@register_srnet(name="bilinear")
+@register_srnet
 def interpolation_bilinear(pretrained: bool = False, **kwargs: Any) -> Interpolation:
     """Bilinear interpolation: what the released evaluation calls "Bicubic"."""
-    return _interpolation("bilinear", pretrained, **kwargs)
+    return _interpolation("bilinear", **kwargs)

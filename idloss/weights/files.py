@@ -48,7 +48,6 @@ The first one found is taken: averaged weights are what these projects test with
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """What DataParallel, `torch.compile` and training frameworks put before every key."""
 
-_BLOCK = 1 << 20
 _STALE = 3600.0  # seconds after which a temporary file was left by a killed process
 _RESERVE = 64 << 20  # bytes of a disk that a download leaves free
 _RETRIED = (408, 425, 429, 500, 502, 503, 504)
@@ -97,14 +96,14 @@ def file_sha256(path: Path) -> str:
 
 
 def file_git_sha1(path: Path) -> str:
-    r"""Git's name for a file's content, in hex: SHA-1 over `b"blob <size>\\0"` and the bytes."""
+    """Git's name for a file's content, in hex."""
     header = f"blob {path.stat().st_size}\0".encode()
     return _digest(path, hashlib.sha1(header, usedforsecurity=False))
 
 
 def _digest(path: Path, digest: Any) -> str:
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
+        while block := file.read(1 << 20):
             digest.update(block)
     return str(digest.hexdigest())
 
@@ -152,9 +151,8 @@ class Piece:
 def download(piece: Piece, target: Path, name: str) -> None:
     """Download a file for `name`, verify it, and only then let it appear at `target`.
 
-    What an interrupted download left in `target` + `.partial` is gone on with; if the result has
-    the wrong hash, it is thrown away and downloaded once more from its first byte. The caller
-    holds a lock on `target`. On urllib, so that proxies come from the environment.
+    What an interrupted download left is gone on with, and if that gives the wrong hash, begun
+    again once. The caller holds a lock on `target`.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
@@ -207,7 +205,7 @@ def _attempt(piece: Piece, partial: Path, offset: int, name: str) -> bool:
             if response.status != 206 or begin != f"bytes {offset}":
                 offset = 0
             total = None if response.length is None else offset + response.length
-            got = _receive(response, partial, offset, total, piece, what)
+            got = _receive(response, partial, offset, total, piece)
     except urllib.error.HTTPError as error:
         with error:
             if error.code == 416 and offset:
@@ -230,36 +228,25 @@ def _attempt(piece: Piece, partial: Path, offset: int, name: str) -> bool:
 
 
 def _receive(
-    response: http.client.HTTPResponse,
-    partial: Path,
-    offset: int,
-    total: int | None,
-    piece: Piece,
-    what: str,
+    response: http.client.HTTPResponse, partial: Path, offset: int, total: int | None, piece: Piece
 ) -> int:
     """Write the body behind `offset`, with progress on a terminal; how long `partial` is now."""
     room = offset + shutil.disk_usage(partial.parent).free - _RESERVE
-    limit = min(piece.limit, room)
 
     def check(size: int) -> None:
         if size > piece.limit:
-            raise NotAsPromisedError(f"{what}: more than the {piece.limit:,} bytes it may have")
+            raise NotAsPromisedError(f"{piece.url} has more than the {piece.limit:,} bytes it may")
         if size > room:
-            told = f"{what}: no room for it in {partial.parent}; HF_HOME names another folder"
+            told = f"{piece.url} does not fit into {partial.parent}; HF_HOME names another folder"
             raise OSError(errno.ENOSPC, told)
 
     check(total or 0)
-    bar = tqdm(
-        total=total,
-        initial=offset,
-        desc=piece.filename,
-        unit="B",
-        unit_scale=True,
-        disable=None,
-    )
+    # disabled where there is no terminal
+    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "disable": None}
+    bar = tqdm(total=total, initial=offset, desc=piece.filename, **options)
     with partial.open("ab" if offset else "wb") as file, bar:
         # read1 hands on what has arrived; read would lose it when the connection breaks
-        while file.tell() <= limit and (block := response.read1(1 << 16)):
+        while file.tell() <= min(piece.limit, room) and (block := response.read1(1 << 16)):
             file.write(block)
             bar.update(len(block))
         check(file.tell())
@@ -338,50 +325,42 @@ def sync(path: Path) -> None:
 
 def is_safetensors(path: Path) -> bool:
     """Whether a file begins as safetensors does: eight bytes of length, then JSON."""
+    return _head(path)[8:9] == b"{"
+
+
+def _head(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"
+        return file.read(16)
 
 
 def load_checkpoint(path: Path, name: str) -> dict[str, Tensor]:
-    """Read a state dict for `name` without running any code that may be in the file.
-
-    Safetensors, and what `torch.save` writes in either of its formats; an entry of a training
-    checkpoint (`ENTRIES`) is taken out of its wrapping, and the log says which.
-    """
+    """Read a state dict, of safetensors or of torch, without running any code in the file."""
     try:
         if is_safetensors(path):
             return safetensors.torch.load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if not _is_pickle(path):
+    # a damaged or hostile file may raise whatever it likes
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
+        pickled = _head(path)[:1] == b"\x80" or zipfile.is_zipfile(path)
+        if not (isinstance(error, pickle.UnpicklingError) and pickled):
             raise _unreadable(name, path, error) from error
         reason = str(error).partition("\n")[0]
         raise NotAsPromisedError(
             f"{name}: {path} was refused: to read it, code in it would have to run ({reason}). "
             "Ask its authors for a state dict of plain tensors, or for safetensors."
         ) from error
-    # a damaged or hostile file may raise whatever it likes
-    except Exception as error:
-        if isinstance(error, OSError) and error.filename:
-            raise
-        raise _unreadable(name, path, error) from error
     return _unwrapped(loaded, name, path)
 
 
 def _unreadable(name: str, path: Path, error: Exception) -> NotAsPromisedError:
-    with path.open("rb") as file:
-        head = file.read(16)
     reason = str(error).partition("\n")[0][:200]
     return NotAsPromisedError(
-        f"{name}: {path} ({path.stat().st_size:,} bytes, beginning {head!r}) cannot be read as a "
-        f"PyTorch or safetensors checkpoint ({type(error).__name__}: {reason!r}). "
+        f"{name}: {path} ({path.stat().st_size:,} bytes, beginning {_head(path)!r}) cannot be read "
+        f"as a PyTorch or safetensors checkpoint ({type(error).__name__}: {reason!r}). "
         "A page of HTML in its place, or half of a file?"
     )
-
-
-def _is_pickle(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(1) == b"\x80" or zipfile.is_zipfile(path)
 
 
 def _unwrapped(loaded: Any, name: str, path: Path) -> dict[str, Tensor]:

@@ -52,18 +52,8 @@ NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 """The entries of a batch norm."""
 
 # What a PretrainedCfg tells of one set of weights, which is false of any other.
-_PROVENANCE = (
-    "url",
-    "file",
-    "state_dict",
-    "source",
-    "hf_hub_id",
-    "hf_hub_filename",
-    "tag",
-    "license",
-    "description",
-    "origin_url",
-)
+_PROVENANCE = {"url", "file", "state_dict", "source", "hf_hub_id", "hf_hub_filename"}
+_PROVENANCE |= {"tag", "license", "description", "origin_url"}
 
 
 # --- which weights there are ---------------------------------------------------------------------
@@ -143,10 +133,10 @@ def register_weights(entries: Mapping[str, Weights], **shared: Any) -> dict[str,
 
 def get_weights(name: str) -> Weights:
     """Look up weights by `arch.tag`, or `arch` for its default tag."""
-    return _registered[_full_name(name)]
+    return _look_up(name, None)[1]
 
 
-def _full_name(name: str) -> str:
+def _look_up(name: str, cache_dir: CacheDir) -> tuple[str, Weights, Cache]:
     if name not in _registered:
         load_plugins()
     if name not in _registered and "." not in name and is_model(name):
@@ -154,7 +144,7 @@ def _full_name(name: str) -> str:
         name = f"{name}.{cfg.tag}" if cfg is not None and cfg.tag else name
     if name not in _registered:
         raise NotFoundError(did_you_mean("weights", name, _registered))
-    return name
+    return name, _registered[name], Cache.at(cache_dir)
 
 
 def describe(name: str, *, cache_dir: CacheDir = None) -> dict[str, Any]:
@@ -171,9 +161,7 @@ def describe(name: str, *, cache_dir: CacheDir = None) -> dict[str, Any]:
     Raises:
         NotFoundError: If the name is not known.
     """
-    name = _full_name(name)
-    weights = get_weights(name)
-    cache = Cache.at(cache_dir)
+    name, weights, cache = _look_up(name, cache_dir)
     key = weights.key(cache, name)
     target = cache.converted_path(name, key)
     cached = target if _is_made(target, key) else None
@@ -209,15 +197,10 @@ def fetch(name: str, *, cache_dir: CacheDir = None, force: bool = False) -> Path
         A safetensors file in the model's own layout, verified.
 
     Raises:
-        NotFoundError: If the name is not known, or the file is gone.
-        UnreachableError: If the file is not in the cache and cannot be downloaded.
-        NotAllowedError: If its host wants a login.
-        NotAsPromisedError: If what was downloaded is not what was pinned.
+        WeightsError: One of its four kinds, which says the way out.
         ImportError: If a 7z archive is to be opened and py7zr is not installed.
     """
-    name = _full_name(name)
-    weights = get_weights(name)
-    cache = Cache.at(cache_dir)
+    name, weights, cache = _look_up(name, cache_dir)
     key = weights.key(cache, name)
     target = cache.converted_path(name, key)
     if not force and _is_made(target, key):
@@ -273,9 +256,7 @@ def add(name: str, *paths: str | os.PathLike[str], cache_dir: CacheDir = None) -
             nothing is kept then.
         WeightsError: As in `fetch`.
     """
-    name = _full_name(name)
-    weights = get_weights(name)
-    cache = Cache.at(cache_dir)
+    name, weights, cache = _look_up(name, cache_dir)
     matched = []
     for path in map(Path, paths):
         if not path.is_file():
@@ -310,8 +291,7 @@ def convert(name: str, path: str | os.PathLike[str], target: str | os.PathLike[s
     Raises:
         NotAsPromisedError: If the checkpoint has another layout, or wants to run code.
     """
-    name = _full_name(name)
-    weights = get_weights(name)
+    name, weights, _ = _look_up(name, None)
     tensors = _adapted(Path(path), weights, name)
     save_tensors(tensors, Path(target), _about(name, weights) | {"source": str(path)})
     return Path(target)
@@ -355,11 +335,8 @@ def rename_keys(
     kept = {key for key in state_dict if not key.startswith(dropped)}
     unknown, missing = sorted(kept - names.keys()), sorted(names.keys() - kept)
     if unknown or missing:
-        complaints = [
-            f"{what}: {some_of(keys, 5)}"
-            for what, keys in (("unknown keys", unknown), ("missing keys", missing))
-            if keys
-        ]
+        found = {"unknown keys": unknown, "missing keys": missing}
+        complaints = [f"{what}: {some_of(keys, 5)}" for what, keys in found.items() if keys]
         raise ValueError(f"this is not a checkpoint of {kind}: {'; '.join(complaints)}")
     return {ours: state_dict[theirs] for theirs, ours in names.items()}
 
@@ -390,11 +367,10 @@ def build_model(
     pretrained_filter_fn: Callable[..., _StateDict] | None = None,
     **kwargs: Any,
 ) -> _Model:
-    """Build a model as timm does; its weights, if they are registered here, are verified first.
+    """Build a model as timm's `build_model_with_cfg` does, from verified weights.
 
-    A `file`, `state_dict`, `url` or Hub repository that the caller puts into `pretrained_cfg` or
-    `pretrained_cfg_overlay` is honoured, and so are timm's `hf-hub:` and `local-dir:` names; these
-    are in the model's own layout (`idloss.weights.convert` makes that of a released one).
+    Weights that the caller names in `pretrained_cfg`, `hf-hub:` or `local-dir:` have the model's
+    own layout (`idloss.weights.convert` makes it).
 
     Args:
         model_cls: The model's class.
@@ -405,11 +381,11 @@ def build_model(
         pretrained_cfg: As in timm.
         pretrained_cfg_overlay: As in timm.
         pretrained_filter_fn: As in timm.
-        **kwargs: For timm's `build_model_with_cfg`, and the rest for the class.
+        **kwargs: As in timm, and the rest for the class.
 
     Returns:
-        The model, in train mode, as timm returns it. Its `pretrained_cfg` tells of tag, licence
-        and origin only if its weights have them.
+        The model, in train mode. Its `pretrained_cfg` tells of tag, licence and origin only if
+        its weights have them.
 
     Raises:
         NotFoundError: If there are no weights to load.
@@ -491,25 +467,19 @@ def _fitting(
     cfg: Mapping[str, Any],
     inner: Callable[..., _StateDict] | None,
 ) -> _StateDict:
-    """A state dict under exactly the model's keys, but for those of a classifier.
-
-    timm's own comparison is not strict as soon as `num_classes` differs, and then any tensor may
-    be missing in silence.
-    """
+    """A state dict under exactly the model's keys, but for those of a classifier."""
+    # timm's own comparison is not strict where num_classes differs
     own = model.state_dict().keys()
     state_dict = without_prefixes(tensors, name, own)
     if inner is not None:
         state_dict = inner(state_dict, model)
     classifiers = cfg.get("classifier") or ()
     heads = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-    differing = own ^ state_dict.keys()
-    wrong = sorted(key for key in differing if key.rpartition(".")[0] not in heads)
+    wrong = {key for key in own ^ state_dict.keys() if key.rpartition(".")[0] not in heads}
     if wrong:
-        missing = [key for key in wrong if key not in state_dict]
-        unexpected = [key for key in wrong if key in state_dict]
         raise NotAsPromisedError(
-            f"{name}: the weights do not fit the model; missing: {some_of(missing)}; "
-            f"unexpected: {some_of(unexpected)}. A released checkpoint goes through "
+            f"{name}: the weights do not fit the model; missing: {some_of(sorted(wrong & own))}; "
+            f"unexpected: {some_of(sorted(wrong - own))}. A released checkpoint goes through "
             f"idloss.weights.convert({name!r}, path, target) first."
         )
     return state_dict

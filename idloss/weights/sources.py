@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import (
@@ -66,14 +67,10 @@ def zoo_folder() -> Path:
 
 @dataclass(frozen=True)
 class Cache:
-    """The folders of a cache: `downloads/` as they came, `converted/` what was made of them.
-
-    Anything in either may be deleted at any time: it is fetched or made again. `hub` is the Hub
-    client's own cache; None for its default (`HF_HUB_CACHE`).
-    """
+    """The folders of a cache: `downloads/` as they came, `converted/` what was made of them."""
 
     root: Path
-    hub: Path | None = None
+    hub: Path | None = None  # the Hub client's own cache; None for its default
 
     @classmethod
     def at(cls, cache_dir: str | os.PathLike[str] | None) -> Cache:
@@ -83,7 +80,7 @@ class Cache:
         return cls(Path(cache_dir) / "idloss", Path(cache_dir))
 
     def download_path(self, piece: Piece, name: str) -> Path:
-        """Where a piece is kept as it came: by its hash, or by whose it is where none is known."""
+        """Where a piece is kept as it came: under its hash, or its owner's name if it has none."""
         owner = name if piece.digest == "unpinned" else piece.digest.replace(":", "-")
         return self.root / "downloads" / f"{owner}-{piece.filename}"
 
@@ -137,9 +134,9 @@ class Source(ABC):
         """A page that tells a person about the origin."""
         return self.pieces[0].url
 
-    @abstractmethod
     def get(self, piece: Piece, cache: Cache, name: str, *, force: bool) -> Path:
         """A local copy of one piece for `name`, from the origin; with `force` past its cache."""
+        raise NotImplementedError
 
     def fingerprint(self, cache: Cache, name: str) -> str:
         """What stands for the content, which is that of the kept file where no hash is pinned."""
@@ -185,7 +182,7 @@ def _by_hand(piece: Piece, name: str) -> str:
 
 @dataclass(frozen=True)
 class HubFile(Source):
-    """A file on the Hugging Face Hub, had through its own client and kept in its own cache.
+    """A file on the Hugging Face Hub, which its own client fetches and keeps.
 
     Args:
         repo: `owner/name`.
@@ -225,7 +222,6 @@ class HubFile(Source):
 
     def _ask(self, cache: Cache, name: str, force: bool) -> Path:
         what = f"{name}: {self.filename} of {self.origin_url} at revision {self.revision}"
-
         return ask_hub(what, self.repo, self.filename, self.revision, cache.hub, force=force)
 
 
@@ -240,22 +236,16 @@ def ask_hub(
 ) -> Path:
     """A file of the Hub in the Hub's cache, for `what`; with `force` downloaded again."""
     folder = None if cache_dir is None else str(cache_dir)
+    options: dict[str, Any] = {"local_files_only": offline()}
+    options["force_download"] = force and not offline()
 
     def attempt() -> Path:
         with hub_errors(what, repo):
             if not offline() and not try_to_load_from_cache(repo, filename, folder, revision):
                 # asked once: the client would try for 35 s in silence
                 get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision))
-            return Path(
-                hf_hub_download(
-                    repo,
-                    filename,
-                    revision=revision,
-                    cache_dir=folder,
-                    local_files_only=offline(),
-                    force_download=force and not offline(),
-                )
-            )
+            got = hf_hub_download(repo, filename, revision=revision, cache_dir=folder, **options)
+            return Path(got)
 
     return with_retries(attempt)
 
@@ -391,12 +381,7 @@ def _unpack_7z(archive: Path, member: str, folder: Path, name: str) -> Path:
 
 @dataclass(frozen=True)
 class ZooFile(Source):
-    """A `model.safetensors` that comes with idloss, in `zoo/<folder>`; it is never copied.
-
-    Args:
-        folder: The model's folder in the zoo.
-        sha256: Of the file, in hex.
-    """
+    """A `model.safetensors` that comes with idloss, in `zoo/<folder>`; it is never copied."""
 
     folder: str
     sha256: str
@@ -412,16 +397,13 @@ class ZooFile(Source):
 
     def obtain(self, cache: Cache, name: str, *, force: bool = False) -> list[Path]:
         """The file itself, verified."""
-        return [self.get(self.pieces[0], cache, name, force=force)]
-
-    def get(self, piece: Piece, cache: Cache, name: str, *, force: bool) -> Path:
-        """The file itself, verified."""
         del cache, force
+        (piece,) = self.pieces
         path = zoo_folder() / self.folder / piece.filename
         if not path.is_file():
             raise NotFoundError(f"{name}: no file at {path}, where its weights are to be")
         piece.verify(path, name)
-        return path
+        return [path]
 
 
 @dataclass(frozen=True)

@@ -238,11 +238,6 @@ def test_sphereface_depths(depths, layers):
     assert model.forward_features(torch.zeros(1, 3, 112, 96, device="meta")).shape == (1, 512, 7, 6)
 
 
-def test_sphereface_stages_must_agree():
-    with pytest.raises(ValueError, match="zip"):
-        SphereFace(depths=(1, 2))
-
-
 @pytest.mark.parametrize(("layer", "width"), LAYERS.items())
 def test_vgg_face_layers(layer, width):
     with torch.device("meta"):
@@ -252,11 +247,18 @@ def test_vgg_face_layers(layer, width):
     assert list(LAYERS).index(layer) == sum("fc" in name for name, _ in model.named_modules()) - 1
 
 
-def test_vgg_face_layers_unknown():
-    with pytest.raises(ValueError, match="Did you mean 'fc7'"):
-        VGGFace(layer="fc77")
-    with pytest.raises(ValueError, match="at least 32x32"):
-        VGGFace(img_size=(16, 16))
+@pytest.mark.parametrize(
+    ("family", "options", "said"),
+    [
+        (SphereFace, {"depths": (1, 2)}, "zip"),
+        (VGGFace, {"layer": "fc77"}, "Did you mean 'fc7'"),
+        (VGGFace, {"img_size": (16, 16)}, "at least 32x32"),
+        (MobileFaceNet, {"act": "relu"}, "Did you mean 'relu6'"),
+    ],
+)
+def test_options_are_checked(family, options, said):
+    with pytest.raises(ValueError, match=said):
+        family(**options)
 
 
 def test_vgg_face_drops_out_in_training_only():
@@ -284,8 +286,3 @@ def test_mobilefacenet_size():
     """The paper says 0.99 million parameters (table 1's caption and section 3)."""
     count = sum(parameter.numel() for parameter in MobileFaceNet().parameters())
     assert count == pytest.approx(0.99e6, rel=0.02)
-
-
-def test_mobilefacenet_activation_unknown():
-    with pytest.raises(ValueError, match="Did you mean 'relu6'"):
-        MobileFaceNet(act="relu")

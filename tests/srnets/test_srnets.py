@@ -71,12 +71,6 @@ def test_gradient_reaches_image_and_weights(name):
     )
 
 
-def test_takes_rgb_between_0_and_1(name):
-    cfg = make(name).pretrained_cfg
-    assert cfg["mean"] == (0, 0, 0)
-    assert cfg["std"] == (1, 1, 1)
-
-
 def test_timm_makes_the_same(name):
     small = {"depth": 2, "width": 8} if name in EDSRS else {}
     torch.manual_seed(0)
@@ -112,6 +106,8 @@ def test_compiles_without_a_break(name):
 
 
 def test_documented(name):
+    cfg = make(name).pretrained_cfg
+    assert (cfg["mean"], cfg["std"]) == ((0, 0, 0), (1, 1, 1))  # RGB in [0, 1]
     entry_point = model_entrypoint(timm_name(name))
     assert inspect.getdoc(entry_point)
     assert list(inspect.signature(entry_point).parameters) == ["pretrained", "kwargs"]
@@ -166,21 +162,14 @@ def test_res_scale_is_an_argument():
     assert 0 < 5 * small < large
 
 
-@pytest.mark.parametrize("scale", [0, 1, 3, 16, 2.5])
-def test_scale_unknown(scale):
-    with pytest.raises(ValueError, match=r"2, 4, 8.*scale="):
-        EDSR(scale=scale)
-
-
-def test_mean_of_another_length():
-    with pytest.raises(ValueError, match="one number or 3"):
-        EDSR(mean=(0.5, 0.5))
-
-
-def test_mean_and_std_are_no_weights():
-    model = EDSR(depth=1, width=4, mean=(0.4, 0.5, 0.6))
-    assert not list(model.named_buffers())
-    assert not {"mean", "std"} & model.state_dict().keys()
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"scale": scale}, r"2, 4, 8.*scale=") for scale in (0, 1, 3, 16, 2.5)]
+    + [({"mean": (0.5, 0.5)}, "one number or 3")],
+)
+def test_options_are_checked(options, said):
+    with pytest.raises(ValueError, match=said):
+        EDSR(**options)
 
 
 @pytest.mark.parametrize("name", EDSRS)
@@ -244,6 +233,7 @@ def test_edsr_survives_the_meta_device_and_mixed_precision(options):
     expected = model(x)
     with torch.device("meta"):
         twin = EDSR(depth=1, width=4, **options)
+    assert not list(twin.named_buffers())
     twin.to_empty(device="cpu").load_state_dict(model.state_dict())
     assert torch.equal(twin(x), expected)
     for parameter in twin.parameters():  # as FSDP2 does: buffers stay as they are
@@ -263,8 +253,5 @@ def test_edsr_survives_the_meta_device_and_mixed_precision(options):
 def test_refuses_images_of_another_kind(make, x, error, says):
     with pytest.raises(error, match=says):
         make()(x)
-
-
-def test_edsr_refuses_other_channels():
     with pytest.raises(ValueError, match="3, H, W"):
         EDSR(depth=1, width=4)(torch.rand(1, 4, 8, 6))

@@ -69,15 +69,11 @@ class TestDownload:
             os.umask(old)
         assert path.stat().st_mode & 0o777 == 0o640
 
-    def test_force(self, web):
+    def test_force_and_cache_dir(self, web, home, tmp_path):
         server, url_path, name = web
-        weights.fetch(name)
-        weights.fetch(name, force=True)
+        for _ in range(2):
+            path = weights.fetch(name, cache_dir=tmp_path / "mine", force=True)
         assert [seen.range for seen in server.gets(url_path)] == [None, None]
-
-    def test_cache_dir(self, web, home, tmp_path):
-        _, _, name = web
-        path = weights.fetch(name, cache_dir=tmp_path / "mine")
         assert path.is_relative_to(tmp_path / "mine")
         assert not home.exists()
 
@@ -114,37 +110,24 @@ class TestDownload:
         assert files_under(home) == []
         assert len(server.gets(url_path)) == 1
 
-    def partial(self, home, body):
+    @pytest.mark.parametrize(
+        ("body", "fault", "ranges"),
+        [
+            (b"x" * 1000, Fault(), ["bytes=1000-", None]),  # wrong, and thrown away once
+            (RELEASED[:1000], Fault(), ["bytes=1000-"]),
+            (RELEASED, Fault(), [f"bytes={len(RELEASED)}-"]),  # answered with 416
+            (RELEASED[:1000], Fault(ignore_range=True), ["bytes=1000-"]),  # begins again
+        ],
+    )
+    def test_partial(self, web, home, body, fault, ranges):
+        server, url_path, name = web
         filename = f"git-sha1-{git_sha1(RELEASED)}-tiny.pth.partial"
-        path = home / "idloss" / "downloads" / filename
-        path.parent.mkdir(parents=True)
-        path.write_bytes(body)
-        return path
-
-    def test_wrong_partial_is_discarded_once(self, web, home):
-        server, url_path, name = web
-        self.partial(home, b"x" * 1000)
+        partial = home / "idloss" / "downloads" / filename
+        partial.parent.mkdir(parents=True)
+        partial.write_bytes(body)
+        server.faults[url_path] = fault
         assert_tiny(weights.fetch(name))
-        assert [seen.range for seen in server.gets(url_path)] == ["bytes=1000-", None]
-
-    def test_right_partial_is_resumed(self, web, home):
-        server, url_path, name = web
-        self.partial(home, RELEASED[:1000])
-        assert_tiny(weights.fetch(name))
-        assert [seen.range for seen in server.gets(url_path)] == ["bytes=1000-"]
-
-    def test_complete_partial_is_taken(self, web, home):
-        server, url_path, name = web
-        self.partial(home, RELEASED)
-        assert_tiny(weights.fetch(name))
-        assert len(server.gets(url_path)) == 1  # answered with 416
-
-    def test_server_without_range_restarts(self, web, home):
-        server, url_path, name = web
-        partial = self.partial(home, RELEASED[:1000])
-        server.faults[url_path] = Fault(ignore_range=True)
-        assert_tiny(weights.fetch(name))
-        assert len(server.gets(url_path)) == 1
+        assert [seen.range for seen in server.gets(url_path)] == ranges
         assert not partial.exists()
 
     def test_file_replaced_between_attempts(self, web):
@@ -153,11 +136,6 @@ class TestDownload:
         assert_tiny(weights.fetch(name))
         # the two halves do not fit together, and the file is asked for from its first byte
         assert [seen.range is None for seen in server.gets(url_path)] == [True, False, True]
-
-    def test_without_content_length(self, web):
-        server, url_path, name = web
-        server.faults[url_path] = [Fault(no_length=True)]
-        assert_tiny(weights.fetch(name))
 
     @pytest.mark.parametrize(
         ("status", "error"),
@@ -183,44 +161,42 @@ class TestDownload:
         assert git_sha1(RELEASED) in message
         assert f"idloss fetch {name} --file tiny.pth" in message
 
-    def test_429_waits_as_told(self, web, naps):
+    @pytest.mark.parametrize(
+        ("faults", "pauses"),
+        [
+            (
+                [
+                    Fault(status=429, headers={"Retry-After": "7"}),
+                    Fault(status=429, headers={"Retry-After": "tomorrow"}),
+                    Fault(status=429),
+                ],
+                [7, *files.PAUSES[1:3]],
+            ),
+            *(([Fault(status=code)] * 2, list(files.PAUSES[:2])) for code in (500, 502, 503)),
+            ([Fault(no_length=True)], []),
+        ],
+    )
+    def test_well_again(self, web, naps, faults, pauses):
         server, url_path, name = web
-        server.faults[url_path] = [
-            Fault(status=429, headers={"Retry-After": "7"}),
-            Fault(status=429, headers={"Retry-After": "tomorrow"}),
-            Fault(status=429),
-        ]
+        server.faults[url_path] = list(faults)
         assert_tiny(weights.fetch(name))
-        assert naps[0] == 7
-        assert naps[1:] == list(files.PAUSES[1:3])
+        assert naps == pauses
 
-    def test_429_for_ever(self, web, naps):
+    @pytest.mark.parametrize(
+        ("fault", "said", "pauses"),
+        [
+            (Fault(status=429), "429", list(files.PAUSES)),
+            (Fault(status=429, headers={"Retry-After": "86400"}), "pause of 86400 s", []),
+            (Fault(status=500), "500", list(files.PAUSES)),
+        ],
+    )
+    def test_wrong_for_ever(self, web, naps, fault, said, pauses):
         server, url_path, name = web
-        server.faults[url_path] = Fault(status=429)
-        with pytest.raises(weights.UnreachableError, match="429"):
+        server.faults[url_path] = fault
+        with pytest.raises(weights.UnreachableError, match=said):
             weights.fetch(name)
-        assert naps == list(files.PAUSES)
-
-    def test_429_for_hours(self, web, naps):
-        server, url_path, name = web
-        server.faults[url_path] = Fault(status=429, headers={"Retry-After": "86400"})
-        with pytest.raises(weights.UnreachableError, match="pause of 86400 s"):
-            weights.fetch(name)
-        assert naps == []
-
-    @pytest.mark.parametrize("status", [500, 502, 503])
-    def test_5xx_then_well(self, web, naps, status):
-        server, url_path, name = web
-        server.faults[url_path] = [Fault(status=status), Fault(status=status)]
-        assert_tiny(weights.fetch(name))
-        assert naps == list(files.PAUSES[:2])
-
-    def test_500_for_ever(self, web):
-        server, url_path, name = web
-        server.faults[url_path] = Fault(status=500)
-        with pytest.raises(weights.UnreachableError, match="500"):
-            weights.fetch(name)
-        assert len(server.gets(url_path)) == 1 + len(files.PAUSES)
+        assert naps == pauses
+        assert len(server.gets(url_path)) == 1 + len(pauses)
 
     def test_nobody_there(self, web, naps):
         server, _, name = web
@@ -263,7 +239,9 @@ class TestKept:
         server, url_path, name = web
         monkeypatch.setattr(sources, "GITHUB_LIMIT", 500_000)
         server.faults[url_path] = Fault(no_length=True, body=bytes(4 << 20))
-        with pytest.raises(weights.NotAsPromisedError, match="more than the 500,000 bytes"):
+        with pytest.raises(
+            weights.NotAsPromisedError, match=r"tiny\.pth has more than the 500,000"
+        ):
             weights.fetch(name)
         assert files_under(home) == []
 
@@ -353,7 +331,7 @@ class TestReading:
     @pytest.mark.parametrize(
         "value", [[torch.ones(1)], {"epoch": 3}, {}], ids=["list", "number", "empty"]
     )
-    def test_nostate_dict(self, fetch_body, value):
+    def test_no_state_dict(self, fetch_body, value):
         with pytest.raises(weights.NotAsPromisedError, match="state dict"):
             fetch_body(saved(value))
 
