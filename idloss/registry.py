@@ -355,7 +355,8 @@ def _build_fnet(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modul
     model = _timm_create(name, pretrained, kwargs)
     registered = _fnet_crops[split_model_name_tag(name)[0]]
     own = getattr(model, "crop", registered)
-    if own != registered:
+    said, known = (crop if crop is None else get_template(crop) for crop in (own, registered))
+    if said != known:
         raise ValueError(
             f"{name} is registered with crop={registered!r}, and what it builds says {own!r}: let "
             "both say the same"

@@ -19,7 +19,7 @@ from idloss.geometry import (
     get_template,
     register_template,
 )
-from idloss.registry import fnet_crop, register_fnet
+from idloss.registry import register_fnet
 from idloss.resample import to_float
 
 
@@ -316,7 +316,7 @@ def test_own_templates_as_crop_of_images_and_of_fnets(monkeypatch):
     def core_test_fnet(pretrained=False, **kwargs):
         return net
 
-    assert get_template(fnet_crop("core_test_fnet")) == MINE
+    assert get_template(create_fnet("core_test_fnet").crop) == MINE
 
 
 @pytest.mark.parametrize("scale", [1, 255])
