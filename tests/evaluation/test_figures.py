@@ -31,6 +31,12 @@ LONG = "timm/vit_tiny_patch8_112.arcface_ms1mv3"
 ODD = ("_hidden", "$\\frac{1}", "100 % \x1b[2J", "\u0416\u03bb", "local-dir:/" + "very_long/" * 12)
 
 
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    """Draw few pixels: it is quicker."""
+    monkeypatch.setattr(figures_module, "_DPI", 20)
+
+
 @pytest.fixture(scope="module")
 def run():
     rng = np.random.default_rng(0)
@@ -153,11 +159,8 @@ def test_letters_come_from_another_font_or_are_named(scores, monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("circumstances", [{}, {"protocol": "paper"}, {"protocol": {"rule": 5}}])
-def test_runs_of_any_kind_are_drawn_and_no_file_is_written_twice(
-    circumstances, tmp_path, monkeypatch
-):
+def test_runs_of_any_kind_are_drawn_and_no_file_is_written_twice(circumstances, tmp_path):
     """Names that fall together in file names, and circumstances that say nothing."""
-    monkeypatch.setattr(figures_module, "_DPI", 10)
     results = Results(run=circumstances)
     for fnet in ("a:b", "a/b"):
         found = {"scores": np.arange(20.0), "same": np.arange(20) < 9, "thresholds": np.ones(2)}
