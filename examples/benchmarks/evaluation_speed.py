@@ -15,17 +15,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 import typer
 from huggingface_hub.utils.tqdm import tqdm
 from numpy.typing import NDArray
-from released import opencv, read_aligned, to_tensor
+from released import read_aligned, to_tensor
 from timing import in_own_process, peak_mebibytes, table
 from torch import Tensor, nn
 
 from idloss import FaceEncoder, create_fnet, create_srnet
-from idloss.data import EvaluationSet, FileFaces, Pairs, open_evaluation
+from idloss.data import EvaluationSet, FileFaces, open_evaluation
 from idloss.evaluation import HR, PAPER_SIZES, evaluate
 from idloss.geometry import get_template
 from idloss.resample import Size, parse_size
@@ -53,8 +54,9 @@ def measure(
     found = open_evaluation(data)
     if found.pairs is None:
         raise ValueError(f"{data} has no pairs; put pairs.txt beside it")
-    if count is not None:
-        found = replace(found, pairs=some_pairs(found.pairs, count))
+    if count is not None:  # from all over the list, which goes from fold to fold
+        places = torch.linspace(0, len(found.pairs) - 1, count).long()
+        found = replace(found, pairs=found.pairs.select(places))
     torch.manual_seed(0)  # random weights are the same in every process
     network = create_fnet(fnet, pretrained=pretrained)
     start = time.perf_counter()
@@ -98,7 +100,6 @@ def released_way(data: EvaluationSet, fnet: nn.Module, sizes: Sizes) -> Scores:
 
 def embed(faces: FileFaces, index: int, encoder: FaceEncoder, method: str, size: Size) -> Tensor:
     """Decode, align, degrade, enlarge, mirror and embed one face: `[2 D]`."""
-    cv2 = opencv()
     own = encoder.fnet_crop or get_template("sphereface")
     if method == HR:
         face = read_aligned(faces, index, own)
@@ -118,13 +119,6 @@ def embed(faces: FileFaces, index: int, encoder: FaceEncoder, method: str, size:
             for view in (small, small[:, ::-1])
         ]
     return torch.cat([encoder(to_tensor(view)[None])[0] for view in views])
-
-
-def some_pairs(pairs: Pairs, count: int) -> Pairs:
-    """The first pairs of each kind in each fold, about `count` in all, in the list's order."""
-    members = torch.nn.functional.one_hot(2 * pairs.fold + pairs.same)
-    rank = (members.cumsum(0) * members).sum(1)  # of a pair among its own kind
-    return pairs.select(rank.argsort(stable=True)[:count].sort().values)
 
 
 def compare(

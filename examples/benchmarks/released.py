@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import cv2  # pip install opencv-python-headless
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,20 +12,8 @@ from idloss.data import FileFaces
 from idloss.geometry import Template, fit_similarity
 
 
-def opencv() -> Any:
-    """OpenCV, imported where it is used: a module does not travel to another process."""
-    try:
-        import cv2
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the released way runs on OpenCV: pip install opencv-python-headless"
-        ) from error
-    return cv2
-
-
 def read_aligned(faces: FileFaces, index: int, template: Template) -> NDArray[np.uint8]:
     """Decode a photo and align it to a template: BGR `[H, W, 3]`."""
-    cv2 = opencv()
     if faces.landmarks is None:
         raise ValueError(f"there are no landmarks to align {faces.names[index]} by")
     data = np.frombuffer(faces.files.read(faces.members[index]), np.uint8)

@@ -52,9 +52,9 @@ def count_flops(step: Step) -> int:
     return int(counter.get_total_flops())
 
 
-def matmul_rate(device: str, dtype: torch.dtype = torch.float32, size: int | None = None) -> float:
+def matmul_rate(device: str, dtype: torch.dtype = torch.float32) -> float:
     """Operations a second of large matrix products, the limit that shares refer to; best of 5."""
-    size = size or (2048 if torch.device(device).type == "cpu" else 8192)
+    size = 2048 if torch.device(device).type == "cpu" else 8192
     a = torch.rand(size, size, device=device).to(dtype)
     torch.mm(a, a)
     return 2 * size**3 / min(seconds(lambda: torch.mm(a, a), device) for _ in range(5))

@@ -18,10 +18,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 import typer
-from released import opencv, read_aligned, to_tensor
+from released import read_aligned, to_tensor
 from timing import count_flops, in_own_process, matmul_rate, now, peak_mebibytes, table
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -122,6 +123,7 @@ def released_way(case: Case) -> Measured:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     faces = case.photos()
     srnet, criterion = case.networks()
+    encoder: Any = criterion.identity.encoders[0] if criterion.identity else None
     rng = np.random.default_rng(0)
     places = [rng.integers(len(faces), size=case.batch).tolist() for _ in range(case.last)]
     loader = DataLoader(
@@ -137,7 +139,10 @@ def released_way(case: Case) -> Measured:
         times.append(now(case.device))
         down = {factor: pixels.to(case.device) for factor, pixels in next(batches).items()}
         factor = down[1].shape[-2] // size[0]
-        loss = released_loss(srnet, criterion, down[factor], down[factor // 4], down[1])
+        sr = srnet(down[factor])
+        identity = 1 - F.cosine_similarity(encoder(sr), encoder(down[1]).detach())
+        # it computes on [-1, 1]
+        loss = F.l1_loss(sr * 2 - 1, down[factor // 4] * 2 - 1) + 0.5 * identity.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -145,21 +150,10 @@ def released_way(case: Case) -> Measured:
     return summary("the released way", case, times, stored=False, precision="fp32")
 
 
-def released_loss(
-    srnet: nn.Module, criterion: HallucinationLoss, lr: Tensor, mr: Tensor, hr: Tensor
-) -> Tensor:
-    """L1 on [-1, 1] and half the cosine distance; the FNet is run on HR with its graph."""
-    encoder: Any = criterion.identity.encoders[0] if criterion.identity else None
-    sr = srnet(lr)
-    image = F.l1_loss(sr * 2 - 1, mr * 2 - 1)
-    return image + 0.5 * (1 - F.cosine_similarity(encoder(sr), encoder(hr).detach())).mean()
-
-
 class _ReleasedPhotos(Dataset[dict[int, Tensor]]):
     """Its `CelebADataset`: a photo at a time, aligned and made small with OpenCV."""
 
     def __init__(self, faces: FileFaces) -> None:
-        opencv()
         self.faces = faces
 
     def __len__(self) -> int:
@@ -167,7 +161,6 @@ class _ReleasedPhotos(Dataset[dict[int, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[int, Tensor]:
         """RGB in [0, 1] at each factor, `[3, H, W]`; the released loop uses two or three."""
-        cv2 = opencv()
         face = read_aligned(self.faces, index, get_template("sphereface"))
         if np.random.random() > 0.5:  # noqa: NPY002 - as there, and nothing depends on it
             face = cv2.flip(face, 1)
