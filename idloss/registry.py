@@ -31,7 +31,7 @@ from idloss.geometry import TEMPLATES, Template, get_template
 from idloss.plugins import load_plugins
 from idloss.weights.files import NotAsPromisedError, NotFoundError, TryAgain, WeightsError
 from idloss.weights.loading import build_model
-from idloss.weights.sources import ask_hub, hub_errors
+from idloss.weights.sources import ask_hub, hub_errors, reach_hub
 
 _EntryPoint = TypeVar("_EntryPoint", bound=Callable[..., nn.Module])
 
@@ -350,6 +350,8 @@ def _build_fnet(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modul
         name = name.removeprefix("timm/")
         if not is_model(name):
             raise ValueError(did_you_mean("timm model", name, list_models()))
+        if pretrained and not kwargs.keys() & set(_TIMMS[:2]):
+            _reach_timms(name, kwargs.get("cache_dir"))
         return _timm_create(name, pretrained, {"num_classes": 0, **kwargs})
     name = _known(name, "FNet", _fnet_crops)
     model = _timm_create(name, pretrained, kwargs)
@@ -363,6 +365,17 @@ def _build_fnet(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modul
         )
     model.crop = registered  # type: ignore[assignment]
     return model
+
+
+def _reach_timms(name: str, cache_dir: str | None) -> None:
+    """See that there are weights of timm's and that they can be had: timm itself draws others."""
+    cfg = get_pretrained_cfg(name)
+    if cfg is None or not cfg.has_weights:
+        raise NotFoundError(
+            f"timm/{name} has no weights: pretrained=True would draw them at random"
+        )
+    if cfg.hf_hub_id:
+        reach_hub(f"timm/{name}", cfg.hf_hub_id, cache_dir)
 
 
 def _open_published(

@@ -138,6 +138,12 @@ def test_timm_backbones_lose_their_head(name):
     assert model.crop is None
 
 
+def test_timm_backbones_without_weights():
+    """timm draws them at random, and only its log says so."""
+    with pytest.raises(WeightsError, match="timm/vovnet39a has no weights"):
+        create_fnet("timm/vovnet39a", pretrained=True)
+
+
 @pytest.fixture
 def published(tmp_path):
     """A folder as face recognisers are published: a ViT whose last layer is the embedding.

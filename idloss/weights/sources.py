@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,6 +20,7 @@ from huggingface_hub import (
     get_hf_file_metadata,
     hf_hub_download,
     hf_hub_url,
+    snapshot_download,
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
@@ -248,6 +249,15 @@ def ask_hub(
             return Path(got)
 
     return with_retries(attempt)
+
+
+def reach_hub(what: str, repo: str, cache_dir: str | os.PathLike[str] | None) -> None:
+    """See that the Hub answers, unless something of `repo` is in the cache."""
+    try:
+        snapshot_download(repo, cache_dir=cache_dir and Path(cache_dir), local_files_only=True)
+    except LocalEntryNotFoundError:
+        with suppress(NotFoundError):  # it did answer
+            ask_hub(what, repo, "config.json", None, cache_dir)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from huggingface_hub import constants
+from nets import tiny_fnet
 from servers import Fault, FileServer
 from tinyweights import (
     COMMIT,
@@ -211,14 +212,26 @@ class TestHub:
         )
         assert "idloss fetch net.tag --file tiny.pth" in str(caught.value)
 
+    @pytest.mark.parametrize("published", ["hf-hub:someone/net", "timm/resnet18"])
     @pytest.mark.parametrize("offline", [True, False])
-    def test_published_networks_fail_at_once(self, hub, naps, monkeypatch, offline):
+    def test_published_networks_fail_at_once(self, hub, naps, monkeypatch, offline, published):
         server, _, _ = hub
         server.httpd.server_close()
         monkeypatch.setenv("HF_HUB_OFFLINE", str(int(offline)))
-        with pytest.raises(weights.UnreachableError, match="hf-hub:someone/net: the Hub was not"):
-            create_fnet("hf-hub:someone/net", pretrained=True)
+        with pytest.raises(weights.UnreachableError, match=f"{published}: the Hub was not"):
+            create_fnet(published, pretrained=True)
         assert sum(naps) < 5
+
+    def test_weights_of_timms_that_are_here_need_no_hub(self, hub, home, monkeypatch):
+        server, _, _ = hub
+        server.httpd.server_close()
+        folder = home / "hub" / "models--timm--resnet18.a1_in1k"
+        for path, body in (("refs/main", COMMIT), (f"snapshots/{COMMIT}/odd_name.bin", "")):
+            (folder / path).parent.mkdir(parents=True)
+            (folder / path).write_text(body)
+        fnet = tiny_fnet()
+        monkeypatch.setattr("timm.create_model", lambda name, **options: fnet)
+        assert create_fnet("timm/resnet18", pretrained=True) is fnet
 
 
 @pytest.fixture(params=["environment", "at import"])
