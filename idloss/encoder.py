@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from idloss.geometry import Template, convert_crop, get_template
 from idloss.registry import create_fnet, describe_output
-from idloss.resample import ImageWatch, check_images, resize
+from idloss.resample import ImageWatch, check_images, has_values, resize
 
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
 ChannelOrder = Literal["rgb", "bgr"]
@@ -28,6 +29,10 @@ _FOLD_TOLERANCE = 1e-5
 # 0.84 (EdgeFace-XXS), 0.84 to 0.9 (MobileFaceNet of MS1M).
 _STEADY = 0.88
 _ENOUGH_FACES, _MOST_FACES = 8, 32
+CUT = (
+    "{} cuts the gradient (no_grad, detach, numpy, rounding?): the SR network would learn nothing "
+    "from it"
+)
 _RECROPS = ((1.08, 0.0, 0.0), (0.92, 0.0, 0.0), (1.0, 0.06, 0.0), (1.0, 0.0, 0.06))
 
 
@@ -78,7 +83,7 @@ class FaceEncoder(nn.Module):
     ) -> None:
         super().__init__()
         low, high = value_range
-        if not low < high:
+        if not -math.inf < low < high < math.inf:
             raise ValueError(f"value_range must be (low, high) with low < high, got {value_range}")
         if channel_order not in ("rgb", "bgr"):
             raise ValueError(f"channel_order must be 'rgb' or 'bgr', got {channel_order!r}")
@@ -107,7 +112,8 @@ class FaceEncoder(nn.Module):
         own: Any = net.crop
         self.fnet_crop: Template | None = get_template(own) if own is not None else None
         self._watch = ImageWatch(value_range)
-        self._is_quick = False
+        self._is_tried = False
+        self.value_range = value_range
         # one affine map takes value_range to [0, 1] and on to the FNet's normalisation
         span, lines = high - low, list(zip(cfg["mean"], cfg["std"], strict=True))
         self._affine = (
@@ -184,19 +190,38 @@ class FaceEncoder(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """`forward` for images `[B, 3, H, W]` whose range somebody else watches."""
-        if not torch.compiler.is_compiling():
-            if self.fnet.training:
-                _freeze(self.fnet)  # somebody reached for encoder.fnet
-            if not self._is_quick and images.requires_grad and torch.is_grad_enabled():
+        if getattr(self.fnet, "training", False):
+            _freeze(self.fnet)  # somebody reached for encoder.fnet
+        if images.requires_grad and torch.is_grad_enabled():
+            if torch.compiler.is_dynamo_compiling():
+                self._try_gradient_of_a_graph()
+            elif not self._is_tried and has_values(images):
+                self._is_tried = True
                 for module in self.fnet.modules():
                     if type(module) is nn.PReLU:
                         module.__class__ = FrozenPReLU
-                self._is_quick = True
+                self._refuse_a_cut(images)
+        return self._embed(images)
+
+    def _embed(self, images: Tensor) -> Tensor:
         inputs = self.preprocess(images)
         if not self.flip:
             return self._embeddings(inputs)
         straight, mirrored = self._embeddings(torch.cat((inputs, inputs.flip(-1)))).chunk(2)
         return torch.cat((straight, mirrored), dim=1)
+
+    def _refuse_a_cut(self, like: Tensor) -> None:
+        """Raise if no gradient comes back to images like these, drawn at random."""
+        low, high = self.value_range
+        unit = lambda noise: self._embed(low + (high - low) * noise)  # noqa: E731
+        if not passes_gradient(unit, like):
+            raise RuntimeError(CUT.format(f"FNet {type(self.fnet).__name__}"))
+
+    @torch.compiler.assume_constant_result  # runs while the graph is made, and is not in it
+    def _try_gradient_of_a_graph(self) -> bool:
+        like = torch.empty(2, 3, *self.input_size, dtype=self._dtype, device=self.scale.device)
+        self._refuse_a_cut(like)
+        return True
 
     def _embeddings(self, inputs: Tensor) -> Tensor:
         features: Tensor = self.fnet(inputs)
@@ -207,12 +232,9 @@ class FaceEncoder(nn.Module):
                 f"{inputs.shape[0]} images, and its num_features is {width}: take its classifier "
                 "off, mend its num_features, or wrap it so that forward gives embeddings alone"
             )
+        if inputs.requires_grad and torch.is_grad_enabled() and not features.requires_grad:
+            raise RuntimeError(CUT.format(f"FNet {type(self.fnet).__name__}"))
         return features
-
-    def check_gradient(self) -> None:
-        """Raise if no gradient passes through the FNet, judged on one random image."""
-        image = torch.empty(1, 3, *self.input_size, device=self.scale.device, dtype=self._dtype)
-        check_gradient(self.fnet, image, f"FNet {type(self.fnet).__name__}")
 
     @torch.no_grad()
     def alignment_complaint(self, images: Tensor) -> str | None:
@@ -255,25 +277,21 @@ class FaceEncoder(nn.Module):
         )
 
 
-def check_gradient(function: Callable[[Tensor], Any], like: Tensor, name: str) -> None:
-    """Raise a RuntimeError if no gradient comes back through a function, at noise like a tensor."""
+def passes_gradient(function: Callable[[Tensor], Any], like: Tensor) -> bool:
+    """Whether a gradient comes back through a function, at noise in [0, 1] like a tensor."""
     # of its own, so that the caller draws what it would have drawn: resumed runs are as others
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(like.shape, generator=generator, dtype=torch.float32, device="cpu")
     with torch.enable_grad(), torch.autocast(like.device.type, enabled=False):
         example = noise.to(like).requires_grad_()
         result = function(example)
-        if isinstance(result, Tensor) and result.requires_grad:
-            # not their plain sum, whose gradient may be zero for good (after a softmax)
-            weights = torch.linspace(0.5, 1.5, result.numel(), device=result.device)
-            total = (result.flatten().to(weights.dtype) * weights).sum()
-            (gradient,) = torch.autograd.grad(total, example, allow_unused=True)
-            if gradient is not None and gradient.any():
-                return
-    raise RuntimeError(
-        f"{name} cuts the gradient (no_grad, detach, numpy, rounding?): the SR network would learn "
-        "nothing from it"
-    )
+        if not (isinstance(result, Tensor) and result.requires_grad):
+            return False
+        # not their plain sum, whose gradient may be zero for good (after a softmax)
+        weights = torch.linspace(0.5, 1.5, result.numel(), device=result.device)
+        total = (result.flatten().to(weights.dtype) * weights).sum()
+        (gradient,) = torch.autograd.grad(total, example, allow_unused=True)
+        return gradient is not None and bool(gradient.any())
 
 
 def _own_copy(fnet: nn.Module) -> nn.Module:

@@ -11,12 +11,11 @@ from typing import Any, Final, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from idloss.encoder import FaceEncoder, check_gradient
+from idloss.encoder import CUT, FaceEncoder, passes_gradient
 from idloss.geometry import Template
 from idloss.plugins import Registry
-from idloss.resample import ImageWatch, check_images, resize, to_float, to_uint8
+from idloss.resample import ImageWatch, check_images, has_values, resize, to_float, to_uint8
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 ImageLoss = Callable[[Tensor, Tensor], Tensor]
@@ -239,18 +238,17 @@ class IdentityPreservedLoss(nn.Module):
         return torch.stack(terms).sum(dim=0)
 
     def _inspect_gradient(self, sr: Tensor) -> None:
-        """Find out, once in training, whether a gradient comes back to SR."""
-        wanted = self.training and torch.is_grad_enabled() and "gradient" not in self._inspected
-        if not wanted or not _is_plain(sr):
+        """Find out, once, whether SR has a gradient, and whether the distance lets it through."""
+        if "gradient" in self._inspected or not torch.is_grad_enabled() or not has_values(sr):
             return
-        self._inspected.add("gradient")
-        if not sr.requires_grad:
+        if sr.requires_grad:
+            self._inspected.add("gradient")
+            like = torch.linspace(-1, 1, self._encoders()[0].num_features, device=sr.device)[None]
+            if not passes_gradient(partial(self.distance, like), like):
+                raise RuntimeError(CUT.format("the distance"))
+        elif self.training:
+            self._inspected.add("gradient")
             _warn("sr carries no gradient: none will reach the SR network. Was it detached?")
-            return
-        for encoder in self._encoders():
-            encoder.check_gradient()
-            target = torch.linspace(-1, 1, encoder.num_features, device=sr.device)[None]
-            check_gradient(partial(self.distance, target), torch.empty_like(target), "the distance")
 
     def _inspect(self, name: str, images: Tensor) -> None:
         """Warn of what is legal and almost surely not meant."""
@@ -271,7 +269,7 @@ class IdentityPreservedLoss(nn.Module):
                     "('sphereface' is 112x96, 'arcface' 112x112)"
                 )
             elif name == "hr" and complaint is None:
-                doubt = encoder.alignment_complaint(images) if _is_plain(images) else None
+                doubt = encoder.alignment_complaint(images) if has_values(images) else None
                 if doubt is not None:
                     _warn(doubt)
 
@@ -322,6 +320,7 @@ class HallucinationLoss(nn.Module):
         self.image_loss = get_image_loss(image_loss)
         self.value_range = value_range
         self._watch = ImageWatch(value_range)
+        self._is_tried = False
 
     def medium_resolution(self, hr: Tensor, size: tuple[int, int]) -> Tensor:
         """HR `[B, 3, H, W]` to MR `[B, 3, *size]` in [0, 1], what SR is compared with."""
@@ -353,9 +352,11 @@ class HallucinationLoss(nn.Module):
         low, high = self.value_range
         with torch.no_grad():
             target = self.medium_resolution(hr, (sr.shape[-2], sr.shape[-1])) * 2 - 1
+        if sr.requires_grad and torch.is_grad_enabled() and not self._is_tried and has_values(sr):
+            self._is_tried = True
+            if not passes_gradient(lambda noise: self.image_loss(noise, target), target):
+                raise RuntimeError(CUT.format("the image loss"))
         total = self.image_loss((sr - low) * (2 / (high - low)) - 1, target)
-        if sr.requires_grad and torch.is_grad_enabled() and not total.requires_grad:
-            raise RuntimeError("the image loss cuts the gradient: SR would learn nothing from it")
         parts = {"image": total.detach()}
         if self.identity is not None:
             seen = hr if target_features is None else None
@@ -369,17 +370,6 @@ def _check_hr(hr: Tensor, batch: int) -> None:
     check_images(hr, "hr")
     if hr.shape[0] != batch:
         raise ValueError(f"hr holds {hr.shape[0]} faces and sr {batch}: they go in pairs")
-
-
-def _is_plain(images: Tensor) -> bool:
-    """Whether images have values to look at: not while traced, mapped, differentiated or faked."""
-    return (
-        type(images) in (Tensor, nn.Parameter)
-        and not images.is_meta
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
-        and not torch._C._functorch.is_functorch_wrapped_tensor(images)
-        and not is_in_torch_dispatch_mode()
-    )
 
 
 def _warn(message: str) -> None:

@@ -492,7 +492,7 @@ def _probe_width(model: nn.Module) -> int:
     floating = (tensor for tensor in model.parameters() if tensor.is_floating_point())
     reference = next(floating, torch.empty(0, dtype=torch.float32))
     size = (2, *_cfg_of(model)["input_size"])
-    modes = {module: module.training for module in model.modules()}
+    modes = {one: one.training for one in model.modules() if hasattr(one, "training")}
     for module in modes:
         module.training = False
     kind = type(model).__name__

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from idloss.errors import did_you_mean
 
@@ -93,6 +94,18 @@ def check_images(images: Tensor, name: str = "images", channels: int | None = 3)
         raise ValueError(f"{name} must be {wanted}, got {list(images.shape)}")
 
 
+def has_values(images: Tensor) -> bool:
+    """Whether pixels can be looked at: not while compiled, traced, mapped or faked."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or images.is_meta
+        or type(images).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        or torch._C._functorch.is_functorch_wrapped_tensor(images)
+        or is_in_torch_dispatch_mode()
+    )
+
+
 class ImageWatch:
     """Looks at images at calls 1, 2, 4, 8, ... (it waits for the GPU), never in a traced graph."""
 
@@ -109,17 +122,12 @@ class ImageWatch:
         A fresh network's images (`drawn_yet=False`) are judged from call 64 on, when the image
         loss has pulled them into the range.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        if not has_values(images):
             return None
         calls = self._calls[name] = self._calls.get(name, 0) + 1
         if calls & (calls - 1) or not images.numel():
             return None
-        try:
-            least, most = torch.stack(images.detach().float().aminmax()).tolist()
-        except (RuntimeError, NotImplementedError, TypeError):
-            return None  # vmap, make_fx, fake and meta tensors have no values to look at
-        if not isinstance(least + most, float):
-            return None
+        least, most = torch.stack(images.detach().float().aminmax()).tolist()
         low, high = self.value_range
         if not math.isfinite(least + most):
             return f"{name} holds NaN or infinity: so will the loss"

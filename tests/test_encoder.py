@@ -184,7 +184,8 @@ def test_networks_that_are_graphs_serve_as_fnets(kind):
     x.requires_grad_()
     assert encoder.num_features == 16
     torch.testing.assert_close(twin(x), FaceEncoder(net, **INPUT)(x))
-    encoder.check_gradient()
+    twin(x).sum().backward()
+    assert x.grad.any()
 
 
 def test_to_empty_keeps_the_weights():

@@ -210,7 +210,7 @@ def _answer(net: nn.Module, shape: tuple[int, int, int] | None) -> str | None:
     reference = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0))
     size = shape or cfg.get("input_size", (3, 16, 16))
     noise = torch.rand(2, *size, generator=torch.Generator().manual_seed(0)).to(reference)
-    modes = {module: module.training for module in net.modules()}
+    modes = {one: one.training for one in net.modules() if hasattr(one, "training")}
     answers: set[str] = set()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more would add up in another order, and differ in the last digits
