@@ -12,6 +12,7 @@ from idloss.data.faces import FileFaces
 from idloss.data.files import open_files
 from idloss.data.folder import find_landmarks, folder_faces
 from idloss.data.insightface import insightface_bin
+from idloss.data.landmarks import warn_of_unaligned
 from idloss.data.lfw import lfw
 from idloss.data.pairs import EvaluationSet, pairs_csv
 from idloss.data.prepared import PreparedFaces, is_prepared, open_prepared
@@ -120,6 +121,8 @@ def open_evaluation(
             f"{path} has no landmarks to align its photos by; {way}, or name the template the "
             "pictures are aligned to with crop=sphereface or crop=arcface"
         )
+    if found.faces.crop is not None:
+        warn_of_unaligned(found.faces, str(path))
     return found
 
 
