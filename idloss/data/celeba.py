@@ -88,7 +88,7 @@ def celeba_faces(
         image = cells[0]
         if image not in points.by_name:
             continue
-        if parts is not None and image not in parts:
+        if parts is not None and parts.get(image) not in SPLITS.values():
             faults.append(body.fault(line, f"{image} is in no split of {PARTITION}"))
         elif parts is not None and parts[image] != SPLITS[split]:
             continue

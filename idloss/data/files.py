@@ -261,7 +261,10 @@ class TarFiles:
                         )
                 end = archive.offset
         except tarfile.TarError as error:
-            raise self._damaged(f"not a tar, or cut short after {last} ({error})") from error
+            if not self._index:
+                what = f"not a tar or tar.gz, or cut short at its start ({error})"
+                raise DataError([Fault(str(self.path), what)], UNPACK) from error
+            raise self._damaged(f"cut short after {last} ({error})") from error
         # the tar module stops in silence at a header that is damaged or missing: a whole archive
         # ends in blocks of zeros
         plain.seek(end)

@@ -17,7 +17,7 @@ from huggingface_hub.utils.tqdm import tqdm
 
 from idloss.data.faces import FileFaces
 from idloss.data.files import DataError, Fault, MemoryFiles, read_file, skip_or_raise
-from idloss.data.pairs import EvaluationSet, Pairs, contiguous_folds, warn_of_doubles
+from idloss.data.pairs import EvaluationSet, Pairs, contiguous_folds
 
 
 def _array(*_: object) -> np.ndarray[Any, Any]:
@@ -112,7 +112,6 @@ def insightface_bin(
     faces = FileFaces(files, names, names, crop=crop)
     first, second = torch.arange(len(images)).view(-1, 2).unbind(1)
     pairs = Pairs(first, second, same, contiguous_folds(len(same)))
-    warn_of_doubles(faces, zip(first.tolist(), second.tolist(), strict=True), str(place))
     if skip_missing:
         faults: dict[int, Fault] = {}
         for index in tqdm(range(len(faces)), desc="decoding", unit="face", delay=2):

@@ -14,7 +14,7 @@ from idloss.data.folder import find_landmarks, folder_faces
 from idloss.data.insightface import insightface_bin
 from idloss.data.landmarks import warn_of_unaligned
 from idloss.data.lfw import lfw
-from idloss.data.pairs import EvaluationSet, pairs_csv
+from idloss.data.pairs import EvaluationSet, pairs_csv, warn_of_doubles
 from idloss.data.prepared import PreparedFaces, is_prepared, open_prepared
 from idloss.data.surveillance import (
     scface,
@@ -116,13 +116,16 @@ def open_evaluation(
     kind = kind or SUFFIXES.get(Path(path).suffix.lower())
     found = EVALUATIONS[kind](path, **options) if kind else _find(path, options)
     if found.faces.crop is None and found.faces.landmarks is None:
-        way = "put landmarks.csv beside it" if kind == "pairs" else "name a table with landmarks="
+        way = (
+            "put landmarks.csv beside it" if kind == "pairs" else "name a table with landmarks=FILE"
+        )
         raise ValueError(
             f"{path} has no landmarks to align its photos by; {way}, or name the template the "
             "pictures are aligned to with crop=sphereface or crop=arcface"
         )
     if found.faces.crop is not None:
         warn_of_unaligned(found.faces, str(path))
+    warn_of_doubles(found, str(path))
     return found
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -213,22 +215,23 @@ def pairs_csv(
         names = tuple(name for name in dict.fromkeys(listed) if name in files)
         faces = FileFaces(files, names, names, crop=crop)
     pairs = read_pairs_csv(table, index_of(faces.names))
-    warn_of_doubles(faces, ((a, b) for a, b, *_ in pairs.rows), table.where)
     skipped = skip_or_raise(pairs.faults, skip_missing=skip_missing)
     faces = replace(faces, skipped=faces.skipped + skipped)
     return EvaluationSet(place.stem, faces, pairs.finish(refold=True))
 
 
-def warn_of_doubles(faces: FileFaces, pairs: Iterable[tuple[int, int]], where: str) -> None:
+def warn_of_doubles(data: EvaluationSet, where: str) -> None:
     """Say which pairs are of one and the same file under two names."""
+    if data.pairs is None or not isinstance(data.faces, FileFaces):
+        return
+    faces = data.faces
     hashes: dict[int, bytes] = {}
-
-    def hash_of(place: int) -> bytes:
-        if place not in hashes:
-            hashes[place] = hashlib.sha256(faces.files.read(faces.members[place])).digest()
-        return hashes[place]
-
-    doubles = [(a, b) for a, b in pairs if hash_of(a) == hash_of(b)]
+    pairs = list(zip(data.pairs.first.tolist(), data.pairs.second.tolist(), strict=True))
+    for place in chain.from_iterable(pairs):
+        with suppress(DataError):  # it is told when the picture is wanted
+            if place not in hashes:
+                hashes[place] = hashlib.sha256(faces.files.read(faces.members[place])).digest()
+    doubles = [(a, b) for a, b in pairs if a in hashes and hashes[a] == hashes.get(b)]
     if doubles:
         first, second = (ascii(faces.names[place]) for place in doubles[0])
         warnings.warn(

@@ -276,9 +276,15 @@ def test_a_short_bin_gets_no_room(tmp_path, data, what):
 def test_one_photo_under_two_names_is_told(tmp_path):
     path = listed(tmp_path, "a.jpg,d.jpg,1\n", **{"d.jpg": jpeg(size=(96, 112), seed=0)})
     with pytest.warns(UserWarning, match=r"1 pairs of .*pairs\.csv .*'a\.jpg' and 'd\.jpg'"):
-        pairs_csv(path)
+        open_evaluation(path, crop="sphereface")
     with pytest.warns(UserWarning, match=r"1 pairs of .*tiny\.bin .*'00000' and '00001'"):
-        insightface_bin(bin_file(tmp_path, ([IMAGES[0], *IMAGES[:7]], SAME)))
+        open_evaluation(bin_file(tmp_path, ([IMAGES[0], *IMAGES[:7]], SAME)))
+
+
+def test_pictures_that_are_no_crops_are_told(tmp_path):
+    noise = [jpeg(size=(112, 112), seed=i) for i in range(16)]
+    with pytest.warns(UserWarning, match=r"like an aligned face by .* Are they arcface crops\?"):
+        open_evaluation(bin_file(tmp_path, (noise, [True, False] * 4)))
 
 
 def test_photos_with_nothing_to_align_them_by_are_refused(tmp_path):
