@@ -108,22 +108,14 @@ def test_faulty_pairs_are_named_with_their_line(home, old, new, line, what):
         lfw(home)
 
 
-def test_missing_images_are_counted_and_can_be_skipped(home):
-    (home / "lfw" / lfw_name("Cy_de_la_Cruz", 1)).unlink()
-    (home / "lfw" / lfw_name("Dee", 2)).unlink()
-    with pytest.raises(DataError, match=r"3 faults:(?s:.*)pairs\.txt:5(?s:.*)skip_missing=True"):
+def test_missing_images_and_points_are_counted_and_can_be_skipped(home):
+    (home / "lfw_landmarks.csv").write_text("".join(f"{n},{NUMBERS}\n" for n in IMAGES[:5]))
+    with pytest.raises(DataError, match=r"no points of (?s:.*)skip_missing=True") as caught:
         lfw(home)
-    with pytest.warns(UserWarning, match="left out: 3 faults"):
+    assert len(caught.value.faults) == 3 + 4  # images without points, and pairs of these
+    with pytest.warns(UserWarning, match="left out: 7 faults"):
         found = lfw(home, skip_missing=True)
-    assert len(found.pairs) == 5
-    assert len(found.faces.skipped) == 3
-
-
-def test_images_without_points_are_faults(home):
-    table = (home / "lfw_landmarks.csv").read_text().splitlines()[1:]
-    (home / "lfw_landmarks.csv").write_text("\n".join(table))
-    with pytest.raises(DataError, match=r"no points of Ann_Li/Ann_Li_0001\.jpg"):
-        lfw(home)
+    assert (len(found.pairs), len(found.faces), len(found.faces.skipped)) == (4, 5, 7)
 
 
 def test_people_lists_are_counted(home):
@@ -136,18 +128,15 @@ def test_people_lists_are_counted(home):
         lfw(home, people=path)
 
 
-def test_nothing_there_lists_what_was_looked_for(tmp_path):
-    write(tmp_path, {"x/y.jpg": b""})
-    with pytest.raises(FileNotFoundError, match=r"lfw/Name/Name_0001\.jpg.*lfw\.tgz"):
-        lfw(tmp_path)
-
-
-def test_pairs_and_points_are_optional(home):
+def test_pairs_and_points_are_optional_and_images_are_not(home):
     (home / "pairs.txt").unlink()
     (home / "lfw_landmarks.csv").unlink()
     found = lfw(home)
     assert found.pairs is None
     assert found.faces.landmarks is None
+    shutil.rmtree(home / "lfw")
+    with pytest.raises(FileNotFoundError, match=r"lfw/Name/Name_0001\.jpg.*lfw\.tgz"):
+        lfw(home)
 
 
 @pytest.fixture
@@ -177,30 +166,20 @@ def asked(server):
     return sorted(seen.path for seen in server.seen)
 
 
-def test_download_once(host, tmp_path):
-    check(lfw(tmp_path / "new", download=True))
-    check(lfw(tmp_path / "new", download=True))
-    assert asked(host) == ["/lfw.tgz", "/lfw_landmarks.csv", "/pairs.txt"]
-
-
-def test_download_goes_on_where_it_broke_off(host, tmp_path):
+def test_download_once_and_on_from_where_it_broke_off(host, tmp_path):
     host.faults["/lfw.tgz"] = [Fault(cut=1000)]
     check(lfw(tmp_path / "new", download=True))
     assert [seen.range for seen in host.gets("/lfw.tgz")] == [None, "bytes=1000-"]
+    check(lfw(tmp_path / "new", download=True))
+    assert asked(host) == ["/lfw.tgz", "/lfw.tgz", "/lfw_landmarks.csv", "/pairs.txt"]
 
 
-def test_images_that_are_there_are_not_downloaded_again(host, home):
+def test_only_what_is_missing_is_downloaded_and_into_a_folder(host, home):
     (home / "pairs.txt").unlink()
     check(lfw(home, download=True))
     assert asked(host) == ["/pairs.txt"]
-
-
-def test_download_goes_into_a_folder(host, home):
-    with tarfile.open(home / "lfw.tar", "w") as tar:
-        tar.add(home / "lfw", "lfw")
-    with pytest.raises(NotADirectoryError, match=r"lfw\.tar is a file; .* into a folder"):
-        lfw(home / "lfw.tar", download=True)
-    assert not asked(host)
+    with pytest.raises(NotADirectoryError, match=r"pairs\.txt is a file; .* into a folder"):
+        lfw(home / "pairs.txt", download=True)
 
 
 def test_download_of_another_file_is_refused(host, tmp_path):
