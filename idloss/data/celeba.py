@@ -6,9 +6,9 @@ import os
 import warnings
 from typing import NamedTuple
 
-from idloss.data.faces import FileFaces, is_picture, number_identities
+from idloss.data.faces import FileFaces, is_picture
 from idloss.data.files import DataError, Fault, Files, open_files, skip_or_raise
-from idloss.data.landmarks import check_landmarks, read_points
+from idloss.data.landmarks import labelled_faces, read_points
 from idloss.data.tables import Table, first_file, read_number, read_table
 from idloss.errors import did_you_mean
 
@@ -105,18 +105,9 @@ def celeba_faces(
         if image not in listed
     ]
     skipped = skip_or_raise(faults, skip_missing=skip_missing)
-    names = list(dict.fromkeys(names))
-    labels, people = number_identities(identities[image] for image in names)
-    faces = FileFaces(
-        files=files,
-        members=tuple(members[image] for image in names),
-        names=tuple(names),
-        labels=labels,
-        identities=people,
-        landmarks=points.stack(names),
-        skipped=skipped,
-    )
-    return check_landmarks(faces, files.where(name))
+    taken = {image: members[image] for image in names}
+    people = (identities[image] for image in taken)
+    return labelled_faces(files, taken, people, points, where=files.where(name), skipped=skipped)
 
 
 def _photos(files: Files, folder: str) -> tuple[dict[str, str], list[Fault]]:

@@ -13,7 +13,6 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -167,7 +166,45 @@ def spellings(name: str) -> tuple[str, ...]:
     return name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)
 
 
-class TarFiles:
+class _Members:
+    """Files that are told by an index of their names."""
+
+    location: str
+    """The archive, or where the files come from."""
+    _index: dict[str, Any]
+
+    def where(self, name: str) -> str:
+        """The archive and the file in it."""
+        return f"{self.location}:{name}"
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and any(each in self._index for each in spellings(name))
+
+    def names(self, prefix: str = "") -> Iterator[str]:
+        """Names below a folder of the archive, in the archive's order."""
+        return (name for name in self._index if name.startswith(prefix))
+
+    def _found(self, name: str) -> Any:
+        for each in spellings(name):
+            if each in self._index:
+                return self._index[each]
+        raise DataError([Fault(self.where(name), "there is no such file in the archive")])
+
+
+class MemoryFiles(_Members):
+    """Byte strings held in memory by name; `location` says where they came from."""
+
+    def __init__(self, location: str, contents: Mapping[str, bytes]) -> None:
+        self.location = location
+        self._index = dict(contents)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file."""
+        content: bytes = self._found(name)
+        return content
+
+
+class TarFiles(_Members):
     """The files inside a `.tar`, `.tar.gz` or `.tgz`, indexed once, read through a memory map.
 
     A memory map needs no seek, so threads and forked workers share it without a lock; an unpickled
@@ -177,39 +214,20 @@ class TarFiles:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.location = path, str(path)
         self._index: dict[str, tuple[int, int]] = {}
         self._bytes = self._open()
 
-    @property
-    def location(self) -> str:
-        """The archive."""
-        return str(self.path)
-
-    def where(self, name: str) -> str:
-        """The archive and the file in it."""
-        return f"{self.path}:{name}"
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and any(each in self._index for each in spellings(name))
-
-    def names(self, prefix: str = "") -> Iterator[str]:
-        """Names below a folder of the archive, in the archive's order."""
-        return (name for name in self._index if name.startswith(prefix))
-
     def read(self, name: str) -> bytes:
         """The bytes of one member."""
-        found = next((self._index[n] for n in spellings(name) if n in self._index), None)
-        if found is None:
-            raise DataError([Fault(self.where(name), "there is no such file in the archive")])
-        offset, size = found
+        offset, size = self._found(name)
         if size < 0:
             what = "it is a link to what the archive does not hold"
             raise DataError([Fault(self.where(name), what)])
         return self._bytes[offset : offset + size]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_index": self._index}
+        return {key: value for key, value in vars(self).items() if key != "_bytes"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -297,31 +315,6 @@ class TarFiles:
 
     def _damaged(self, what: str) -> DataError:
         return DataError([Fault(str(self.path), what)], "Copy or download the archive again.")
-
-
-class MemoryFiles:
-    """Byte strings held in memory by name; `location` says where they came from."""
-
-    def __init__(self, location: str, contents: Mapping[str, bytes]) -> None:
-        self.location = location
-        self._contents = dict(contents)
-
-    def where(self, name: str) -> str:
-        """The place and the file."""
-        return f"{self.location}:{name}"
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._contents
-
-    def names(self, prefix: str = "") -> Iterator[str]:
-        """Names below a folder, in the order given."""
-        return (name for name in self._contents if name.startswith(prefix))
-
-    def read(self, name: str) -> bytes:
-        """The bytes of one file."""
-        with suppress(KeyError):
-            return self._contents[name]
-        raise DataError([Fault(self.where(name), "there is no such file")])
 
 
 def read_file(path: Path) -> bytes:

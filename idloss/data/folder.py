@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import posixpath
 import warnings
+from dataclasses import replace
 
-from idloss.data.faces import FileFaces, is_picture, number_identities
+from idloss.data.faces import FileFaces, is_picture
 from idloss.data.files import DataError, Files, open_files, skip_or_raise, spellings
-from idloss.data.landmarks import POINT_COLUMNS, check_landmarks, read_points
+from idloss.data.landmarks import POINT_COLUMNS, labelled_faces, read_points
 from idloss.data.tables import read_table
 
 LANDMARKS = "landmarks.csv"
@@ -73,18 +74,10 @@ def folder_faces(path: str | os.PathLike[str] | Files, *, skip_missing: bool = F
             UserWarning,
             stacklevel=2,
         )
-    labels, names = number_identities(identities.values())
-    known = IDENTITY in header
-    found = FileFaces(
-        files=files,
-        members=tuple(had),
-        names=tuple(identities),
-        labels=labels if known else None,
-        identities=names if known else (),
-        landmarks=points.stack(identities),
-        skipped=skipped,
-    )
-    return check_landmarks(found, table.where)
+    taken = dict(zip(identities, had, strict=True))
+    people = identities.values()
+    found = labelled_faces(files, taken, people, points, where=table.where, skipped=skipped)
+    return found if IDENTITY in header else replace(found, labels=None, identities=())
 
 
 def find_landmarks(files: Files) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
 from math import isfinite
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from idloss.data.faces import Faces, FileFaces, image_size
-from idloss.data.files import DataError, Fault
+from idloss.data.faces import Faces, FileFaces, image_size, number_identities
+from idloss.data.files import DataError, Fault, Files
 from idloss.data.tables import Table, read_own_table
 from idloss.geometry import get_template
 
@@ -119,6 +119,25 @@ def _is_header(cells: list[str], known: frozenset[str]) -> bool:
     ]
     named = cells[0].lower() in HEADERS or len(words) == LISTED_COLUMNS - 1
     return named and cells[0] not in known
+
+
+def labelled_faces(
+    files: Files,
+    members: Mapping[str, str],
+    identities: Iterable[str | None],
+    points: Points | None,
+    *,
+    where: str,
+    crop: str | None = None,
+    skipped: tuple[Fault, ...] = (),
+) -> FileFaces:
+    """Faces of files `members` by name, with their people and, out of the table `where`, points."""
+    labels, people = number_identities(identities)
+    landmarks = points.stack(members) if points else None
+    found = FileFaces(
+        files, tuple(members.values()), tuple(members), labels, people, landmarks, crop, skipped
+    )
+    return check_landmarks(found, where)
 
 
 def check_landmarks(faces: FileFaces, where: str) -> FileFaces:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
-from idloss.data.faces import FileFaces, is_picture, number_identities
+from idloss.data.faces import is_picture
 from idloss.data.files import DataError, Fault, Files, FolderFiles, open_files, skip_or_raise
-from idloss.data.landmarks import check_landmarks, read_points
+from idloss.data.landmarks import labelled_faces, read_points
 from idloss.data.pairs import EvaluationSet, index_of, lfw_name, read_lfw_pairs
 from idloss.data.tables import Table, read_number, read_own_table
 from idloss.weights.files import Piece, download
@@ -96,22 +96,15 @@ def lfw(
             del members[name]
     if people is not None:
         faults += _miscounted(read_own_table(people, None), members)
-    labels, names = number_identities(name.partition("/")[0] for name in members)
     pair_list = None
     if table := _table(pairs, place, PAIRS, None):
         pair_list = read_lfw_pairs(table, index_of(tuple(members)))
         faults += pair_list.faults
-    faces = FileFaces(
-        files=files,
-        members=tuple(members.values()),
-        names=tuple(members),
-        labels=labels,
-        identities=names,
-        landmarks=points.stack(members) if points else None,
-        crop=crop,
-        skipped=skip_or_raise(faults, skip_missing=skip_missing),
+    people_of = (name.partition("/")[0] for name in members)
+    skipped = skip_or_raise(faults, skip_missing=skip_missing)
+    faces = labelled_faces(
+        files, members, people_of, points, where=where, crop=crop, skipped=skipped
     )
-    faces = check_landmarks(faces, where)
     return EvaluationSet("lfw", faces, pair_list.finish() if pair_list else None)
 
 

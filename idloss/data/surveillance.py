@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from idloss.data.faces import FileFaces, is_picture, number_identities
+from idloss.data.faces import FileFaces, is_picture
 from idloss.data.files import DataError, Fault, Files, open_files, skip_or_raise
-from idloss.data.landmarks import check_landmarks, read_points
+from idloss.data.landmarks import labelled_faces, read_points
 from idloss.data.pairs import EvaluationSet, PairList, index_of
 from idloss.data.tables import read_own_table
 
@@ -241,18 +241,18 @@ class _Parts:
             self.faults += points.faults
             self.faults += [Fault(table.where, f"no points of {name}") for name in sorted(lost)]
             taken = {name: face for name, face in taken.items() if name not in lost}
-        labels, identities = number_identities(identity for _, identity in taken.values())
-        found = FileFaces(
-            files=self.files,
-            members=tuple(member for member, _ in taken.values()),
-            names=tuple(taken),
-            labels=labels,
-            identities=identities,
-            landmarks=points.stack(taken) if points else None,
+        skipped = skip_or_raise(self.faults, skip_missing=skip_missing)
+        members = {name: member for name, (member, _) in taken.items()}
+        identities = (identity for _, identity in taken.values())
+        return labelled_faces(
+            self.files,
+            members,
+            identities,
+            points,
+            where=str(landmarks),
             crop=crop,
-            skipped=skip_or_raise(self.faults, skip_missing=skip_missing),
+            skipped=skipped,
         )
-        return check_landmarks(found, str(landmarks))
 
     def finish(
         self, name: str, landmarks: StrPath | None, crop: str | None, *, skip_missing: bool
