@@ -6,7 +6,14 @@ import numpy as np
 from PIL import Image
 
 from idloss.data import SyntheticFaces
+from idloss.data.landmarks import MEAN_FACE
 from idloss.data.pairs import lfw_name
+
+
+def face_like(crop):
+    """A drawn arcface crop with more of a real face, as uint8 `[112, 112, 3]`."""
+    mean = np.pad(2 * np.array(MEAN_FACE).repeat(8, 0).repeat(8, 1), ((32, 16), (32, 32)), "edge")
+    return (crop.permute(1, 2, 0).numpy() + mean[..., None]).clip(0, 255).astype(np.uint8)
 
 
 def mini_lfw(root, people=6, photos=4):
@@ -19,7 +26,7 @@ def mini_lfw(root, people=6, photos=4):
         path = root / "lfw" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         # a margin, so that there is something to align
-        photo = np.pad(crop.permute(1, 2, 0).numpy(), ((9, 9), (9, 9), (0, 0)), mode="edge")
+        photo = np.pad(face_like(crop), ((9, 9), (9, 9), (0, 0)), mode="edge")
         Image.fromarray(photo).save(path, quality=95)
         rows.append(",".join([name, *(f"{value + 9:.4f}" for value in points.flatten().tolist())]))
     (root / "lfw_landmarks.csv").write_text("\n".join(rows) + "\n")

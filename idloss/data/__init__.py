@@ -4,7 +4,7 @@ from idloss.data.celeba import celeba_faces
 from idloss.data.faces import AlignedFaces, Faces, FileFaces, align_all
 from idloss.data.files import DataError, Fault
 from idloss.data.folder import folder_faces
-from idloss.data.layouts import EVALUATIONS, open_evaluation, open_faces, open_training
+from idloss.data.layouts import EVALUATIONS, open_evaluation, open_faces
 from idloss.data.lfw import lfw
 from idloss.data.overlap import Exclusion, Match
 from idloss.data.pairs import EvaluationSet, Pairs
@@ -33,6 +33,5 @@ __all__ = [
     "open_evaluation",
     "open_faces",
     "open_prepared",
-    "open_training",
     "prepare",
 ]

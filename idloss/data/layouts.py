@@ -39,20 +39,25 @@ EVALUATIONS: Mapping[str, Callable[..., EvaluationSet]] = {
 SUFFIXES = {".csv": "pairs", ".bin": "bin"}
 
 
-def open_faces(path: str | os.PathLike[str], *, skip_missing: bool = False) -> FileFaces:
-    """Open photos for training: CelebA, or a folder or archive with `landmarks.csv`.
+def open_faces(
+    path: str | os.PathLike[str], *, skip_missing: bool = False
+) -> PreparedFaces | FileFaces:
+    """Open faces for training: prepared ones, CelebA, or photos with a `landmarks.csv`.
 
     Args:
-        path: A folder, `.tar`, `.tar.gz` or `.tgz`.
+        path: A folder that `idloss prepare` made, or a folder, `.tar`, `.tar.gz` or `.tgz` of
+            photos.
         skip_missing: Leave out photos that are missing or lack readable points.
 
     Returns:
-        The faces.
+        Prepared crops, or photos, which are to be aligned as they are read.
 
     Raises:
         FileNotFoundError: There is nothing, or no layout that is known; lists what was looked for.
-        DataError: The tables found have faults; names file and line.
+        DataError: The tables have faults, or the preparation is not finished; says what and where.
     """
+    if is_prepared(path):
+        return open_prepared(path)
     files = open_files(path)
     if find_layout(files):
         return celeba_faces(files, skip_missing=skip_missing)
@@ -62,25 +67,6 @@ def open_faces(path: str | os.PathLike[str], *, skip_missing: bool = False) -> F
         f"no faces known in {files.location}; looked for {looked_for()} (CelebA), "
         "and for landmarks.csv at the top or one folder down"
     )
-
-
-def open_training(
-    path: str | os.PathLike[str], *, skip_missing: bool = False
-) -> PreparedFaces | FileFaces:
-    """Open faces for training: a folder that `idloss prepare` made, or whatever `open_faces` takes.
-
-    Args:
-        path: The folder or archive.
-        skip_missing: See `open_faces`; prepared faces lack none.
-
-    Returns:
-        Prepared crops, or photos, which are to be aligned as they are read.
-
-    Raises:
-        FileNotFoundError: See `open_faces`.
-        DataError: The faces have faults, or their preparation is not finished; says what.
-    """
-    return open_prepared(path) if is_prepared(path) else open_faces(path, skip_missing=skip_missing)
 
 
 def open_evaluation(

@@ -11,7 +11,7 @@ import yaml
 from torch import nn
 
 from idloss import __version__
-from idloss.data import Faces, open_evaluation, open_training
+from idloss.data import Faces, open_evaluation, open_faces
 from idloss.degradation import Degradation
 from idloss.encoder import FaceEncoder
 from idloss.evaluation import HR, evaluate, write_sheets
@@ -275,7 +275,7 @@ def _open_faces(recipe: RunOptions) -> Faces:
     data = recipe.data
     if data is None:
         raise ValueError("there are no faces to train on: set data=FOLDER")
-    faces: Faces = open_training(data, skip_missing=recipe.skip_missing)
+    faces: Faces = open_faces(data, skip_missing=recipe.skip_missing)
     if not recipe.exclude:
         return faces
     unwanted = set(recipe.exclude)

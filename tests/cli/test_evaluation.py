@@ -12,6 +12,7 @@ import warnings
 
 import numpy as np
 import pytest
+from minilfw import face_like
 from PIL import Image
 
 from idloss.data import SyntheticFaces
@@ -177,7 +178,7 @@ def test_pairs_csv_and_bin(networks, command, tmp_path):
     crops = SyntheticFaces(4, 10, crop="arcface", size=(112, 112)).render(progress=False).crops
     for index, crop in enumerate(crops):
         stream = io.BytesIO()
-        Image.fromarray(crop.permute(1, 2, 0).numpy()).save(stream, "PNG")
+        Image.fromarray(face_like(crop)).save(stream, "PNG")
         files.append(stream.getvalue())
         (tmp_path / f"{index}.png").write_bytes(stream.getvalue())
     pairs = [(20 * p + k, 20 * p + (k + 1) % 10 + 10 * d, 1 - d) for p in (0, 1) for k in range(10)

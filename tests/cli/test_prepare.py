@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 from data.test_faces import NUMBERS, celeba, folder
 
-from idloss.data import open_prepared, open_training
+from idloss.data import open_faces, open_prepared
 
 
 @pytest.fixture
@@ -39,8 +39,8 @@ def test_celeba_and_its_splits(prepare, tmp_path, capsys):
     photos = celeba(tmp_path / "photos", "flat")
     assert not prepare("celeba", photos, tmp_path / "all")
     assert not prepare("celeba", photos, tmp_path / "test", "--split", "test")
-    assert open_training(tmp_path / "all").names == tuple(f"00000{i}.jpg" for i in range(1, 5))
-    assert open_training(tmp_path / "test").names == ("000003.jpg", "000004.jpg")
+    assert open_faces(tmp_path / "all").names == tuple(f"00000{i}.jpg" for i in range(1, 5))
+    assert open_faces(tmp_path / "test").names == ("000003.jpg", "000004.jpg")
     assert "2 crops" not in capsys.readouterr().out
 
 

@@ -128,13 +128,15 @@ def plain_faces(count=40):
     rng = np.random.default_rng(0)
     contents = {}
     for index in range(count):
-        cells = np.array(MEAN_FACE) + rng.normal(0, 3, (14, 12)) + 120
-        photo = np.pad(cells.repeat(8, 0).repeat(8, 1), 60, mode="edge").clip(0, 255)
+        cells = np.array(MEAN_FACE) + rng.normal(0, 3, (8, 6)) + 120
+        photo = np.pad(cells.repeat(8, 0).repeat(8, 1), 84, mode="edge").clip(0, 255)
         buffer = io.BytesIO()
         Image.fromarray(photo.astype(np.uint8)).save(buffer, "PNG")
         contents[f"{index}.png"] = buffer.getvalue()
     names = tuple(contents)
-    points = torch.tensor(get_template("sphereface").points, dtype=torch.float64) + 60
+    points = torch.tensor(get_template("sphereface").points, dtype=torch.float64) + torch.tensor(
+        [60, 52]
+    )
     files = MemoryFiles("plain", contents)
     return FileFaces(files, names, names, landmarks=points.repeat(count, 1, 1))
 

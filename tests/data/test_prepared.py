@@ -15,7 +15,7 @@ from data.test_faces import NUMBERS, folder
 from data.test_preparation import edit, pixels, quiet, unfinish
 from torch.utils.data import DataLoader
 
-from idloss.data import DataError, SyntheticFaces, align_all, open_prepared, open_training
+from idloss.data import DataError, SyntheticFaces, align_all, open_faces, open_prepared
 from idloss.geometry import get_template
 
 EVERYTHING = torch.arange(24)
@@ -100,14 +100,14 @@ def test_copies_hold_no_pixels(made, drawn):
 
 
 def test_training_opens_prepared_faces_and_photos(made, tmp_path):
-    assert open_training(made).content == open_prepared(made).content
+    assert open_faces(made).content == open_prepared(made).content
     path = folder(tmp_path / "photos", [f"{name}.jpg,{NUMBERS},{name}" for name in "abc"])
-    assert open_training(path).names == ("a.jpg", "b.jpg", "c.jpg")
+    assert open_faces(path).names == ("a.jpg", "b.jpg", "c.jpg")
     with pytest.raises(FileNotFoundError, match=r"no prepared faces at .*idloss prepare"):
         open_prepared(path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no faces known"):
-        open_training(tmp_path / "empty")
+        open_faces(tmp_path / "empty")
 
 
 def in_file(name, change):
