@@ -122,7 +122,10 @@ def _compare_cell(first: Results, second: Results, cell_a: Cell, cell_b: Cell) -
         raise ValueError(f"the second run has {error.args[0]}; evaluate both alike") from error
     try:
         if verified or "correct" in first.arrays.get(cell_a, ()):
-            wins_a, wins_b, p = mcnemar(*both("correct"))
+            right = both("correct")
+            if verified and right[0].shape != _array(first, cell_a, "same").shape:
+                raise ValueError("'correct' and 'same' hold different numbers of pairs")  # noqa: TRY301
+            wins_a, wins_b, p = mcnemar(*right)
             return Comparison(cell_a, cell_b, metric, a, b, wins_a, wins_b, "McNemar, exact", p, p)
         # of the open set, [draws, T], the first of its rates
         draws_a, draws_b = (
@@ -172,7 +175,7 @@ def _matching(
         held = [some_of([cell.label for cell in cells], 4) for cells in (ours, theirs)]
         raise ValueError(
             f"the runs share no cell{wanted}. A has {held[0]}; B has {held[1]}. Name two SRNets to "
-            "compare with srnets=(a, b)"
+            "compare with srnets= or --srnets A B"
         )
     return pairs
 

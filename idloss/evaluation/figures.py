@@ -186,10 +186,7 @@ def similarity_figure(
     values = {name: np.asarray(row, dtype=np.float64) for name, row in scores.items()}
     everything = np.concatenate([*values.values()])
     edges = np.linspace(everything.min(), everything.max(), 61).tolist()
-    kinds = (
-        (~truth, "different people", _ORANGE, None),
-        (truth, "same person", _BLUE, "////"),
-    )
+    kinds = ((~truth, "different people", _ORANGE, None), (truth, "same person", _BLUE, "////"))
     columns = min(3, len(values))
     figure, panels = _panels(len(values), width=3.1, height=2.5, columns=columns)
     for place, (name, row) in enumerate(values.items()):

@@ -203,8 +203,14 @@ def _figures(results: Results) -> Iterator[tuple[str, Callable[[], Figure]]]:
             row = [cell for cell in own if cell.srnet != HR and [cell.height, cell.width] == size]
             row += [cell for cell in own if cell.srnet == HR]
             arrays = {cell.srnet: results.arrays.get(cell, {}) for cell in row}
-            scores = {method: a["scores"] for method, a in arrays.items() if "scores" in a}
-            curves = {method: a["cmc"] for method, a in arrays.items() if "cmc" in a}
+            scores = {
+                method: a["scores"]
+                for method, a in arrays.items()
+                if {"scores", "same"} <= a.keys()
+            }
+            curves = {
+                method: a["cmc"] for method, a in arrays.items() if "cmc" in a and a["cmc"].size
+            }
             title = f"{fnet}, probes {pretty_size(size)}"
             # names from the Hub hold colons and slashes
             end = re.sub(r"[^\w.-]+", "_", fnet)[:100] + f"-{size[0]}x{size[1]}"

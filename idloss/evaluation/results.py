@@ -42,9 +42,11 @@ LR = "lr"
 Task = Literal["verification", "identification", "open_set"]
 Arrays = Mapping[str, NDArray[Any]]
 
-# Arrays of a run take a quarter of their size on disk; a small file that unpacks to this is no run.
-_MOST_BYTES = 1 << 30
-_MOST_PACKED = 100
+# A hundred thousand rows, and a hundred cells of a million pairs, stay below these; files of others
+# may hold or claim anything.
+_MOST_JSON_BYTES = 1 << 26
+_MOST_BYTES = 1 << 31
+_NUMBERS = "biuf"  # numpy's kinds: truth values, whole numbers, floating point
 # Spreadsheets take a cell that begins so for a formula, and would run it.
 _FORMULA = ("=", "+", "-", "@")
 # What figures may depend on.
@@ -54,7 +56,7 @@ _PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "pillow", "safete
 def read_task(name: str) -> Task:
     """A task by its name, `open-set` or `open_set` alike; `ValueError` where there is none."""
     if (task := str(name).replace("-", "_")) not in get_args(Task):
-        raise ValueError(did_you_mean("task", str(name), get_args(Task)))
+        raise ValueError(did_you_mean("task", str(name)[:80], get_args(Task)))
     return cast("Task", task)
 
 
@@ -81,7 +83,7 @@ class Cell:
         _require_printable("an FNet", self.fnet)
         _require_printable("an SRNet", self.srnet)
         for side in (self.height, self.width):
-            if not isinstance(side, int) or side < 1:
+            if type(side) is not int or side < 1:
                 raise ValueError(f"probes have whole rows and columns, got {side!r}")
 
     @property
@@ -233,8 +235,8 @@ class Results:
             for place, arrays in enumerate(self.arrays.values())
             for key, array in arrays.items()
         }
-        if strange := [key for key, array in flat.items() if array.dtype.hasobject]:
-            raise TypeError(f"arrays of Python objects cannot be written: {', '.join(strange)}")
+        if strange := [key for key, array in flat.items() if array.dtype.kind not in _NUMBERS]:
+            raise TypeError(f"arrays of no numbers cannot be written: {', '.join(strange)}")
         # numpy before 2.2 has no allow_pickle here, and takes it for one more array
         packed = io.BytesIO()
         np.savez_compressed(packed, **cast("dict[str, Any]", flat))
@@ -288,7 +290,8 @@ class Results:
         if not main.is_file():
             raise FileNotFoundError(f"no result file at {main}; give the .json of a run")
         try:
-            document = json.loads(main.read_text("utf-8"), parse_constant=_refuse_constant)
+            text = _read_small(main, _MOST_JSON_BYTES).decode()
+            document = json.loads(text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{main} is not a result file: {error}") from error
         seen = document.get("schema") if isinstance(document, dict) else None
@@ -301,12 +304,13 @@ class Results:
             run, found = _of_type(dict, document, "run"), _of_type(dict, document, "environment")
             created = _of_type(str, document, "created")
             records = [_record(row) for row in _of_type(list, document, "records")]
-            if len({(record.cell, record.metric) for record in records}) < len(records):
-                raise ValueError("a row stands there twice")  # noqa: TRY301
             index = _of_type(dict, document, "arrays")
             cells = [Cell(**cell) for cell in _of_type(list, index, "cells")]
             name, pin = _of_type(str, index, "file"), _of_type(str, index, "sha256")
-        except (KeyError, TypeError, ValueError) as error:
+            for rows in (cells, [(record.cell, record.metric) for record in records]):
+                if len(set(rows)) < len(rows):
+                    raise ValueError("a row stands there twice")  # noqa: TRY301
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{main} is damaged: {error}; run the evaluation again") from error
         return cls(run, records, _load_arrays(main, name, pin, cells), found, created)
 
@@ -346,7 +350,7 @@ def markdown_table(lines: Sequence[Sequence[str]], *, left: Sequence[int] = (0, 
 
 def _require_printable(what: str, name: object) -> None:
     """Line breaks and escapes would forge rows of tables and reach the terminal."""
-    if not isinstance(name, str) or not name.strip() or not name.isprintable():
+    if not isinstance(name, str) or not 0 < len(name.strip()) < 1000 or not name.isprintable():
         raise ValueError(f"{str(name)[:80]!r} cannot be the name of {what}; use printable letters")
 
 
@@ -372,6 +376,12 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in row.items()
     }
+
+
+def _read_small(path: Path, most: int) -> bytes:
+    if (size := path.stat().st_size) > most:
+        raise ValueError(f"{path.name} has {size:,} bytes, a run at most {most:,}")
+    return path.read_bytes()
 
 
 def _refuse_constant(name: str) -> None:
@@ -402,11 +412,12 @@ def _load_arrays(
     main: Path, name: str, pin: str, cells: Sequence[Cell]
 ) -> dict[Cell, dict[str, NDArray[Any]]]:
     # a renamed run keeps its files together: the stem is the JSON's, wherever that was moved
-    beside = [main.with_name(Path(name).name or main.stem), main.with_suffix(".npz")]
-    sidecar = next((path for path in beside if path.is_file()), None)
-    if sidecar is None:
-        raise FileNotFoundError(f"{main} needs {beside[0].name} beside it; copy both")
-    blob = sidecar.read_bytes()
+    there = {path.name for path in main.parent.iterdir()}
+    own = main.with_suffix(".npz").name
+    sidecar = main.with_name(name if name in there else own)
+    if sidecar.name not in there:
+        raise FileNotFoundError(f"{main} needs {own} beside it; copy both")
+    blob = _read_small(sidecar, _MOST_BYTES)
     if (seen := hashlib.sha256(blob).hexdigest()) != pin:
         raise ValueError(
             f"{sidecar} is not the file that {main.name} was written with: its SHA-256 is {seen}, "
@@ -417,15 +428,17 @@ def _load_arrays(
     try:
         with zipfile.ZipFile(io.BytesIO(blob)) as packed:
             size = sum(member.file_size for member in packed.infolist())
-        if size > max(_MOST_BYTES, _MOST_PACKED * len(blob)):
-            raise ValueError(f"{len(blob):,} bytes unpack to {size:,}")
+        if len(blob) + size > _MOST_BYTES:
+            raise ValueError(f"{len(blob):,} bytes unpack to {size:,}; a run takes less")
         with np.load(io.BytesIO(blob), allow_pickle=False) as stored:
             for key in stored.files:
                 place, slash, kind = key.partition("/")
                 if slash:  # numpy before 2.2 wrote its argument allow_pickle as an array
-                    arrays[places[place]][kind] = stored[key]
+                    array = arrays[places[place]][kind] = stored[key]
+                    if not isinstance(array, np.ndarray) or array.dtype.kind not in _NUMBERS:
+                        raise ValueError(f"{key!r} is no array of numbers")
     except (
-        *(zipfile.BadZipFile, zlib.error, EOFError, KeyError, MemoryError),
+        *(zipfile.BadZipFile, zlib.error, EOFError, KeyError, MemoryError, OverflowError),
         *(NotImplementedError, RuntimeError, TypeError, ValueError),
     ) as error:
         raise ValueError(f"{sidecar} is damaged: {error}; run the evaluation again") from error

@@ -1,7 +1,6 @@
 """How sure a figure is: an estimate with its intervals, and paired tests.
 
-Student's and the binomial distribution are scipy's, which comes with the extra `eval` and is
-imported when the first of them is asked for.
+scipy, of the extra `eval`, is imported when first asked for.
 """
 
 from __future__ import annotations
@@ -46,11 +45,9 @@ def estimate(
     level: float = 0.95,
     resampled: NDArray[Any] | None = None,
 ) -> Estimate:
-    """Sum up a figure `[R]` of R folds or draws, and the same on bootstrap samples, `[B]`.
+    """Sum up a figure `[R]` of folds or draws, on all the data (`value`), on B resampled sets.
 
-    Folds share their training pairs and draws share their images, so the repeats are not
-    independent and Student's interval is a little too narrow. `value` is the figure on all the
-    data; None for the mean of the repeats.
+    Folds share their training pairs and draws their images: Student's interval is a bit too narrow.
     """
     figures = np.asarray(repeats, dtype=np.float64)
     if figures.ndim != 1 or not figures.size:
@@ -87,20 +84,14 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> tuple[int, int, float]:
-    """McNemar's exact test on the same pairs `[N]` judged twice, rightly or not.
-
-    Gives the pairs that only the first got right, that only the second did, and the p-value.
-    """
+    """McNemar's exact test of answers `[N]`: how many only one, only the other got right, and p."""
     first, second = (side.astype(bool) for side in _same_shape(correct_a, correct_b))
     only_a, only_b = int((first & ~second).sum()), int((~first & second).sum())
     return only_a, only_b, sign_test(only_a, only_b)
 
 
 def paired_t(a: ArrayLike, b: ArrayLike) -> float:
-    """Student's paired t-test of figures `[R]` in the same draws, two-sided.
-
-    Its p-value is 1 where all draws are equal, and 0 where all differ by the same amount.
-    """
+    """Student's paired t-test of figures `[R]`, two-sided; 0 where all differ by one amount."""
     first, second = _same_shape(a, b)
     if first.size < 2:
         raise ValueError(f"a paired t-test needs two draws or more, got {first.size}")
@@ -139,4 +130,6 @@ def _same_shape(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]
             f"paired tests need two [N] of one length, got {list(first.shape)} and "
             f"{list(second.shape)}"
         )
+    for side in (first, second):
+        require_finite(side, "figure")
     return first, second

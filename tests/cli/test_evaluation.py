@@ -52,6 +52,9 @@ def test_evaluate_from_end_to_end(lfw, networks, command, tmp_path, capsys):
     )
     assert not command("compare", out / "results.json", out / "results.json", "--srnets", "bicubic",
                        "ours")  # fmt: skip
+    told = command("compare", out / "results.json", out / "results.json", "--srnets", "x", "ours")
+    assert "share no cell for x against ours" in told
+    assert told.endswith("Name two SRNets to compare with srnets= or --srnets A B")
     compared = capsys.readouterr().out
     assert compared.count("→ ours") == 6
     assert "McNemar" in compared

@@ -166,6 +166,8 @@ def test_runs_of_any_kind_are_drawn_and_no_file_is_written_twice(circumstances, 
         found = {"scores": np.arange(20.0), "same": np.arange(20) < 9, "thresholds": np.ones(2)}
         cell = Cell("verification", fnet, "bicubic", 7, 6)
         results.add(cell, {"accuracy": estimate([0.5, 0.6])}, found)
+    cell = Cell("verification", fnet, "nothing to draw", 7, 6)
+    results.add(cell, {"accuracy": estimate([0.5])}, {"scores": np.ones(20), "cmc": np.ones(0)})
     files = write_figures(results, tmp_path)
     assert len(files) == len(set(files)) == len([*tmp_path.iterdir()]) == 10
 

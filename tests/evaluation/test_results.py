@@ -1,6 +1,8 @@
 import csv
 import io
 import json
+import os
+import zipfile
 from hashlib import sha256
 
 import numpy as np
@@ -21,6 +23,7 @@ TABLE_1 = {
     "edsr32_256_id": (84.03, 94.73, 95.10, 98.85),
 }
 SIZES = ((7, 6), (14, 12), (16, 16), (28, 24))
+TWICE = [{"task": "verification", "fnet": "f", "srnet": "x", "height": 7, "width": 6}] * 2
 SAME = np.tile(np.repeat([True, False], 300), 10)
 
 
@@ -128,6 +131,15 @@ def change_row(**values):
         (change_row(value=1e999), "it holds Infinity"),
         (change_row(mean=float("nan")), "it holds NaN"),
         (change_row(repeats=True), "'repeats' is 'True', no number"),
+        (change_row(value=10**400), "too large"),
+        (change_row(height=True), "whole rows and columns, got True"),
+        (change_row(task="v" * 9999), "unknown task 'v"),
+        (change_row(fnet="f" * 9999), "cannot be the name of an FNet"),
+        (change(arrays={"cells": [], "file": "a" * 9999, "sha256": ""}), "is not the file"),
+        (
+            lambda document: document | {"arrays": document["arrays"] | {"cells": TWICE}},
+            "a row stands there twice",
+        ),
         (change_row(height=-1), "whole rows and columns, got -1"),
         (change_row(height="7"), "whole rows and columns, got '7'"),
         (change_row(task="verify"), "unknown task 'verify'.*verification"),
@@ -168,6 +180,19 @@ def packed(**arrays):
     return blob.getvalue()
 
 
+def zipped(name, content):
+    blob = io.BytesIO()
+    with zipfile.ZipFile(blob, "w") as archive:
+        archive.writestr(name, content)
+    return blob.getvalue()
+
+
+def claiming(shape):
+    """An array without content whose header claims a shape."""
+    header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    return zipped("0/same.npy", b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header)
+
+
 @pytest.mark.parametrize(
     ("sidecar", "says"),
     [
@@ -177,8 +202,12 @@ def packed(**arrays):
         (packed(**{"-1/same": SAME}), "-1"),
         (packed(**{"0/same": np.array([Owned()], dtype=object)}), "allow_pickle=False"),
         (packed(**{"0/same": np.zeros(1 << 23, dtype=np.uint8)}), r"unpack to 8,388,\d+"),
+        (packed(**{"0/same": np.array(["yes"])}), "'0/same' is no array of numbers"),
+        (zipped("0/same.npy", "no array"), "'0/same' is no array of numbers"),
+        (zipped("0/s\x1b[2J.npy", "no array"), r"'0/s\\x1b\[2J' is no array of numbers"),
+        (claiming(f"({10**12},)"), ""),
+        (claiming(f"({10**30},)"), ""),
     ],
-    ids=["empty", "no archive", "no such cell", "no cell", "code", "bomb"],
 )
 def test_hostile_arrays_are_refused(saved, monkeypatch, sidecar, says):
     monkeypatch.setattr(results_module, "_MOST_BYTES", 1 << 20)
@@ -193,6 +222,11 @@ def test_hostile_arrays_are_refused(saved, monkeypatch, sidecar, says):
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"needs run\.npz beside it"):
         Results.load(main)
+    for large in (file, main):
+        large.touch()
+        os.truncate(large, 1 << 33)  # holds nothing, but claims to
+        with pytest.raises(ValueError, match=rf"{large.name} has 8,589,934,592 bytes, a run at m"):
+            Results.load(main)
 
 
 def test_arrays_of_older_numpy_are_read(saved):
@@ -370,6 +404,10 @@ def test_other_pairs_are_refused():
         compare(first, second, srnets=("bilinear", "x"))
     for arrays in second.arrays.values():
         arrays["same"] = SAME
+        arrays["correct"] = arrays["correct"][:5]
+    with pytest.raises(ValueError, match="'correct' and 'same' hold different numbers of pairs"):
+        compare(second, second)
+    for arrays in second.arrays.values():
         del arrays["correct"]
     with pytest.raises(ValueError, match=r"holds no 'correct' for .*, but same, scores; evaluate"):
         compare(first, second)

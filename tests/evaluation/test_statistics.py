@@ -54,3 +54,5 @@ def test_paired_t_equals_scipy():
     assert (paired_t(a, a), paired_t(a, a + 0.1)) == (1, 0)
     with pytest.raises(ValueError, match="two draws"):
         paired_t([0.1], [0.2])
+    with pytest.raises(ValueError, match=r"figure \[1\] is nan"):
+        paired_t([0.1, np.nan], [0.2, 0.3])
