@@ -405,6 +405,8 @@ def fold_batch_norm(net: nn.Module, input_size: tuple[int, int, int]) -> nn.Modu
             owner, _, child = names[old].rpartition(".")
             setattr(twin.get_submodule(owner), child, new)
     expected, got = net(image), twin(image)
+    if not isinstance(expected, Tensor):
+        return net  # FaceEncoder says what it needs
     error = torch.linalg.vector_norm(got - expected) / torch.linalg.vector_norm(expected)
     return twin if error <= _FOLD_TOLERANCE else net
 

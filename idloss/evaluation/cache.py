@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,8 @@ SHARD_BYTES = 256 * 2**20
 class EmbeddingCache:
     """Embeddings by the way they were made (a key) and by face (a digest); a context manager.
 
-    They are kept in a folder, made when something is, or for one run (None). What cannot be
-    written there goes to a temporary folder: a cache that is full or read-only costs nobody a run.
+    They are kept in a folder or for one run (None). What cannot be written there goes to a
+    temporary folder: a cache that is full or read-only costs nobody a run.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -74,8 +74,8 @@ class EmbeddingCache:
             except OSError as error:
                 warnings.warn(
                     f"embeddings cannot be kept in {self._lasting}: {error.strerror}; the run "
-                    "goes on without. To keep them, name another folder with cache=FOLDER "
-                    "(--cache-folder FOLDER)",
+                    "goes on without. To keep them, name another folder with cache= or "
+                    "--cache-folder",
                     stacklevel=2,
                 )
                 self._lasting = None
@@ -87,14 +87,11 @@ class EmbeddingCache:
         except OSError as error:
             raise OSError(
                 f"no room for embeddings in {tempfile.gettempdir()}: {error.strerror}; set TMPDIR "
-                "to a folder with more, or name one with cache=FOLDER (--cache-folder FOLDER)"
+                "to a folder with more, or name one with cache= or --cache-folder"
             ) from error
 
     def load(self, key: str, faces: Sequence[bytes | None]) -> Embeddings:
-        """Embeddings `[len(faces), D]` of faces by digest, zero where that is None.
-
-        Raises `OSError` where one is missing: somebody emptied the folder meanwhile.
-        """
+        """Embeddings `[len(faces), D]` of faces by digest, zero where that is None."""
         places: dict[bytes, list[int]] = {}
         for place, face in enumerate(faces):
             if face is not None:
@@ -107,7 +104,7 @@ class EmbeddingCache:
                 for place in places.pop(face, ()):
                     found[place] = row
         if places or found is None:
-            raise OSError(
+            raise OSError(  # somebody emptied the folder meanwhile
                 f"{len(places)} embeddings vanished from {self._folders[0] / key} while they were "
                 "in use; run again"
             )
@@ -122,11 +119,13 @@ class EmbeddingCache:
                 except FileNotFoundError:
                     continue
                 except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-                    warnings.warn(
-                        f"{path} is damaged ({error}); what it held is computed anew", stacklevel=2
-                    )
-                    with suppress(OSError):
-                        path.unlink()
+                    closed = isinstance(error, OSError)  # somebody else's: it stays
+                    state = "cannot be read" if closed else "is damaged"
+                    told = f"{path} {state} ({error}); what it held is computed anew"
+                    warnings.warn(told, stacklevel=2)
+                    if not closed:
+                        with suppress(OSError):
+                            path.unlink()
                     continue
                 width = rows.shape[1]
                 yield faces, rows
@@ -147,8 +146,8 @@ def _read(path: Path, width: int | None) -> tuple[list[bytes], Embeddings]:
         raise ValueError("its content is not what its name says")
     held = safetensors.numpy.load(content)
     faces, rows = held["faces"], held["rows"]
-    wanted = (len(rows), width or rows.shape[-1])
-    if rows.dtype != np.float32 or rows.shape != wanted or faces.shape != (len(rows), 32):
+    whole = rows.dtype == np.float32 and rows.ndim == 2 and faces.shape == (len(rows), 32)
+    if not whole or rows.shape[1] != (width or rows.shape[1]) or not np.isfinite(rows).all():
         raise ValueError(f"faces {faces.shape} and rows {rows.shape} do not belong together")
     return [face.tobytes() for face in faces], rows
 
@@ -176,12 +175,13 @@ def digest_weights(net: nn.Module) -> str:
 def digest_network(net: nn.Module, shape: tuple[int, int, int] | None = None) -> str | None:
     """SHA-256 of what a network computes: its modules, settings, code, weights, and an answer.
 
-    None where it cannot be told from another, for it gives different answers to one batch, or none;
-    what it made must not be kept. The answer is to a batch of noise, `[2, *shape]` or of the
-    network's own input size, and stands for all that the rest does not see: weights outside
-    parameters (quantised ones, a session of another runtime, an attribute that is a function) and
-    functions that are called from elsewhere. Plain attributes count, because `repr` leaves out the
-    likes of a residual's factor; so does the source of classes that are not torch's.
+    None where it cannot be told from another, for its answer to one batch is not always the same,
+    not finite, the same for two images, or none; what it made must not be kept. The answer is to
+    noise, `[2, *shape]` or of the network's own input size, and stands for all that the rest does
+    not see: weights outside parameters (quantised ones, a session of another runtime, an attribute
+    that is a function) and functions that are called from elsewhere. Plain attributes count,
+    because `repr` leaves out the likes of a residual's factor; so does the source of classes that
+    are not torch's.
     """
     answer = _answer(net, shape)
     if answer is None:
@@ -192,53 +192,59 @@ def digest_network(net: nn.Module, shape: tuple[int, int, int] | None = None) ->
         [cfg.get(key) for key in ("input_size", "mean", "std")],
         crop and get_template(crop),
     ]
-    sources: dict[type, str] = {}
     for name, module in net.named_modules():
-        kind = type(module)
-        if kind not in sources:
-            sources[kind] = _source(kind)
-            parts.append(sources[kind])
         settings = {k: v for k, v in vars(module).items() if k != "training" and _is_plain(v)}
-        parts.append((name, kind.__qualname__, sorted(settings.items()), module.extra_repr()))
+        kind = type(module)
+        parts += [name, kind.__qualname__, sorted(settings.items()), module.extra_repr()]
+        if kind.__module__.partition(".")[0] != "torch":
+            with suppress(OSError, TypeError):  # typed into an interpreter, or compiled
+                parts.append(inspect.getsource(kind))
     return digest(*parts, digest_weights(net), answer)
 
 
-@torch.no_grad()
+@contextmanager
+def as_tested(*nets: nn.Module) -> Iterator[None]:
+    """Networks in eval mode, without gradients and TF32; afterwards as before.
+
+    TF32 keeps 10 bits: answers would depend on the device in the third digit.
+    """
+    cudnn = torch.backends.cudnn  # whose flags() turns it off if not told otherwise
+    # a frozen ScriptModule's parts have no mode
+    modules = (module for net in nets for module in net.modules() if hasattr(module, "training"))
+    modes = {module: module.training for module in modules}
+    try:
+        for net in nets:
+            with suppress(NotImplementedError):  # exported programs are in eval mode for ever
+                net.eval()
+        # not inference mode: what a network keeps is to serve training again
+        with torch.no_grad(), cudnn.flags(cudnn.enabled, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def _answer(net: nn.Module, shape: tuple[int, int, int] | None) -> str | None:
-    """What a network gives for noise, hashed; None where that is not the same twice."""
+    """What a network gives for noise, hashed; None where that tells it from no other."""
     cfg = getattr(net, "pretrained_cfg", None) or {}
     reference = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0))
     size = shape or cfg.get("input_size", (3, 16, 16))
     noise = torch.rand(2, *size, generator=torch.Generator().manual_seed(0)).to(reference)
-    modes = {one: one.training for one in net.modules() if hasattr(one, "training")}
-    answers: set[str] = set()
+    devices = [reference.get_device()] if reference.is_cuda else []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more would add up in another order, and differ in the last digits
     try:
-        with (
-            torch.random.fork_rng([reference.get_device()] if reference.is_cuda else []),
-            torch.backends.cudnn.flags(deterministic=True, allow_tf32=False),
-        ):
-            net.eval()
-            for _ in range(2):
-                given: Tensor = net(noise)
-                values = given.float().cpu().numpy().tobytes()
-                answers.add(digest(given.shape, given.dtype, values))
+        with as_tested(net), torch.random.fork_rng(devices):
+            given: Tensor = net(noise)
+            values, again = (one.float().cpu().numpy() for one in (given, net(noise)))
     except Exception:  # whatever a network of somebody else's raises
         return None
     finally:
         torch.set_num_threads(threads)
-        for module, mode in modes.items():
-            module.training = mode
-    return answers.pop() if len(answers) == 1 else None
-
-
-def _source(kind: type) -> str:
-    if kind.__module__.partition(".")[0] == "torch":
-        return ""
-    with suppress(OSError, TypeError):  # typed into an interpreter, or compiled
-        return inspect.getsource(kind)
-    return ""
+    telling = np.isfinite(values).all() and not np.array_equal(*values)
+    if not telling or not np.array_equal(values, again):
+        return None
+    return digest(given.shape, given.dtype, values.tobytes())
 
 
 def _is_plain(value: Any) -> bool:

@@ -31,6 +31,7 @@ from idloss.evaluation.cache import (
     ONCE,
     EmbeddingCache,
     Embeddings,
+    as_tested,
     digest,
     digest_network,
     digest_software,
@@ -39,7 +40,7 @@ from idloss.evaluation.protocols import Protocol
 from idloss.evaluation.results import HR, Cell
 from idloss.geometry import Template, convert_crop, get_template
 from idloss.registry import create_fnet
-from idloss.resample import Size, resize, to_float, to_uint8
+from idloss.resample import ImageWatch, Size, resize, to_float, to_uint8
 from idloss.srnets import Interpolation
 
 SR_CROP = "sphereface"
@@ -61,11 +62,7 @@ _Rows = tuple[str, list[bytes], Embeddings]  # key, digests of N faces, `[N, D]`
 
 
 def prepare_probe(crops: Tensor, size: Sequence[int], protocol: Protocol) -> Tensor:
-    """Degrade HR crops to LR probes, uint8 `[B, 3, H, W]` to uint8 `[B, 3, *size]`.
-
-    A probe is mirrored after this step, not before: the paper's flipped view is the mirrored LR
-    image, super-resolved on its own.
-    """
+    """Degrade HR crops to LR probes, uint8 `[B, 3, H, W]` to uint8 `[B, 3, *size]`."""
     if crops.dtype != torch.uint8:
         raise TypeError(
             f"crops must be uint8, got {crops.dtype}: protocols resample 8-bit images, turn float "
@@ -74,7 +71,9 @@ def prepare_probe(crops: Tensor, size: Sequence[int], protocol: Protocol) -> Ten
     return resize(crops, size, mode=protocol.down_mode, convention=protocol.convention)
 
 
-def show_probe(srnet: nn.Module, probes: Tensor, protocol: Protocol) -> Tensor:
+def show_probe(
+    srnet: nn.Module, probes: Tensor, protocol: Protocol, watch: ImageWatch | None = None
+) -> Tensor:
     """What the FNet is shown of LR probes: uint8 `[B, 3, h, w]` to RGB `[B, 3, 112, 96]` in [0, 1].
 
     An `Interpolation` enlarges 8-bit images in one step: the rows `bilinear` (the paper's
@@ -83,18 +82,28 @@ def show_probe(srnet: nn.Module, probes: Tensor, protocol: Protocol) -> Tensor:
     size = get_template(SR_CROP).size
     if isinstance(srnet, Interpolation):
         return to_float(resize(probes, size, mode=srnet.mode, convention=protocol.convention))
-    images = to_float(probes)
+    images = to_float(probes).to(next((p.dtype for p in srnet.parameters()), None))
     if not images.is_cuda:  # a tenth quicker for EDSR on a CPU; not so on a GPU without TF32
         images = images.contiguous(memory_format=torch.channels_last)
-    return to_fnet_input(srnet(images), size, protocol)
+    sr = srnet(images)
+    if not isinstance(sr, Tensor) or sr.ndim != 4 or sr.shape[:2] != images.shape[:2]:
+        gave = list(sr.shape) if isinstance(sr, Tensor) else f"a {type(sr).__name__}"
+        raise TypeError(
+            f"{type(srnet).__name__} gave {gave} for {len(images)} images; wrap it so that forward "
+            "gives images [B, 3, H, W] alone"
+        )
+    name = f"SR of {type(srnet).__name__}"
+    if watch and "spans" in (seen := watch.complaint(sr, name) or ""):
+        told = f"{seen.partition(' and value_range')[0]}, not [0, 1]: rescale it in forward"
+        warnings.warn(told, stacklevel=2)
+    return to_fnet_input(sr.float(), size, protocol)
 
 
 def to_fnet_input(sr: Tensor, size: Sequence[int], protocol: Protocol) -> Tensor:
     """Bring SR `[B, 3, h, w]` in [0, 1] to the FNet's crop size as the protocol does at test.
 
-    In `paper` and `sphereface`, SR of the right size passes untouched; other sizes are cut down to
-    8 bits (`floor(255 x)`, not rounded) and enlarged with 8-bit bicubic. The released code lets
-    values outside the range wrap round, which its tanh keeps from happening; here they are clamped.
+    The paper's code lets values outside the range wrap round, which its tanh keeps from happening;
+    here they are clamped.
     """
     if protocol.keep_exact_size and tuple(sr.shape[-2:]) == tuple(size):
         return sr
@@ -105,9 +114,8 @@ def to_fnet_input(sr: Tensor, size: Sequence[int], protocol: Protocol) -> Tensor
 def fuse_views(embeddings: Tensor, protocol: Protocol) -> Tensor:
     """One embedding, `[B, 2 D]` or `[B, D]`, of crops and then their mirror images, `[2 B, D]`."""
     straight, mirrored = embeddings.chunk(2)
-    if protocol.flip == "concat":
-        return torch.cat((straight, mirrored), dim=1)
-    return straight + mirrored
+    joined = torch.cat((straight, mirrored), dim=1)
+    return joined if protocol.flip == "concat" else straight + mirrored
 
 
 def cut(canvas: Tensor, crop: str, wanted: str | Template) -> Tensor:
@@ -125,6 +133,7 @@ class Networks:
     protocol: Protocol
     device: torch.device
     encoders: dict[tuple[str, str], FaceEncoder] = field(default_factory=dict)
+    watch: ImageWatch = field(default_factory=ImageWatch)
 
     def __post_init__(self) -> None:
         for name, fnet in self.fnets.items():
@@ -138,10 +147,7 @@ class Networks:
             self.encoders[name, "hr"].crop = encoder.fnet_crop or encoder.crop
 
     def copies(self, count: int) -> list[Networks]:
-        """A set for each thread over the same weights; one alone where a network has no copy.
-
-        A network that keeps something between its layers is not disturbed by another thread.
-        """
+        """A set for each thread over the same weights; one alone where a network has no copy."""
         nets = (*self.srnets.values(), *(encoder.fnet for encoder in self.encoders.values()))
         shared = {id(one): one for net in nets for one in (*net.parameters(), *net.buffers())}
         copies = [self]
@@ -167,8 +173,9 @@ class Networks:
 
     def show(self, srnet: str, probes: Tensor) -> Tensor:
         """What FNets are shown of LR probes and of their mirror images, `[2 B, 3, 112, 96]`."""
+        # the paper's flipped view is the mirrored LR image, super-resolved on its own
         views = torch.cat((probes, probes.flip(-1)))
-        return show_probe(self.srnets[srnet], views, self.protocol)
+        return show_probe(self.srnets[srnet], views, self.protocol, self.watch)
 
 
 @contextmanager
@@ -178,24 +185,14 @@ def ready(
     protocol: Protocol,
     device: torch.device,
 ) -> Iterator[Networks]:
-    """Networks on their device in eval mode, without gradients and TF32; afterwards as before.
-
-    They stay on the device. TF32 keeps 10 bits: answers would depend on the device in the third
-    digit.
-    """
+    """Networks on their device, where they stay, otherwise afterwards as before."""
     fnets = {name: create_fnet(net) for name, net in fnets.items()}
-    nets = (*fnets.values(), *srnets.values())
-    modes = {module: module.training for net in nets for module in net.modules()}
+    nets = [net.to(device) for net in (*fnets.values(), *srnets.values())]
     learning = [one for net in nets for one in net.parameters() if one.requires_grad]
     try:
-        for net in nets:
-            net.to(device).eval()
-        # not inference mode: what a network keeps is to serve training again
-        with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        with as_tested(*nets):
             yield Networks(fnets, dict(srnets), protocol, device)
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for parameter in learning:
             parameter.requires_grad = True
 
@@ -217,7 +214,7 @@ def cell_keys(networks: Networks, cells: Iterable[Cell]) -> dict[Cell, str]:
         if found is None:
             warnings.warn(
                 f"embeddings made with {name!r} are not kept: it cannot be told from another "
-                "network, for it gives different answers to the same batch, or none",
+                "network by its answer to a batch of noise",
                 stacklevel=2,
             )
         return found or f"{ONCE}{uuid.uuid4().hex}"
@@ -226,8 +223,7 @@ def cell_keys(networks: Networks, cells: Iterable[Cell]) -> dict[Cell, str]:
     for cell in cells:
         parts = [identity(cell.fnet)]
         if cell.srnet != HR:
-            size = (cell.height, cell.width)
-            parts += [identity(cell.srnet, size), repr(size)]
+            parts += [identity(cell.srnet, (cell.height, cell.width)), cell.size]
         once = ONCE if any(part.startswith(ONCE) for part in parts) else ""
         keys[cell] = once + digest(*shared, *parts)
     return keys
@@ -265,11 +261,7 @@ class EmbeddedGrid:
         return digest(*((place, self._digests[place]) for place in known))
 
     def fill(self) -> None:
-        """Embed what the cache lacks.
-
-        Raises `DataError` naming each photo that cannot be read or aligned, unless `skip_missing`,
-        and `ValueError` where an FNet gives embeddings that are not finite.
-        """
+        """Embed what the cache lacks; `DataError` names what cannot be read or aligned."""
         self._keys = cell_keys(self.networks, self.wanted)
         everything = torch.cat([*self.wanted.values()]).unique().tolist()
         for place in self._bar(everything, desc="hashing"):
@@ -278,13 +270,15 @@ class EmbeddedGrid:
             except DataError as error:  # noqa: PERF203 -- each file may be missing
                 self.faults[place] = error.faults[0]
         skip_or_raise(self.faults.values(), skip_missing=self.skip_missing)
-        for key in dict.fromkeys(self._keys.values()):
-            cells = [cell for cell in self.wanted if self._keys[cell] == key]
-            known = self.cache.known(key)
-            new: dict[bytes, int] = {}  # each content once
-            for place in torch.cat([self.wanted[cell] for cell in cells]).unique().tolist():
-                if place in self._digests and self._digests[place] not in known:
-                    new.setdefault(self._digests[place], place)
+        cells_of: dict[str, list[Cell]] = {}
+        for cell, key in self._keys.items():
+            cells_of.setdefault(key, []).append(cell)
+        for key, cells in cells_of.items():
+            places = torch.cat([self.wanted[cell] for cell in cells]).unique().tolist()
+            able = [place for place in reversed(places) if place in self._digests]
+            new = {self._digests[place]: place for place in able}  # each content once
+            for known in self.cache.known(key):
+                new.pop(known, None)
             if new:
                 self._missing[cells[0]] = torch.zeros(len(self.faces), dtype=torch.bool)
                 self._missing[cells[0]][[*new.values()]] = True
@@ -318,6 +312,9 @@ class EmbeddedGrid:
         def work(part: Tensor) -> tuple[int, dict[int, Fault], list[_Rows]]:
             faults: dict[int, Fault] = {}
             crops = self.faces.crops_at(part, self.faces.crop or CANVAS, faults=faults)
+            for place in part.tolist():  # hashed before: what is kept must be of that content
+                if place not in faults and self.faces.digest(place) != self._digests[place]:
+                    faults[place] = Fault(self.faces.names[place], "changed while it was read")
             # once stopped, faces are only read, to name all faults at once
             self._stopped |= bool(faults) and not self.skip_missing
             good = torch.tensor([place not in faults for place in part.tolist()])

@@ -41,6 +41,10 @@ DAMAGES = {
     "a bit": flip_a_bit,
     "claims much": lambda shard: put_beside(shard, len(HUGE).to_bytes(8, "little") + HUGE),
     "other rows": lambda shard: put_beside(shard, save(OTHER)),
+    "no rows": lambda shard: put_beside(shard, save({**OTHER, "rows": np.zeros((), np.float32)})),
+    "not finite": lambda shard: put_beside(
+        shard, save({**OTHER, "rows": np.full((2, 16), np.nan, "f4")})
+    ),
     "grown": lambda shard: os.truncate(shard, 300 * 2**20),
 }
 
@@ -53,6 +57,14 @@ def test_damaged_and_hostile_shards_are_named_and_made_anew(data, fnet, home, da
         again = run(data, {"f": fnet}, {})
     np.testing.assert_array_equal(scores(again, *FULL), scores(whole, *FULL))
     np.testing.assert_array_equal(scores(run(data, {"f": fnet}, {}), *FULL), scores(whole, *FULL))
+
+
+def test_shard_that_cannot_be_read_stays(tmp_path):
+    """Another user's, whom the folder is shared with."""
+    (tmp_path / "key" / "closed.safetensors").mkdir(parents=True)
+    with pytest.warns(UserWarning, match=r"closed\.safetensors cannot be read \(.*Is a directory"):
+        assert not EmbeddingCache(tmp_path).known("key")
+    assert (tmp_path / "key" / "closed.safetensors").exists()
 
 
 def test_two_writers_at_once(tmp_path):
@@ -184,7 +196,21 @@ class Refusing(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("kind", [Noisy, Refusing])
+class NotFinite(nn.Module):
+    """Knows faces only, and has its weights where torch does not look."""
+
+    def forward(self, x):
+        return torch.where(x.std() > 0.28, torch.nan, x)
+
+
+class Deaf(nn.Module):
+    """The same answer to whatever it is shown that is no face."""
+
+    def forward(self, x):
+        return torch.where(x.std() > 0.28, 0.0, x)
+
+
+@pytest.mark.parametrize("kind", [Noisy, Refusing, NotFinite, Deaf])
 def test_what_cannot_be_told_apart_is_not_kept(kind, data, fnet, home):
     stream = torch.get_rng_state()
     assert digest_network(kind()) is None

@@ -106,6 +106,15 @@ def test_probes_are_8_bit():
         to_fnet_input(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), (4, 4), PAPER)
 
 
+def test_networks_run_on_cudnn_without_tf32(data, fnet):
+    seen = []
+    fnet.register_forward_hook(
+        lambda *_: seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
+    )
+    run(data, {"f": fnet}, {}, cache=False)
+    assert set(seen) == {(True, False)}
+
+
 def test_one_network_that_keeps_its_input_is_not_mixed_up(data, fnet, threads):
     class Forgetful(nn.Module):
         """Keeps what it is given, as some samplers do, and takes its time."""
@@ -169,6 +178,60 @@ def test_live_networks_are_judged_and_left_as_they_were(make, data, fnet, thread
     assert_live(net, before)
     net(torch.rand(2, 3, 8, 8, requires_grad=True)).sum().backward()
     assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+def exported(net):
+    free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    return torch.export.export(net, (torch.rand(4, 3, 14, 12),), dynamic_shapes=[free]).module()
+
+
+@pytest.mark.parametrize("become", [exported, torch.jit.script, nn.Module.double, nn.DataParallel])
+def test_srnets_of_other_kinds_give_what_the_plain_one_does(become, data, fnet):
+    plain = TinySRNet().eval()
+    expected = run(data, {"f": fnet}, {"n": plain}, cache=False)
+    found = run(data, {"f": fnet}, {"n": become(plain)}, cache=False)
+    for size in SIZES:
+        one, two = (scores(which, "f", "n", size) for which in (expected, found))
+        np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+class Odd(nn.Module):
+    """Gives whatever a function makes of its images."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, x):
+        return self.change(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda x: (x,), r"Odd gave a tuple for \d+ images; wrap it"),
+        (lambda x: {"sr": x}, "Odd gave a dict"),
+        (lambda x: x[:, :1], r"Odd gave \[\d+, 1, 14, 12\]"),
+        (lambda x: x * 2 - 1, r"SR of Odd spans \[-\d.*\], not \[0, 1\]: rescale it in forward"),
+        (lambda x: x * 255, r"SR of Odd spans \["),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:embeddings made with:UserWarning")
+def test_srnets_that_give_no_rgb_in_0_1_are_told(change, says, data, fnet):
+    if says.startswith("SR"):
+        with pytest.warns(UserWarning, match=says):
+            run(data, {"f": fnet}, {"n": Odd(change)}, cache=False)
+    else:
+        with pytest.raises(TypeError, match=says):
+            run(data, {"f": fnet}, {"n": Odd(change)}, cache=False)
+
+
+@pytest.mark.filterwarnings("ignore:embeddings made with:UserWarning")
+def test_fnets_that_give_no_embeddings_are_told(data):
+    fnet = tiny_fnet(size=(112, 96))
+    fnet.register_forward_hook(lambda module, images, output: {"embedding": output})
+    with pytest.raises(ValueError, match=r"TinyFNet gave .*embedding.* wrap it"):
+        run(data, {"f": fnet}, {}, cache=False)
 
 
 @pytest.mark.filterwarnings("ignore:.* cannot be copied:UserWarning")

@@ -193,7 +193,21 @@ def test_changed_face_is_embedded_anew(data, fnet, calls):
     seen = len(calls)
     run(changed, {"f": fnet}, {})  # telling what the network is, and folding batch norm
     assert 2 * seen - len(calls) == 1  # both views in one batch
-    assert found.run["data"]["content"]
+    with pytest.raises(ValueError, match=r"data sets of the runs differ.*: content"):
+        compare(run(data, {"f": fnet}, {}), found)
+
+
+def test_face_that_changes_during_the_run_is_not_kept(data, fnet, home):
+    class Replaced(type(data.faces)):
+        def crops_at(self, indices, crop=None, *, faults=None):
+            self.crops[1] = 255 - self.crops[1]
+            return super().crops_at(indices, crop)
+
+    about = {**vars(data.faces), "crops": data.faces.crops.clone()}
+    changed = replace(data, faces=Replaced(**about))
+    with pytest.raises(DataError, match="0/1: changed while it was read"):
+        run(changed, {"f": fnet}, {}, batch_size=64)
+    assert not [*home.rglob("*.safetensors")]
 
 
 def test_unreadable_faces_are_counted_named_and_skipped_only_when_asked(data, fnet, srnets):
@@ -220,6 +234,7 @@ def test_unreadable_faces_are_counted_named_and_skipped_only_when_asked(data, fn
     )
 
 
+@pytest.mark.filterwarnings("ignore:embeddings made with:UserWarning")
 def test_embedding_that_is_not_finite_names_the_face(data, fnet):
     with torch.no_grad():
         fnet.head.bias[0] = float("nan")
