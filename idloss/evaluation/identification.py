@@ -27,10 +27,8 @@ FPIR_TARGETS = (1e-1, 1e-2, 1e-3)
 # QMUL-SurvFace reports TPIR within rank 20 at these rates (Cheng, Zhu, Gong 2018, section 5).
 SURVFACE_FPIR_TARGETS = (0.3, 0.2, 0.1, 0.01)
 TPIR_RANKS = (1, 20)
-# PyTorch, not FAISS: in the same memory FAISS's exact search takes as long, and three times as long
-# for few probes; with memory as it likes it saves a fifth (examples/benchmarks sets them side by
-# side). A block of 512-d embeddings and its scores stays about in a core's share of the cache;
-# larger blocks were slower.
+# PyTorch, not FAISS, whose exact search takes as long in the same memory. A block of 512-d
+# embeddings and its scores stays about in a core's share of the cache; larger ones were slower.
 BLOCK_BYTES = 16 * 2**20
 # Matrix products run a third faster on whole vector registers of columns.
 _ALIGNED_ROWS = 64
@@ -92,27 +90,20 @@ class Identification:
 
     cmc: Floats  # [draws, R], share of probes found among the first r
     draws: GalleryDraws
-    n_probes: int
 
     @property
     def rank1(self) -> Floats:
         """Rank-1 rate of each draw, `[draws]`."""
         return self.cmc[:, 0]
 
-    def summarise(self, ranks: Sequence[int] = (1, 5, 10)) -> dict[str, Estimate]:
+    def summarise(self) -> dict[str, Estimate]:
         """Rates named `rank1` and the like, at those of the ranks that the curve reaches."""
-        within = [rank for rank in ranks if rank <= self.cmc.shape[1]]
+        within = [rank for rank in (1, 5, 10) if rank <= self.cmc.shape[1]]
         return {f"rank{rank}": estimate(self.cmc[:, rank - 1]) for rank in within}
 
 
 def identify(
-    gallery: Array,
-    probes: Array,
-    subjects: ArrayLike,
-    *,
-    draws: int = DRAWS,
-    seed: int = 0,
-    max_rank: int = MAX_RANK,
+    gallery: Array, probes: Array, subjects: ArrayLike, *, draws: int = DRAWS, seed: int = 0
 ) -> Identification:
     """Rank-1 and CMC of images `[N, D]`, as gallery and as probes, after the paper's Table 2.
 
@@ -130,22 +121,19 @@ def identify(
         # every other subject that scores as high counts: one embedding for all gets no rank 1
         rank = torch.count_nonzero(scores >= own, dim=1).numpy()[is_probe[draw, part]]
         counts[draw] += np.bincount(rank, minlength=n_subjects + 1)
-    cmc = counts.cumsum(1)[:, 1 : max_rank + 1] / counts.sum(1, keepdims=True)
-    return Identification(cmc, drawn, len(searched) - n_subjects)
+    cmc = counts.cumsum(1)[:, 1 : MAX_RANK + 1] / counts.sum(1, keepdims=True)
+    return Identification(cmc, drawn)
 
 
 @dataclass(frozen=True)
 class OpenSet:
-    """Open-set identification over several draws of who is enrolled.
-
-    No FPIR below one over `n_non_mated` can be measured: there nobody is let in falsely.
-    """
+    """Open-set identification over several draws of who is enrolled."""
 
     fpir: Floats  # [T], aimed at
     tpir: Floats  # [draws, T]
     thresholds: Floats  # [draws, T], to be exceeded
     n_mated: Ints  # [draws]
-    n_non_mated: Ints  # [draws]
+    n_non_mated: Ints  # [draws]; no FPIR below one over it can be measured
 
     def summarise(self) -> dict[str, Estimate]:
         """TPIR at each FPIR, named `tpir@fpir=0.01` and the like."""
@@ -255,8 +243,7 @@ def found_within(
     """Whether each probe's person is among the first r of a set's own gallery, `[P, R]`."""
     matches = search(gallery, probes, min(MAX_RANK, len(gallery)))
     right = gallery_labels[matches.places.numpy()] == labels[:, None]
-    within: Bools = np.maximum.accumulate(right, axis=1)
-    return within
+    return np.asarray(np.maximum.accumulate(right, axis=1))
 
 
 def closed_set(within: Bools, *, seed: int = 0) -> tuple[dict[str, Estimate], Floats]:
@@ -278,8 +265,8 @@ def open_set(
     """TPIR at FPIR: how many of the enrolled people are found when strangers are turned away.
 
     A mated probe counts where an image of its person is among the first r of the gallery and its
-    score exceeds the threshold that no more than the wanted share of strangers exceed. Gives rates
-    by name, and whether each mated probe counts at the first of them and rank 1, `[P]`.
+    score exceeds what no more than the wanted share of strangers do. Gives rates by name, and
+    whether each mated probe counts at the first of them and rank 1, `[P]`.
     """
     best = search(gallery, strangers, 1).scores[:, 0].numpy()
     thresholds = {target: rejecting_threshold(best, target) for target in SURVFACE_FPIR_TARGETS}

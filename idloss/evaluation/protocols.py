@@ -16,14 +16,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from idloss.errors import did_you_mean
-from idloss.evaluation.verification import (
-    PAPER_RULE,
-    SPHEREFACE_RULE,
-    STANDARD_RULE,
-    ThresholdRule,
-)
-from idloss.plugins import load_plugins
+from idloss.evaluation.verification import PAPER_RULE, SPHEREFACE_RULE, STANDARD_RULE, ThresholdRule
+from idloss.plugins import Registry
 from idloss.resample import Convention, Mode, Rounding
 
 
@@ -93,7 +87,7 @@ _STANDARD = replace(
     source="github.com/deepinsight/insightface at 166d74309f060d23d002dc60308bbf870d0ab753",
 )
 
-PROTOCOLS = {protocol.name: protocol for protocol in (_PAPER, _SPHEREFACE, _STANDARD)}
+PROTOCOLS = Registry("protocol", paper=_PAPER, sphereface=_SPHEREFACE, standard=_STANDARD)
 """All protocols by name; `register_protocol` adds to them."""
 
 
@@ -109,11 +103,7 @@ def register_protocol(protocol: Protocol) -> Protocol:
     Raises:
         ValueError: There is another one of that name.
     """
-    if PROTOCOLS.setdefault(protocol.name, protocol) != protocol:
-        raise ValueError(
-            f"there is another protocol {protocol.name!r} already; name yours otherwise, such as "
-            f"'my_{protocol.name}'"
-        )
+    PROTOCOLS.register(protocol.name, protocol)
     return protocol
 
 
@@ -130,9 +120,4 @@ def get_protocol(name: str | Protocol) -> Protocol:
     Raises:
         ValueError: There is none of that name.
     """
-    if isinstance(name, Protocol):
-        return name
-    load_plugins()
-    if name not in PROTOCOLS:
-        raise ValueError(did_you_mean("protocol", name, PROTOCOLS))
-    return PROTOCOLS[name]
+    return name if isinstance(name, Protocol) else PROTOCOLS.find(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from idloss.data import EvaluationSet, Pairs
 from idloss.encoder import resolve_device
 from idloss.errors import did_you_mean
-from idloss.evaluation.cache import EmbeddingCache, Embeddings, digest_weights
+from idloss.evaluation.cache import EmbeddingCache, Embeddings, digest, digest_weights
 from idloss.evaluation.embedding import SR_CROP, EmbeddedGrid, ready
 from idloss.evaluation.identification import (
     DRAWS,
@@ -179,18 +178,10 @@ def _describe_network(net: nn.Module) -> dict[str, Any]:
 
 def _digest_list(data: EvaluationSet) -> str:
     """SHA-256 of what is compared with what: names of the faces, pairs, gallery and probes."""
-    digest = hashlib.sha256("\n".join(data.faces.names).encode(errors="surrogateescape"))
-    columns: list[Tensor] = []
+    columns = [data.faces.labels, data.gallery, *data.probes.values()]
     if data.pairs is not None:
         columns += [data.pairs.first, data.pairs.second, data.pairs.same, data.pairs.fold]
-    if data.faces.labels is not None:
-        columns.append(data.faces.labels)
-    if data.gallery is not None:
-        columns += [data.gallery, *data.probes.values()]
-    for column in columns:
-        digest.update(len(column).to_bytes(8, "little"))
-        digest.update(column.long().numpy().tobytes())
-    return digest.hexdigest()
+    return digest(data.faces.names, *(None if one is None else one.tolist() for one in columns))
 
 
 @dataclass(frozen=True)

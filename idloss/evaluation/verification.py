@@ -38,12 +38,9 @@ class ThresholdRule:
     measure: Measure
     grid: Callable[[], Floats]  # candidate thresholds, rising
     pick: Literal["first", "last", "mean"]  # which of the equally good ones
-    same: Literal["above", "below"] = (
-        "above"  # the side of the threshold on which pairs are called the same
-    )
-    ties: Literal["different", "wrong"] = (
-        "different"  # what a score equal to the threshold is called
-    )
+    # the side of the threshold on which pairs are called the same
+    same: Literal["above", "below"] = "above"
+    ties: Literal["different", "wrong"] = "different"  # what a score equal to the threshold is
     remainder: Remainder = "spread"  # the folds that pairs left over go to
 
 
@@ -86,15 +83,12 @@ def pair_scores(left: ArrayLike, right: ArrayLike, measure: Measure = "cosine") 
 
 
 def centred_scores(left: ArrayLike, right: ArrayLike, folds: ArrayLike) -> Floats:
-    """Cosines `[F, N]` after the mean embedding of each fold's training pairs was subtracted.
-
-    All folds are one matrix product: with the mean `m` of a fold's training pairs,
-    `(a - m)(b - m) = ab - am - bm + mm`.
-    """
+    """Cosines `[F, N]` after the mean embedding of each fold's training pairs was subtracted."""
     first, second = _embedding_pairs(left, right)
     fold_of = np.asarray(folds)
     # Shifting everything by one vector changes nothing in exact arithmetic, and here spares the
     # digits that would cancel when all embeddings lie close together, as those of 7x6 probes do.
+    # All folds are one matrix product: (a - m)(b - m) = ab - am - bm + mm.
     centre = (first.mean(0) + second.mean(0)) / 2
     first, second = first - centre, second - centre
     training = np.arange(fold_of.max() + 1)[:, None] != fold_of
@@ -146,13 +140,7 @@ def kfold(
     rule: ThresholdRule = PAPER_RULE,
     folds: ArrayLike | None = None,
 ) -> FoldResult:
-    """K-fold accuracy of scores `[N]`, or `[F, N]` where each fold has its own.
-
-    Each fold, contiguous where none are given, is judged at the best threshold of the others.
-    One pass for all thresholds and folds: each pair's place among the thresholds says from where
-    on, or up to where, it is answered rightly; a histogram of the places and one cumulative sum
-    give the right answers at every threshold.
-    """
+    """K-fold accuracy of scores `[N]`, or `[F, N]`; a fold at the best threshold of the others."""
     truth = _labels(same)
     values = np.asarray(scores, dtype=np.float64)
     fold_of = _folds(folds, truth.size, rule.remainder)
@@ -192,7 +180,11 @@ def kfold(
 def _right_answers(
     rows: Floats, truth: Bools, training: Bools, grid: Floats, rule: ThresholdRule
 ) -> Ints:
-    """Right answers among each fold's training pairs at each threshold, `[F, T]`."""
+    """Right answers among each fold's training pairs at each threshold, `[F, T]`.
+
+    Each pair's place among the thresholds says from where on, or up to where, it is answered
+    rightly; a histogram of the places and one cumulative sum count them at every threshold.
+    """
     under = np.searchsorted(grid, rows, side="left")  # thresholds below the score
     up_to = np.searchsorted(grid, rows, side="right")  # thresholds below it or equal
     if rule.same == "above":  # same where the threshold is below the score
@@ -208,7 +200,6 @@ def _right_answers(
         chosen = np.broadcast_to(places + offsets, members.shape)[members]
         return np.bincount(chosen, minlength=n * width).reshape(n, width)
 
-    # a falling pair is right from the first threshold on until its place, a rising one from there
     change = histogram(since, rising) - histogram(until, falling)
     right: Ints = (falling.sum(1, keepdims=True) + change.cumsum(1))[:, :-1]
     return right
@@ -310,10 +301,7 @@ def _equal_error(far: Floats, tar: Floats) -> Any:
 def bootstrap(
     scores: ArrayLike, same: ArrayLike, *, draws: int = BOOTSTRAP_DRAWS, seed: int = 0
 ) -> dict[str, Floats]:
-    """AUC, EER and TAR@FAR, `[draws]` each, on samples of the pairs, drawn for each class apart.
-
-    A sample is a vector of counts over the sorted pairs, and its curve two cumulative sums.
-    """
+    """AUC, EER and TAR@FAR, `[draws]` each, on samples of the pairs, drawn for each class apart."""
     ranked = _Ranked(*_scored(scores, same))
     names = ("auc", "eer", *map(_tar_name, FAR_TARGETS))
     figures = {name: np.empty(draws) for name in names}
@@ -337,11 +325,9 @@ def bootstrap_accuracy(
     result: FoldResult, *, draws: int = BOOTSTRAP_DRAWS, seed: int = 0
 ) -> Floats:
     """The mean accuracy on samples of each fold's pairs, `[draws]`, thresholds held."""
-    # n answers, drawn with replacement from answers of which a share p is right
     sizes = np.bincount(result.folds)
     right = np.random.default_rng(seed).binomial(sizes, result.accuracies, size=(draws, len(sizes)))
-    means: Floats = (right / sizes).mean(1)
-    return means
+    return np.asarray((right / sizes).mean(1))
 
 
 def summarise(
@@ -361,27 +347,24 @@ def summarise(
     values, truth = _scored(scores, same)
     if result.folds.shape != truth.shape:
         raise ValueError(f"the result is of {result.folds.size} pairs, the scores of {truth.size}")
-    fold_figures: dict[str, list[float]] = {"accuracy": result.accuracies.tolist()}
-    for fold in range(len(result.accuracies)):
-        held_out = result.folds == fold
-        own = roc(values[held_out], truth[held_out])
-        found = {"auc": own.auc, "eer": own.eer}
-        strangers = values[~held_out & ~truth]
-        for target in FAR_TARGETS:
-            passed = values[held_out & truth] > rejecting_threshold(strangers, target)
-            found[_tar_name(target)] = float(passed.mean())
-        for name, value in found.items():
-            fold_figures.setdefault(name, []).append(value)
-
     whole = roc(values, truth)
     figures = {"accuracy": result.accuracy, "auc": whole.auc, "eer": whole.eer}
     figures |= {_tar_name(target): whole.tar_at(target) for target in FAR_TARGETS}
-    resampled: dict[str, Floats] = {}
-    if draws:
-        resampled = bootstrap(values, truth, draws=draws, seed=seed)
-        resampled["accuracy"] = bootstrap_accuracy(result, draws=draws, seed=seed)
+    folds: dict[str, list[float]] = {name: [] for name in figures}
+    folds["accuracy"] = result.accuracies.tolist()
+    for fold in range(len(result.accuracies)):
+        held_out = result.folds == fold
+        own = roc(values[held_out], truth[held_out])
+        folds["auc"].append(own.auc)
+        folds["eer"].append(own.eer)
+        strangers = values[~held_out & ~truth]
+        for target in FAR_TARGETS:
+            passed = values[held_out & truth] > rejecting_threshold(strangers, target)
+            folds[_tar_name(target)].append(float(passed.mean()))
+    resampled = bootstrap(values, truth, draws=draws, seed=seed)
+    resampled["accuracy"] = bootstrap_accuracy(result, draws=draws, seed=seed)
     return {
-        name: estimate(fold_figures[name], value, resampled=resampled.get(name))
+        name: estimate(folds[name], value, resampled=resampled[name])
         for name, value in figures.items()
     }
 
@@ -433,5 +416,4 @@ def _embedding_pairs(left: ArrayLike, right: ArrayLike) -> tuple[Floats, Floats]
 
 
 def _dot(first: Floats, second: Floats) -> Floats:
-    product: Floats = np.einsum("nd,nd->n", first, second)
-    return product
+    return np.asarray(np.einsum("nd,nd->n", first, second))

@@ -7,6 +7,7 @@ import pytest
 
 from idloss.evaluation import Protocol, get_protocol, register_protocol
 from idloss.evaluation.protocols import PROTOCOLS
+from idloss.plugins import Registry
 
 
 def test_unknown_protocol_is_named_with_its_likeliest_meaning():
@@ -29,12 +30,12 @@ def test_protocols_are_frozen_and_described(protocol):
 
 
 def test_own_protocol_is_found_by_its_name(monkeypatch):
-    monkeypatch.setattr("idloss.evaluation.protocols.PROTOCOLS", dict(PROTOCOLS))
+    monkeypatch.setattr("idloss.evaluation.protocols.PROTOCOLS", Registry("protocol", **PROTOCOLS))
     own = replace(get_protocol("standard"), name="mine", down_mode="bilinear", source="here")
     assert register_protocol(own) is own is register_protocol(own)
     assert get_protocol("mine") is own
     with pytest.raises(ValueError, match=r"unknown protocol 'mien'.*'mine'"):
         get_protocol("mien")
-    with pytest.raises(ValueError, match="another protocol 'mine' already; name yours otherwise"):
+    with pytest.raises(ValueError, match="another protocol 'mine': give this one its own name"):
         register_protocol(replace(own, down_mode="nearest"))
     assert isinstance(own, Protocol)
