@@ -148,10 +148,22 @@ def die_at(step):
     HallucinationTask.batch = dying
 
 
+def fail_on_main(step):
+    """Find the disk full on the main process alone, when the parts of a checkpoint are there."""
+    sync = idloss.training.saving.sync
+
+    def failing(path):
+        if f"step-{step:06d}" in str(path):
+            raise OSError(28, "No space left on device")
+        sync(path)
+
+    idloss.training.saving.sync = failing
+
+
 if __name__ == "__main__":
     options = json.loads(sys.argv[2])
     torch.set_num_threads(1)
-    for name, die in (("die_writing", die_writing), ("die_at", die_at)):
-        if name in options:
-            die(options.pop(name))
+    for harm in (die_writing, die_at, fail_on_main):
+        if harm.__name__ in options:
+            harm(options.pop(harm.__name__))
     tiny_run(sys.argv[1], **options)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from idloss import __version__
 from idloss.data import DataError, Faces, Fault
 from idloss.encoder import FaceEncoder
+from idloss.errors import some_of
 from idloss.evaluation.cache import digest_network
 from idloss.geometry import convert_crop, get_template
 from idloss.losses import IdentityPreservedLoss
@@ -34,6 +35,8 @@ DEVICE_SHARE = 1 / 3
 COVERAGE = 0.75
 """Least share of an FNet's crop that ours must hold: 112x96 crops hold 86 % of ArcFace's."""
 FEATURE_BATCH = 64
+ALIKE = 0.99
+"""Least cosine of a stored feature with one of today, whatever the device and its rounding."""
 
 
 class Draw(NamedTuple):
@@ -147,10 +150,14 @@ class Crops:
         """Put the next usable face in the place of each that is not, in `crops` and in the draw."""
         new = {face: fault for face, fault in faults.items() if face not in self._unusable}
         if not self.recipe.skip_missing:
-            raise DataError(new.values(), "Mend them, or set skip_missing=true.")
+            raise DataError(
+                new.values(),
+                "Put back what is gone, or set skip_missing=true for what is damaged, and go on. "
+                "Mended faces are other data: train on them in another folder.",
+            )
         self._unusable |= new
         if new:
-            shown = "; ".join(map(str, new.values()))
+            shown = some_of([str(fault) for fault in new.values()])
             warnings.warn(f"replaced by the next faces: {shown}", UserWarning, stacklevel=2)
         faces = draw.faces.clone()
         for row, face in enumerate(draw.faces.tolist()):
@@ -218,23 +225,42 @@ def stored_features(
     not possible they stay in memory.
     """
     folder: Path | None = getattr(faces, "folder", None)
-    key = features_key(faces.content, identity)
-    if folder is None or key is None:
+    if folder is None:
         return compute_features(faces, identity, device, progress=progress)
+    key, why_not = features_key(faces.content, identity), "an FNet that cannot be told from others"
     path = folder / f"features-{key}.npy"
-    if not path.is_file():
-        features = compute_features(faces, identity, device, progress=progress)
+    if key is not None and path.is_file():
+        try:
+            return _kept_features(path, faces, identity, device)
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{path} is damaged ({error}) and is made anew", stacklevel=2)
+    features = compute_features(faces, identity, device, progress=progress)
+    if key is not None:
         try:
             with written_whole(path) as temporary, temporary.open("wb") as file:
                 np.save(file, features.numpy())
+            return torch.from_numpy(np.load(path, mmap_mode="c"))
         except OSError as error:
-            warnings.warn(
-                f"HR features cannot be kept in {folder} ({error}) and serve this run alone: "
-                "prepare the faces into another folder to keep them",
-                stacklevel=2,
-            )
-            return features
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+            why_not = f"{error}: to keep them, prepare the faces into another folder"
+    warnings.warn(
+        f"HR features cannot be kept in {folder} and serve this run alone: {why_not}", stacklevel=2
+    )
+    return features
+
+
+def _kept_features(
+    path: Path, faces: Faces, identity: IdentityPreservedLoss, device: torch.device
+) -> Tensor:
+    """Features from the disk, once those of a few faces are what they are today."""
+    stored = torch.from_numpy(np.load(path, mmap_mode="c"))
+    if stored.shape != (2, len(faces), identity.num_features) or stored.dtype != torch.float32:
+        raise ValueError(f"{stored.dtype} {list(stored.shape)}")
+    places = torch.linspace(0, len(faces) - 1, min(8, len(faces))).long()
+    today = _embed_both(faces, places, identity, device)
+    likeness = torch.cosine_similarity(stored[:, places], today, dim=-1)
+    if not bool((likeness > ALIKE).all()):
+        raise ValueError(f"faces have a cosine of {likeness.min():.3f} with what is stored")
+    return stored
 
 
 def features_key(content: str, identity: IdentityPreservedLoss) -> str | None:
@@ -251,7 +277,6 @@ def features_key(content: str, identity: IdentityPreservedLoss) -> str | None:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-@torch.no_grad()
 def compute_features(
     faces: Faces, identity: IdentityPreservedLoss, device: torch.device, *, progress: bool = True
 ) -> Tensor:
@@ -260,8 +285,15 @@ def compute_features(
     bar = tqdm(total=len(faces), desc="HR features", unit="face", delay=2, disable=not progress)
     with bar:
         for places in torch.arange(len(faces)).split(FEATURE_BATCH):
-            hr = to_float(faces.crops_at(places).to(device))
-            both = identity.embed(torch.cat((hr, hr.flip(-1))))
-            features[:, places] = both.float().cpu().reshape(2, len(places), -1)
+            features[:, places] = _embed_both(faces, places, identity, device)
             bar.update(len(places))
     return features
+
+
+@torch.no_grad()
+def _embed_both(
+    faces: Faces, places: Tensor, identity: IdentityPreservedLoss, device: torch.device
+) -> Tensor:
+    hr = to_float(faces.crops_at(places).to(device))
+    both: Tensor = identity.embed(torch.cat((hr, hr.flip(-1))))
+    return both.float().cpu().reshape(2, len(places), -1)

@@ -6,6 +6,7 @@ import atexit
 import csv
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -34,7 +35,7 @@ from idloss.encoder import resolve_device
 from idloss.errors import did_you_mean
 from idloss.training.batches import Batch, Draw, shares, shuffled_batches
 from idloss.training.recipe import RunOptions
-from idloss.training.saving import Checkpoints
+from idloss.training.saving import Checkpoints, first_line, together
 from idloss.training.tasks import FaceTask
 from idloss.weights.files import written_whole
 
@@ -146,8 +147,14 @@ class Engine:
                 raise ValueError(f"{kind} has no set_grad_checkpointing: unset grad_checkpointing")
             enable(True)
         task.module.to(accelerator.device).train()
-        ema = options.ema
-        self.ema = ModelEmaV3(task.network, decay=ema, use_warmup=True) if ema else None
+        self.ema: ModelEmaV3 | None = None
+        if options.ema is not None:
+            try:
+                self.ema = ModelEmaV3(task.network, decay=options.ema, use_warmup=True)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"ema needs a copy of {kind}, which has none ({first_line(error)}): unset ema"
+                ) from error
         optimizer = create_optimizer(trained, options)
         self.schedule = create_schedule(optimizer, options)
         self.model, self.optimizer = accelerator.prepare(task.module, optimizer)
@@ -176,10 +183,13 @@ class Engine:
         """
         start = self._take_up(resume=resume)
         self.accelerator.init_trackers("logs")
-        if self.accelerator.is_main_process:
+
+        def begin() -> None:
             self.accelerator.get_tracker("csv").cut(start)
             if on_start is not None:
                 on_start(start)
+
+        together(self.accelerator, begin)
         try:
             with _stop_signals() as asked:
                 self._train(start, asked)
@@ -200,7 +210,7 @@ class Engine:
         )
         if start:
             self._validate_if_due(start)  # the checkpoint was written first
-        self._clock = time.perf_counter(), start
+        self._clock, self._first = (time.perf_counter(), start), start + 1
         with bar:
             for step in range(start + 1, options.iterations + 1):
                 self.schedule.step_update(step)
@@ -278,6 +288,13 @@ class Engine:
                 self.accelerator.backward(losses["loss"] / parts)
         *values, stopped = read()
         figures = dict(zip(losses, values, strict=True))
+        if step == self._first and not any(
+            p.grad is not None and bool(p.grad.any()) for p in self.task.network.parameters()
+        ):
+            raise ValueError(
+                f"no gradient reaches the weights of {type(self.task.network).__name__}: does its "
+                "forward detach, or run under no_grad?"
+            )
         if not all(map(math.isfinite, values)):
             self._refuse(step, figures, held)
         else:
@@ -341,7 +358,7 @@ class Engine:
         except OSError as error:
             if must:
                 raise
-            self.accelerator.print(f"{error}. Training goes on; make room")
+            print(f"{error}. Training goes on; make room")
             return None
         return step
 
@@ -350,11 +367,11 @@ class Engine:
         due = every and step % every == 0
         if self.validate is None or not (due or step == self.options.iterations):
             return
-        if self.accelerator.is_main_process:
-            figures = self.validate(self.network.eval(), step)
-            named = {f"{VALIDATION}{name}": value for name, value in figures.items()}
-            self.accelerator.log(named, step=step)
-        self.accelerator.wait_for_everyone()
+        figures: dict[str, float] = {}
+        judge = self.validate
+        together(self.accelerator, lambda: figures.update(judge(self.network.eval(), step)))
+        named = {f"{VALIDATION}{name}": value for name, value in figures.items()}
+        self.accelerator.log(named, step=step)  # the main process does
         self.model.train()
         self._clock = time.perf_counter(), step
 
@@ -380,8 +397,10 @@ class CsvTracker(GeneralTracker):
         for path, last in zip(self.paths, (start, start - 1), strict=True):
             if not path.exists():
                 continue
-            head, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= last]
+            text = path.read_text(encoding="utf-8", errors="replace")
+            head, *rows = text.splitlines(keepends=True) or [""]
+            whole = (row for row in rows if re.fullmatch(r"\d+,.*\n", row))
+            kept = [row for row in whole if int(row.split(",")[0]) <= last]
             if not kept:
                 path.unlink()
             elif len(kept) < len(rows):

@@ -41,6 +41,7 @@ class RunOptions(BaseModel):
         frozen=True,
         extra="forbid",
         validate_default=True,
+        allow_inf_nan=False,
         coerce_numbers_to_str=True,
         use_attribute_docstrings=True,
     )
@@ -360,6 +361,10 @@ def _texts(text: str, where: str) -> Any:
 def _typed(value: Any) -> Any:
     """What a text says where no field tells its type: a number, true, false, null, or a text."""
     if isinstance(value, dict):
+        for key, one in value.items():
+            if type(one) is str and one.lower() in ("yes", "no", "on", "off"):
+                # as a text it would count as true
+                raise ValueError(f"{key}: {one} can be two things: write true, false or '{one}'")
         return {str(key): _typed(one) for key, one in value.items()}
     if isinstance(value, list):
         return [_typed(one) for one in value]

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from filelock import Timeout
+from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 from torch import nn
 
 from idloss import __version__
 from idloss.data import Faces, open_evaluation, open_faces
 from idloss.degradation import Degradation
 from idloss.encoder import FaceEncoder
+from idloss.errors import some_of
 from idloss.evaluation import HR, evaluate, write_sheets
 from idloss.geometry import get_template
 from idloss.losses import HallucinationLoss
 from idloss.registry import create_fnet, create_srnet
 from idloss.training.batches import check_crop, stored_features
 from idloss.training.engine import Engine, Validate, create_accelerator
-from idloss.training.recipe import FNetRecipe, Recipe, RunOptions, read_notes, save_recipe
-from idloss.training.saving import Kind, cfg_of, name_of, save_network, try_to_save, unwrapped
+from idloss.training.recipe import (
+    FNetRecipe,
+    Recipe,
+    RunOptions,
+    load_recipe,
+    read_notes,
+    save_recipe,
+)
+from idloss.training.saving import (
+    Kind,
+    cfg_of,
+    name_of,
+    save_network,
+    together,
+    try_to_save,
+    unwrapped,
+)
 from idloss.training.tasks import (
     Distillation,
     FaceTask,
@@ -190,7 +208,7 @@ class _Run:
         self.changes = _changes(recipe, folder, resume=resume)
         self.accelerator = create_accelerator(recipe, folder)
         self.device = self.accelerator.device
-        self.faces = _open_faces(recipe) if faces is None else faces
+        self.faces = _chosen_faces(recipe, faces)
         torch.manual_seed(recipe.seed)
 
     def carry_out(
@@ -204,7 +222,8 @@ class _Run:
         engine = Engine(task, self.recipe, self.folder, self.accelerator, validate=validate)
         told = self._told(task.network, kind)
         model, path = self.folder / MODEL, self.folder / RECIPE
-        if self.accelerator.is_main_process:
+
+        def try_out() -> None:
             probe = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
             own = try_to_save(task.network, model, told, probe)
             told["registered"] = not own
@@ -217,11 +236,21 @@ class _Run:
                 print("\n".join(changes))
             save_recipe(self.recipe, path, (*read_notes(path), *changes))
 
-        trained = engine.run(resume=self.resume, on_start=start)
-        if self.accelerator.is_main_process:
+        def keep() -> None:
             told["changes"] = read_notes(path)
             save_network(trained, model, told)
-        self.accelerator.wait_for_everyone()
+
+        with ExitStack() as stack:
+            together(self.accelerator, lambda: stack.enter_context(_alone(self.folder)))
+            together(self.accelerator, try_out)
+            trained = engine.run(resume=self.resume, on_start=start)
+            try:
+                together(self.accelerator, keep)
+            except OSError as error:
+                raise OSError(
+                    f"the trained network cannot be written to {model} ({error}): its checkpoint "
+                    "is whole, make room and resume"
+                ) from error
         return trained
 
     def _told(self, network: nn.Module, kind: Kind) -> dict[str, Any]:
@@ -242,11 +271,28 @@ class _Run:
         }
         if kind == "fnet" and isinstance(crop := getattr(network, "crop", None), str):
             told["crop"] = crop  # create_fnet takes it from here
-        if self.recipe.pretrained and kind not in self.given:
+        cfg = cfg_of(network)
+        # one that was given may have weights: ours has a tag only then
+        ours = type(network).__module__.startswith("idloss.")
+        if cfg.get("tag") and ours if kind in self.given else self.recipe.pretrained:
             facts = ("architecture", "tag", "license", "origin_url")
-            cfg = cfg_of(network)
             told["began_with"] = {key: cfg[key] for key in facts if key in cfg}
         return told
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep a second run out of a folder, as processes that were not launched together start one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(WeakFileLock(folder / ".lock", timeout=1))
+        except Timeout as error:
+            raise FileExistsError(
+                f"another process trains in {folder}: wait for it, or choose another folder; "
+                "launch processes of one run with torchrun or accelerate launch"
+            ) from error
+        yield
 
 
 def _changes(recipe: RunOptions, folder: Path, *, resume: bool) -> list[str]:
@@ -256,7 +302,7 @@ def _changes(recipe: RunOptions, folder: Path, *, resume: bool) -> list[str]:
         return []
     if not resume:
         raise FileExistsError(f"{folder} holds a run: resume it, or choose another folder")
-    before = yaml.safe_load(written.read_text(encoding="utf-8"))
+    before = load_recipe(written, (), type(recipe)).model_dump(mode="json")
     changed = {
         name: f"{name} was {before.get(name)!r} and is {value!r}"
         for name, value in recipe.model_dump(mode="json", exclude=set(recipe.PASSIVE)).items()
@@ -270,19 +316,20 @@ def _changes(recipe: RunOptions, folder: Path, *, resume: bool) -> list[str]:
     return list(changed.values())
 
 
-def _open_faces(recipe: RunOptions) -> Faces:
-    """The faces that a recipe names, without those that it excludes."""
-    data = recipe.data
-    if data is None:
-        raise ValueError("there are no faces to train on: set data=FOLDER")
-    faces: Faces = open_faces(data, skip_missing=recipe.skip_missing)
+def _chosen_faces(recipe: RunOptions, faces: Faces | None) -> Faces:
+    """The faces given, or those that a recipe names, without those that it excludes."""
+    if faces is None:
+        if recipe.data is None:
+            raise ValueError("there are no faces to train on: set data=FOLDER")
+        faces = open_faces(recipe.data, skip_missing=recipe.skip_missing)
     if not recipe.exclude:
         return faces
     unwanted = set(recipe.exclude)
     unknown = unwanted - set(faces.names) - set(faces.identities)
     if unknown:
         raise ValueError(
-            f"exclude names {', '.join(sorted(unknown))}: neither images nor identities of {data}"
+            f"exclude names {some_of(sorted(unknown))}: neither images nor identities of "
+            f"{recipe.data or 'the faces given'}"
         )
     labels = [-1] * len(faces) if faces.labels is None else faces.labels.tolist()
     keep = [
@@ -298,11 +345,24 @@ def _check_fit(recipe: Recipe, module: Hallucination) -> None:
     height, width = get_template(recipe.crop).size
     identity = module.criterion.identity
     for encoder in identity.encoders if identity is not None else ():
-        check_crop(encoder, recipe.crop)  # type: ignore[arg-type]
+        assert isinstance(encoder, FaceEncoder)
+        taken_for = encoder.crop or encoder.fnet_crop
+        if taken_for not in (None, get_template(recipe.crop)):
+            raise ValueError(
+                f"{encoder} takes faces for {taken_for.name!r} crops and the recipe says "
+                f"crop={recipe.crop}: give the criterion crop={recipe.crop!r}"
+            )
+        check_crop(encoder, recipe.crop)
     training = module.training
     module.eval()
     for rows, columns in recipe.lr_sizes():
-        sr = module.srnet(torch.zeros(1, 3, rows, columns))
+        try:
+            sr = module.srnet(torch.zeros(1, 3, rows, columns))
+        except RuntimeError as error:
+            raise ValueError(
+                f"{type(module.srnet).__name__} does not take a {rows}x{columns} face, float32 RGB "
+                f"[1, 3, {rows}, {columns}]: {error}"
+            ) from error
         if sr.ndim != 4 or sr.shape[1] != 3:
             raise ValueError(
                 f"{type(module.srnet).__name__} gave {list(sr.shape)} for a {rows}x{columns} face: "

@@ -27,6 +27,7 @@ _PARTIAL = ".partial"
 _HASHES = "sha256.json"
 _PROGRESS = "progress.json"
 _AVERAGE = "average.safetensors"
+_NO_DISK = 10_000  # more than there are processes
 _UNFIT = (pickle.UnpicklingError, SafetensorError, KeyError, TypeError, RuntimeError)
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INPUT_FACTS = (
@@ -68,29 +69,16 @@ class Checkpoints:
         """
         target = self._path(step)
         partial = target.with_name(target.name + _PARTIAL)
-        if self.accelerator.is_main_process:
-            self._drop_partial()
-        self.accelerator.wait_for_everyone()
-        failure = None
-        try:
+
+        def write() -> None:
             self.check_room()
             self.accelerator.save_state(str(partial))
             if self.accelerator.is_main_process:
                 (partial / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
                 if ema is not None:
                     save_file(plain_state(ema.module), partial / _AVERAGE)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if not _is_about_writing(error):
-                raise
-            failure = error
-        if self._summed(failure is not None):
-            if self.accelerator.is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(
-                f"the checkpoint of step {step} could not be written to {self.folder} "
-                f"({failure or 'another process failed'}); earlier ones are whole"
-            ) from failure
-        if self.accelerator.is_main_process:
+
+        def settle() -> None:
             hashes = {path.name: file_sha256(path) for path in partial.iterdir()}
             (partial / _HASHES).write_text(json.dumps(hashes), encoding="utf-8")
             for path in (*partial.iterdir(), partial):
@@ -100,7 +88,18 @@ class Checkpoints:
             sync(self.folder)
             for old in self.steps()[: -self.keep]:
                 shutil.rmtree(self._path(old))
-        self.accelerator.wait_for_everyone()
+
+        try:
+            together(self.accelerator, self._drop_partial)
+            together(self.accelerator, write, everywhere=True)
+            together(self.accelerator, settle)
+        except OSError as error:
+            if self.accelerator.is_main_process:
+                self._drop_partial()
+            raise OSError(
+                f"the checkpoint of step {step} could not be written to {self.folder} ({error}); "
+                "earlier ones are whole"
+            ) from error
 
     def newest_whole(self) -> int:
         """The newest step whose files are all as they were written; says which were passed over."""
@@ -113,7 +112,8 @@ class Checkpoints:
                     whole = step
                     break
                 damaged.append(f"{self._path(step)}: {wrong}")
-        whole = self._summed(whole)
+        told = torch.tensor([float(whole)], device=self.accelerator.device)
+        whole = int(self.accelerator.reduce(told, "sum").item())
         if not whole:
             raise OSError(
                 f"no checkpoint in {self.folder} is whole ({'; '.join(damaged)}): train anew in "
@@ -135,7 +135,7 @@ class Checkpoints:
                 ema.module.load_state_dict(load_file(path / _AVERAGE))
             progress: dict[str, Any] = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
         except _UNFIT as error:
-            raise OSError(f"{path} is no checkpoint of this run: {_first_line(error)}") from error
+            raise OSError(f"{path} is no checkpoint of this run: {first_line(error)}") from error
         finally:
             self.accelerator.scaler = scaler
         return progress
@@ -166,19 +166,37 @@ class Checkpoints:
             return str(error)
         return f"{', '.join(wrong)} changed" if wrong else ""
 
-    def _summed(self, value: float) -> int:
-        """The sum over processes."""
-        total = torch.tensor([float(value)], device=self.accelerator.device)
-        return int(self.accelerator.reduce(total, "sum").item())
+
+def together(
+    accelerator: Accelerator, work: Callable[[], object], *, everywhere: bool = False
+) -> None:
+    """Do something on the main process, or on each: what fails on one is raised by all.
+
+    Nobody then waits for a process that has given up. Where the disk failed it is an OSError.
+    """
+    failure: Exception | None = None
+    try:
+        if everywhere or accelerator.is_main_process:
+            work()
+    except Exception as error:
+        failure = error
+        # the disk's errors, for which torch and safetensors have their own words
+        words = ("iostream", "streamwriter", "unexpected pos", "i/o error")
+        if any(word in str(error).lower() for word in words):
+            failure = OSError(str(error))
+            failure.__cause__ = error
+    sort = 0 if failure is None else 1 if isinstance(failure, OSError) else _NO_DISK
+    sorts = torch.tensor([float(sort)], device=accelerator.device)
+    failed = int(accelerator.reduce(sorts, "sum").item())
+    if failure is not None:
+        raise failure
+    if failed:
+        kind = OSError if failed < _NO_DISK else RuntimeError
+        raise kind("another process failed and says why")
 
 
-def _is_about_writing(error: Exception) -> bool:
-    """Whether it is an error of the disk, for which torch and safetensors have their own words."""
-    words = ("iostream", "streamwriter", "unexpected pos", "i/o error")
-    return isinstance(error, OSError) or any(word in str(error).lower() for word in words)
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in a line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -309,7 +327,7 @@ def _why_not_registered(
         if not torch.allclose(opened(probe), network(probe), 1e-3, 1e-4):
             return f"{architecture} was built with other settings than its own"
     except Exception as error:  # whatever it is, the other way is left
-        return f"it is no {architecture} ({_first_line(error)})"
+        return f"it is no {architecture} ({first_line(error)})"
     same = getattr(opened, "crop", None) == getattr(network, "crop", None)
     return "" if same else f"its crop is not that of {architecture}"
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from minilfw import mini_lfw
-from nets import tiny_fnet
+from nets import TinyFNet, tiny_fnet
 from tinytraining import losses, tiny_faces, tiny_run
 
 from idloss import IdentityPreservedLoss
@@ -96,6 +96,38 @@ def test_features_that_cannot_be_kept_stay_in_memory(prepared, monkeypatch):
         features = stored_features(prepared, identity, CPU, progress=False)
     assert features.equal(compute_features(prepared, identity, CPU, progress=False))
     assert not list(prepared.folder.glob(f"*{features_key(prepared.content, identity)}*"))
+
+
+@pytest.mark.parametrize("harm", ["cut", "garbage", "of fewer faces", "another FNet's", "zero"])
+def test_features_that_are_not_those_of_today_are_made_anew(prepared, harm):
+    identity = IdentityPreservedLoss(tiny_fnet(seed=3), crop="sphereface")
+    path = prepared.folder / f"features-{features_key(prepared.content, identity)}.npy"
+    expected = compute_features(prepared, identity, CPU, progress=False)
+    other = IdentityPreservedLoss(tiny_fnet(seed=4), crop="sphereface")
+    found = {
+        "of fewer faces": lambda: expected[:, :-1],
+        "another FNet's": lambda: compute_features(prepared, other, CPU, progress=False),
+        "zero": lambda: expected * 0,
+    }
+    np.save(path, found.get(harm, lambda: expected)().numpy())
+    if harm in ("cut", "garbage"):
+        path.write_bytes(path.read_bytes()[:-40] if harm == "cut" else b"hello")
+    with pytest.warns(UserWarning, match=r"features-.*npy is damaged .* is made anew"):
+        assert stored_features(prepared, identity, CPU, progress=False).equal(expected)
+    assert stored_features(prepared, identity, CPU, progress=False).equal(expected)
+    path.unlink()
+
+
+def test_features_of_an_fnet_that_cannot_be_told_from_others_are_not_kept(prepared):
+    class Noisy(TinyFNet):
+        def forward(self, x):
+            return super().forward(x) + torch.randn(1)
+
+    identity = IdentityPreservedLoss(Noisy(), crop="sphereface")
+    before = set(prepared.folder.iterdir())
+    with pytest.warns(UserWarning, match="serve this run alone: an FNet that cannot be told from"):
+        stored_features(prepared, identity, CPU, progress=False)
+    assert set(prepared.folder.iterdir()) == before
 
 
 def test_features_of_other_faces_or_fnets_are_not_taken(prepared):

@@ -1,5 +1,6 @@
 """Recipes: the paper's, those of a person, and everything that is wrong before training starts."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,8 @@ def test_every_field_is_explained(kind):
         (Recipe, "sizes=[7by6]", r"'7by6' is not rows x columns; write it as 7x6"),
         (Recipe, "distance=cosin", r"unknown distance 'cosin'. Did you mean 'cosine'"),
         (Recipe, "image_loss=l3", r"unknown image loss 'l3'.*Known: huber, l1, mse"),
+        (Recipe, "srnet_options={tanh: no}", r"tanh: no can be two things: write true, false or"),
+        (Recipe, "learning_rate=inf", r"learning_rate: input should be a finite number, got inf"),
         (Recipe, "ema=1.5", r"ema: input should be less than 1, got 1.5"),
         (Recipe, "batch_size 32", r"'batch_size 32' is not field=value, such as batch_size=32"),
         (Recipe, "factors=[4, 8", r"not YAML"),
@@ -137,10 +140,10 @@ class TinySR(torch.nn.Conv2d):
         super().__init__(3, 3, 3, padding=1)
 
 
-def facenet_crops():
+def criterion(wanted, **options):
     fnet = tiny_fnet()
-    fnet.crop = "facenet"
-    return HallucinationLoss(fnet, crop="sphereface")
+    fnet.crop = wanted
+    return HallucinationLoss(fnet, **options)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +169,26 @@ def facenet_crops():
         ),
         (
             r"FNet and crop do not fit.*'facenet' crops, of which crop=sphereface holds \d+%",
-            GIVEN | {"criterion": facenet_crops},
+            GIVEN | {"criterion": lambda: criterion("facenet", crop="sphereface")},
             {},
+        ),
+        *(
+            (
+                "takes faces for 'arcface' crops.*crop=sphereface: give the criterion crop=",
+                GIVEN | {"criterion": partial(criterion, "arcface", **crop)},
+                {},
+            )
+            for crop in ({}, {"crop": "arcface"})
+        ),
+        (
+            r"TinySR does not take a 28x24 face, float32 RGB \[1, 3, 28, 24\]",
+            GIVEN | {"srnet": lambda: TinySR().bfloat16()},
+            {},
+        ),
+        (
+            "exclude names 0.jpeg, 1.jpeg.* and 92 more: neither images nor identities of the f",
+            GIVEN,
+            {"exclude": [f"{i}.jpeg" for i in range(100)]},
         ),
     ],
 )

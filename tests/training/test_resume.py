@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import WeakFileLock
 from tinytraining import assert_same, launch, losses, tiny_faces, tiny_run, weights
 
 from idloss.training import TrainingStoppedError, load_recipe
@@ -110,6 +111,38 @@ def test_what_advice_names_may_change_on_resuming_and_is_recorded(tmp_path):
     assert told["changes"] == recorded
 
 
+@pytest.mark.parametrize(
+    ("harm", "steps"),
+    [("", [3]), ("step,lo", [3]), ("{}\0\0\0,1\n", [1, 2, 3]), ("{}3,0.1", [1, 2, 3])],
+    ids=["empty", "half a head", "garbage", "half a row"],
+)
+def test_a_log_that_a_kill_cut_short_is_mended(tmp_path, harm, steps):
+    fields = {"identity_weight": 0, "checkpoint_every": 1}
+    tiny_run(tmp_path, iterations=2, **fields)
+    log = tmp_path / "training.csv"
+    log.write_text(harm.format(log.read_text()))
+    tiny_run(tmp_path, iterations=3, resume=True, **fields)
+    assert list(losses(tmp_path)) == steps
+
+
+def test_a_recipe_that_cannot_be_read_is_named(tmp_path):
+    tiny_run(tmp_path, iterations=1)
+    (tmp_path / "recipe.yaml").write_text("")
+    with pytest.raises(ValueError, match=f"{tmp_path}/recipe.yaml: a recipe is a list"):
+        tiny_run(tmp_path, iterations=2, resume=True)
+
+
+def test_a_checkpoint_that_fails_on_one_process_fails_on_all(tmp_path):
+    """Nobody waits for a process that has given up; training goes on, and keeps later ones."""
+    code, shown = launch(SCRIPT, tmp_path, '{"fail_on_main": 3}', processes=2)
+    assert code == 0, shown
+    assert "the checkpoint of step 3 could not be written" in shown
+    assert "(another process failed and says why)" in shown
+    assert list(losses(tmp_path)) == list(range(1, 9))
+    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {"step-000006", "step-000008"}
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl"])
 @pytest.mark.parametrize("harm", ["cut", "a bit", "gone"])
 def test_a_damaged_checkpoint_is_passed_over(plain, tmp_path, name, harm, capsys):
@@ -178,6 +211,26 @@ def test_a_disk_that_fills_up_costs_no_step(tmp_path, monkeypatch, capfd):
     assert "the checkpoint of step 6 could not be written" in capfd.readouterr().out
     assert list(losses(tmp_path)) == list(range(1, 13))
     assert (tmp_path / "checkpoints" / "step-000012").is_dir()
+
+
+def test_a_disk_that_is_full_after_the_last_step_costs_no_work(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("idloss.training.runs.save_network", full)
+        with pytest.raises(OSError, match=r"cannot be written to .*No space.*make room and resume"):
+            tiny_run(tmp_path, iterations=2)
+    tiny_run(tmp_path, iterations=2, resume=True)
+    assert weights(tmp_path)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    """As processes that something else than torchrun starts would."""
+    message = r"another process trains in .*torchrun"
+    with WeakFileLock(tmp_path / ".lock"), pytest.raises(FileExistsError, match=message):
+        tiny_run(tmp_path, iterations=1)
+    tiny_run(tmp_path, iterations=1)
 
 
 def test_a_write_that_fails_leaves_earlier_checkpoints_whole(tmp_path):

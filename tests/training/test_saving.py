@@ -166,9 +166,45 @@ def test_a_saved_network_tells_its_own_run(tmp_path):
     assert told["given"] == {"criterion": "idloss.losses.HallucinationLoss"}
     assert "identity_weight" not in told["recipe"]  # the criterion given had its own
     assert "data" not in told["recipe"]
+    assert "began_with" not in told
     opened = create_srnet(f"local-dir:{tmp_path}/model", pretrained=True)
     assert not opened.pretrained_cfg.get("tag")
     assert opened(LR).equal(trained(LR))
+
+
+def test_what_a_network_that_was_given_began_with_is_told(tmp_path):
+    tiny_run(tmp_path, srnet=create_srnet("edsr16_64", pretrained=True), iterations=1, batch_size=2)
+    told = json.loads((tmp_path / "model" / "config.json").read_text())["idloss"]
+    assert told["began_with"]["tag"] == "celeba295"
+    assert "research" in told["began_with"]["license"]
+
+
+def test_faces_that_a_recipe_excludes_are_left_out_of_those_given(tmp_path):
+    """Ten people with two faces each."""
+    tiny_run(tmp_path, iterations=1, exclude=("0", "3.jpg"))
+    told = json.loads((tmp_path / "model" / "config.json").read_text())["idloss"]
+    assert (told["data"]["faces"], told["data"]["identities"]) == (17, 9)
+
+
+def test_an_fnet_that_no_gradient_reaches_is_refused_at_the_first_step(tmp_path):
+    """The margin learns on, and the loss falls."""
+
+    class Cut(TinyFNet):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    recipe = FNetRecipe(**FIELDS | {"iterations": 2, "margin": "cosface"})
+    with pytest.raises(ValueError, match="no gradient reaches the weights of Cut"):
+        train_fnet(recipe, tmp_path, faces=tiny_faces(), fnet=Cut())
+    assert not (tmp_path / "training.csv").exists()
+
+
+def test_a_network_without_a_copy_has_no_moving_average(tmp_path):
+    fnet = tiny_fnet()
+    fnet.remembered = fnet(torch.rand(2, 3, 28, 24))
+    recipe = FNetRecipe(**FIELDS | {"iterations": 2, "margin": "cosface", "ema": 0.9})
+    with pytest.raises(ValueError, match=r"ema needs a copy of TinyFNet.*: unset ema"):
+        train_fnet(recipe, tmp_path, faces=tiny_faces(), fnet=fnet)
 
 
 def test_an_fnet_of_ones_own(tmp_path):
