@@ -340,8 +340,10 @@ class _Run:
     def _labels(self) -> NDArray[np.int64]:
         if self.data.faces.labels is None:
             raise ValueError(f"{self.data.name} has no identities to find; use verification")
-        labels: NDArray[np.int64] = self.data.faces.labels.numpy()
-        return labels
+        labels = self.data.faces.labels.numpy().copy()
+        # those who are not known (-1) are not one person, but nobody's like
+        labels[labels < 0] = -1 - np.arange((labels < 0).sum())
+        return np.asarray(labels)
 
     def _probe_sets(self, *, strangers: bool) -> dict[str, Tensor]:
         """The probes of people in the set's own gallery, or of strangers, by probe set."""

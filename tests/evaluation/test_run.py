@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from nets import TinyFNet, TinySRNet, tiny_fnet
-from tinybench import SIZES, run, scores
+from tinybench import SIZES, assert_same_scores, run, scores
 from torch import nn
 
 from idloss.data import DataError, EvaluationSet, Fault
@@ -108,8 +108,7 @@ def test_second_run_computes_what_is_new_only(data, fnet, srnets, calls):
     calls.clear()
     again = run(data, {"f": fnet}, srnets, protocol="sphereface")  # the same pictures
     assert not any(shape[0] > 2 for _, shape in calls)  # two images tell what a network is
-    for cell, arrays in first.arrays.items():
-        np.testing.assert_array_equal(again.arrays[cell]["scores"], arrays["scores"])
+    assert_same_scores(again, first, atol=0)
     with torch.no_grad():
         srnets["tiny"].body[0].weight[0, 0, 0, 0] += 0.1
     run(data, {"f": fnet}, srnets, batch_size=64)
@@ -119,16 +118,7 @@ def test_second_run_computes_what_is_new_only(data, fnet, srnets, calls):
     assert {shape[2:] for name, shape in faces if name == "TinySRNet"} == set(SIZES)
 
 
-def test_tasks_share_embeddings(data, fnet, srnets, calls):
-    alone = run(data, {"f": fnet}, srnets, tasks=("identification", "open-set"), draws=3)
-    faces = sum(s[0] for n, s in calls if n == "TinyFNet" and s[0] > 2)
-    assert faces == 2 * len(data.faces) * (1 + len(srnets) * len(SIZES))
-    assert {cell.task for cell in alone.cells()} == {"identification", "open_set"}
-    assert 0 <= alone.value(Cell("identification", "f", "tiny", 14, 12), "rank1") <= 1
-    assert alone.arrays[Cell("open_set", "f", HR, 112, 96)]["tpir"].shape == (3, 3)
-
-
-def test_faces_are_read_once_for_all_tasks(data, fnet, srnets, monkeypatch):
+def test_faces_are_read_once_and_tasks_share_embeddings(data, fnet, srnets, calls, monkeypatch):
     read = []
     real = type(data.faces).crops_at
 
@@ -137,12 +127,19 @@ def test_faces_are_read_once_for_all_tasks(data, fnet, srnets, monkeypatch):
         return real(faces, places, *crop, **options)
 
     monkeypatch.setattr(type(data.faces), "crops_at", watched)
-    tasks = ("verification", "identification", "open_set")  # the first has other sizes
-    found = evaluate(data, {"f": fnet}, srnets, tasks=tasks, cache=False, progress=False)
+    tasks = ("verification", "identification", "open-set")  # the first has other sizes
+    options = {"draws": 3, "cache": False, "progress": False, "device": "cpu"}
+    found = evaluate(data, {"f": fnet}, srnets, tasks=tasks, **options)
     assert sorted(read) == list(range(len(data.faces)))
     sizes = {task: {cell.size for cell in found.cells(task) if cell.srnet != HR} for task in tasks}
     assert sizes["verification"] == {"7x6", "14x12", "16x16", "28x24"}
-    assert sizes["identification"] == sizes["open_set"] == {"7x6", "14x12", "16x14", "18x16"}
+    assert sizes["identification"] == sizes["open-set"] == {"7x6", "14x12", "16x14", "18x16"}
+    assert 0 <= found.value(Cell("identification", "f", "tiny", 14, 12), "rank1") <= 1
+    assert found.arrays[Cell("open_set", "f", HR, 112, 96)]["tpir"].shape == (3, 3)
+    calls.clear()
+    run(data, {"f": fnet}, srnets, tasks=tasks[1:], cache=False, draws=3)
+    seen = sum(shape[0] for name, shape in calls if name == "TinyFNet" and shape[0] > 2)
+    assert seen == 2 * len(data.faces) * (1 + len(srnets) * len(SIZES))
 
 
 def test_interrupted_run_goes_on_where_it_left_off(data, fnet, home, calls, monkeypatch):
@@ -178,9 +175,7 @@ def test_embeddings_do_not_wait_in_memory_for_long(data, fnet, srnets, home, mon
     monkeypatch.setattr(embedding, "FLUSH_SECONDS", 0.0)
     found = run(data, {"f": fnet}, srnets, batch_size=1)
     assert len([*home.rglob("*.safetensors")]) > len(data.faces)  # one a batch and cell
-    whole = run(data, {"f": fnet}, srnets, cache=False)
-    for cell, arrays in whole.arrays.items():
-        np.testing.assert_allclose(found.arrays[cell]["scores"], arrays["scores"], atol=2e-6)
+    assert_same_scores(found, run(data, {"f": fnet}, srnets, cache=False))
 
 
 def test_changed_face_is_embedded_anew(data, fnet, calls):
@@ -232,6 +227,18 @@ def test_unreadable_faces_are_counted_named_and_skipped_only_when_asked(data, fn
     np.testing.assert_allclose(
         scores(found, "f", "tiny", (14, 12)), scores(intact, "f", "tiny", (14, 12))[kept]
     )
+
+
+def test_unknown_people_are_not_taken_for_one(data, fnet):
+    labels = torch.where(torch.arange(20) < 16, data.faces.labels, -1)
+    all_faces = EvaluationSet("some", replace(data.faces, labels=labels))
+    known = EvaluationSet("known", data.faces.select(labels >= 0))
+    tasks = ("identification", "open_set")
+    found, expected = (run(one, {"f": fnet}, {}, tasks=tasks) for one in (all_faces, known))
+    assert found.run["judged"]["identification"]["subjects"] == 4
+    for cell in found.cells("identification"):
+        np.testing.assert_array_equal(found.arrays[cell]["cmc"], expected.arrays[cell]["cmc"])
+    assert found.run["draws"] == expected.run["draws"]  # strangers of the open set
 
 
 @pytest.mark.filterwarnings("ignore:embeddings made with:UserWarning")
