@@ -1,5 +1,6 @@
 """An evaluation small enough for a test: drawn people in sixteen pairs, and a run over them."""
 
+import numpy as np
 import torch
 
 from idloss.data import EvaluationSet, Pairs, SyntheticFaces
@@ -25,3 +26,10 @@ def run(data, fnets, srnets, **options):
 def scores(results, fnet, srnet, size):
     """Cosines of the pairs in one cell, `[N]`."""
     return results.arrays[Cell("verification", fnet, srnet, *size)]["scores"]
+
+
+def assert_same_scores(found, expected, atol=2e-6):
+    """All cells of the one run are in the other, with the same cosines."""
+    assert found.arrays.keys() >= expected.arrays.keys()
+    for cell, arrays in expected.arrays.items():
+        np.testing.assert_allclose(found.arrays[cell]["scores"], arrays["scores"], 0, atol)

@@ -44,11 +44,9 @@ def compare(
     *,
     srnets: tuple[str, str] | None = None,
 ) -> list[Comparison]:
-    """Compare two runs cell by cell, on the same pairs and the same draws.
+    """Compare two runs cell by cell, on the same pairs, probes (McNemar, exact) or draws.
 
-    Verification is tested pair by pair, and identification against a set's own gallery probe by
-    probe (McNemar, exact); with drawn galleries draw by draw (paired t; the draws share images, so
-    its p-value is too small rather than too large).
+    Draws share images, so the p-value of their paired t-test is too small rather than too large.
 
     Args:
         a: The first run, or its result file.

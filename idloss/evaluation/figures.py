@@ -1,12 +1,12 @@
 """Figures 1 and 5 of the paper and the curves people ask for, as PNG and PDF.
 
-matplotlib comes with the extra `eval` and is imported when a figure is drawn. No figure touches
-matplotlib's global state: each is a `Figure` of its own, to be changed or saved by the caller.
+matplotlib, of the extra `eval`, is imported when a figure is drawn; its state is not touched.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import re
 import warnings
@@ -42,55 +42,43 @@ _FAR_FLOOR = 1e-4
 _FONT, _TITLE = 9.0, 10.0
 
 
-def _style(color: str, marker: str, linestyle: str) -> dict[str, Any]:
-    return {"color": color, "marker": marker, "markersize": 5, "linestyle": linestyle}
-
-
 # The colours of Okabe and Ito (jfly.uni-koeln.de/color), told apart by colour-blind readers;
 # markers and line styles repeat the distinction for print in grey. A network and its
 # identity-preserving twin share a family: light and dark blue, orange and vermilion.
 _BLACK, _GREY, _SKY, _BLUE = "#000000", "#767676", "#56B4E9", "#0072B2"
 _ORANGE, _VERMILION, _GREEN, _PURPLE = "#E69F00", "#D55E00", "#009E73", "#CC79A7"
 _FIXED = {
-    HR: _style(_BLACK, "*", "--"),
-    "bilinear": _style(_GREY, "v", ":"),
-    "bicubic": _style(_GREY, "^", "--"),
-    "edsr16_64": _style(_SKY, "s", "--"),
-    "edsr16_64_id": _style(_BLUE, "s", "-"),
-    "edsr32_256": _style(_ORANGE, "o", "--"),
-    "edsr32_256_id": _style(_VERMILION, "o", "-"),
+    HR: (_BLACK, "*", "--"),
+    "bilinear": (_GREY, "v", ":"),
+    "bicubic": (_GREY, "^", "--"),
+    "edsr16_64": (_SKY, "s", "--"),
+    "edsr16_64_id": (_BLUE, "s", "-"),
+    "edsr32_256": (_ORANGE, "o", "--"),
+    "edsr32_256_id": (_VERMILION, "o", "-"),
 }
 _SPARE = (
-    _style(_GREEN, "D", "-"),
-    _style(_PURPLE, "P", "-"),
-    _style(_BLUE, "X", "-."),
-    _style(_VERMILION, "h", "-."),
-    _style(_GREEN, "<", "--"),
-    _style(_PURPLE, ">", "--"),
+    *((_GREEN, "D", "-"), (_PURPLE, "P", "-"), (_BLUE, "X", "-.")),
+    *((_VERMILION, "h", "-."), (_GREEN, "<", "--"), (_PURPLE, ">", "--")),
 )
-_NO_MARKER: dict[str, Any] = {"marker": ""}
 
 
 def method_styles(methods: Iterable[str]) -> Styles:
     """A colour, a marker and a line for each method; those of the paper always look alike.
 
-    Others take what is left in the order of their names: where figures show different subsets of
-    them, hand all figures the styles of the whole set.
+    Others take what is left in the order of their names: hand all figures of a set the same styles.
     """
-    names = set(methods)
-    others = enumerate(sorted(names - set(_FIXED)))
-    spare = {name: _SPARE[place % len(_SPARE)] for place, name in others}
-    return {name: _FIXED.get(name) or spare[name] for name in names}
+    styles = {}
+    spare = itertools.cycle(_SPARE)
+    for name in sorted(set(methods)):
+        color, marker, line = _FIXED.get(name) or next(spare)
+        styles[name] = {"color": color, "marker": marker, "markersize": 5, "linestyle": line}
+    return styles
 
 
 def accuracy_figure(
     results: Results, task: str, metric: str | None = None, styles: Styles | None = None
 ) -> Figure:
-    """Accuracy against probe resolution (Fig. 1), a panel for each FNet.
-
-    Sizes stand at equal distances, from small to large; bars are the intervals over folds or
-    draws, cut off at 0 and 100 %; HR is a line across.
-    """
+    """Accuracy against probe resolution (Fig. 1), a panel for each FNet; HR is a line across."""
     records = results.select(task, metric)
     styles = styles or method_styles(cell.srnet for cell in results.cells())
     fnets = list(dict.fromkeys(record.cell.fnet for record in records))
@@ -127,8 +115,8 @@ def _accuracy_panel(axes: Axes, records: Sequence[Record], styles: Styles) -> No
         axes.errorbar(beside, values, reach, label=_shown(name), **options)
     for record in records:
         if record.cell.srnet == HR:
-            line = {**_FIXED[HR], **_NO_MARKER}
-            axes.axhline(100 * record.estimate.value, linewidth=1, label="HR", **line)
+            level = 100 * record.estimate.value
+            axes.axhline(level, linewidth=1, label="HR", color=_BLACK, linestyle="--")
     axes.set_xticks(range(len(sizes)), [pretty_size(size) for size in sizes])
     axes.set_xlim(-0.3, len(sizes) - 0.7)
     if len(sizes) > 5:
@@ -144,7 +132,7 @@ def roc_figure(curves: Mapping[str, Roc], title: str = "", styles: Styles | None
         label = f"{_shown(name)} (AUC {curve.auc:.4f})"
         # FAR 0 has no place on the axis: a step from its left end to the first false accept
         far = np.maximum(curve.far, _FAR_FLOOR / 10)
-        axes.step(far, 100 * curve.tar, where="post", label=label, **styles[name] | _NO_MARKER)
+        axes.step(far, 100 * curve.tar, where="post", label=label, **styles[name] | {"marker": ""})
     axes.set_xscale("log")
     axes.set_xlim(_FAR_FLOOR, 1)
     _name_rates(figure, axes, "False accept rate", "True accept rate (%)", title)
@@ -192,17 +180,14 @@ def similarity_figure(
     for place, (name, row) in enumerate(values.items()):
         axes = panels[place]
         for members, label, colour, hatch in kinds:
-            axes.hist(
-                row[members],
-                edges,
-                weights=np.full(int(members.sum()), 100 / max(1, int(members.sum()))),
-                histtype="stepfilled",
-                facecolor=(colour, 0.35),
-                edgecolor=colour,
-                hatch=hatch,
-                linewidth=1.0,
-                label=label,
-            )
+            shares = np.full(members.sum(), 100 / max(1, members.sum()))
+            look: dict[str, Any] = {
+                "facecolor": (colour, 0.35),
+                "edgecolor": colour,
+                "hatch": hatch,
+            }
+            look |= {"histtype": "stepfilled", "linewidth": 1.0, "label": label}
+            axes.hist(row[members], edges, weights=shares, **look)
         if thresholds and name in thresholds:
             line: dict[str, Any] = {"color": _BLACK, "linestyle": "--", "linewidth": 1}
             axes.axvline(thresholds[name], label="threshold", **line)
@@ -250,14 +235,8 @@ def picture_sheet(
     marks = {name: np.asarray(row, dtype=np.float64) for name, row in (cosines or {}).items()}
     rated = [row for name, row in marks.items() if name in columns and name != HR]
     height, width = list(columns.values())[-1].shape[-2:]
-    side = 1.15
-    figure, panels = _panels(
-        rows * len(columns),
-        width=side,
-        height=side * height / width + (0.2 if marks else 0.05),
-        columns=len(columns),
-        share_y=False,
-    )
+    inches = {"width": 1.15, "height": 1.15 * height / width + (0.2 if marks else 0.05)}
+    figure, panels = _panels(rows * len(columns), columns=len(columns), share_y=False, **inches)
     for column, (name, images) in enumerate(columns.items()):
         levels = to_uint8(images) if images.is_floating_point() else images
         pictures = levels.permute(0, 2, 3, 1).cpu().numpy()

@@ -136,9 +136,7 @@ def paper_table(
         for main, *other in columns
     ]
     if hr:
-        heads.append(
-            " / ".join(dict.fromkeys(pretty_size((c.height, c.width)) for c in hr.values()))
-        )
+        heads.append(" / ".join(map(pretty_size, rising_sizes(hr.values()))))
     lines = [["FNet", "Method/SRNet", *heads]]
     for fnet in dict.fromkeys(cell.fnet for cell in chosen):
         methods = dict.fromkeys(c.srnet for c in chosen if c.fnet == fnet and c.srnet != HR)

@@ -109,8 +109,12 @@ class Record:
         _require_printable("a metric", self.metric)
 
     def row(self) -> dict[str, Any]:
-        """The record as one flat row."""
-        return {**asdict(self.cell), "metric": self.metric, **asdict(self.estimate)}
+        """The record as one flat row; JSON and spreadsheets know no NaN: None (of one draw)."""
+        figures = {
+            name: None if figure is None or not math.isfinite(figure) else figure
+            for name, figure in asdict(self.estimate).items()
+        }
+        return {**asdict(self.cell), "metric": self.metric, **figures}
 
 
 _CELL_COLUMNS = tuple(column.name for column in fields(Cell))
@@ -230,23 +234,22 @@ class Results:
     def _contents(self, name: str) -> dict[str, bytes]:
         """The files by name, made before any is written: first the JSON, which pins the rest."""
         sidecar = Path(name).with_suffix(".npz").name
-        flat = {
+        flat: dict[str, Any] = {
             f"{place}/{key}": np.asarray(array)
             for place, arrays in enumerate(self.arrays.values())
             for key, array in arrays.items()
         }
         if strange := [key for key, array in flat.items() if array.dtype.kind not in _NUMBERS]:
             raise TypeError(f"arrays of no numbers cannot be written: {', '.join(strange)}")
-        # numpy before 2.2 has no allow_pickle here, and takes it for one more array
         packed = io.BytesIO()
-        np.savez_compressed(packed, **cast("dict[str, Any]", flat))
+        np.savez_compressed(packed, **flat)  # before numpy 2.2, allow_pickle is one more array
         blob = packed.getvalue()
         document = {
             "schema": SCHEMA,
             "created": self.created,
             "run": self.run,
             "environment": self.environment,
-            "records": [_plain(record.row()) for record in self.records],
+            "records": [record.row() for record in self.records],
             "arrays": {
                 "file": sidecar,
                 "sha256": hashlib.sha256(blob).hexdigest(),
@@ -265,7 +268,7 @@ class Results:
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for record in self.records:
-            row = _plain(record.row())
+            row = record.row()
             for key in ("fnet", "srnet", "metric"):
                 row[key] = f"'{row[key]}" if row[key].startswith(_FORMULA) else row[key]
             writer.writerow(row)
@@ -338,14 +341,13 @@ def markdown_table(lines: Sequence[Sequence[str]], *, left: Sequence[int] = (0, 
     """Lines of cells as Markdown, padded to be read as it is; all but some columns to the right."""
     lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rule = [
-        "-" * (width - (c not in left)) + ":" * (c not in left) for c, width in enumerate(widths)
-    ]
-    rows = [
-        " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        for line in (lines[0], rule, *lines[1:])
-    ]
-    return "".join(f"| {row} |\n" for row in rows)
+    ends = ["-" if place in left else ":" for place in range(len(widths))]
+    rule = ["-" * (width - 1) + end for width, end in zip(widths, ends, strict=True)]
+    text = ""
+    for line in (lines[0], rule, *lines[1:]):
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        text += f"| {' | '.join(cells)} |\n"
+    return text
 
 
 def _require_printable(what: str, name: object) -> None:
@@ -368,14 +370,6 @@ def write_together(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
             "or name another folder"
         ) from error
     return [folder / name for name in contents]
-
-
-def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON and spreadsheets know no NaN (the interval of a single draw): leave the field empty."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
 
 
 def _read_small(path: Path, most: int) -> bytes:

@@ -77,20 +77,15 @@ def edited(lfw, folder, change):
     return folder
 
 
-def wrong_count(folder):
-    text = (folder / "pairs.txt").read_text()
-    (folder / "pairs.txt").write_text(text.replace("\n", "\nPerson_0\t1\t2\n", 1))
+def replaced(name, old, new):
+    """A change of the first occurrence of a text in a file."""
 
+    def change(folder):
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new, 1))
 
-def wrong_name(folder):
-    text = (folder / "pairs.txt").read_text()
-    (folder / "pairs.txt").write_text(text.replace("Person_0\t1\t2", "Person_0\t1\t9", 1))
-
-
-def wrong_point(folder):
-    rows = (folder / "lfw_landmarks.csv").read_text().splitlines()
-    rows[3] = rows[3].rpartition(",")[0] + ",nan"
-    (folder / "lfw_landmarks.csv").write_text("\n".join(rows))
+    return change
 
 
 def half_a_photo(folder):
@@ -98,20 +93,15 @@ def half_a_photo(folder):
     photo.write_bytes(photo.read_bytes()[:700])
 
 
-def half_an_archive(folder, name):
-    with tarfile.open(folder / name, "w:gz" if name.endswith("gz") else "w") as archive:
-        archive.add(folder / "lfw", "lfw")
-    shutil.rmtree(folder / "lfw")
-    whole = (folder / name).read_bytes()
-    (folder / name).write_bytes(whole[: len(whole) // 2])
+def half_an_archive(name):
+    def change(folder):
+        with tarfile.open(folder / name, "w:gz" if name.endswith("gz") else "w") as archive:
+            archive.add(folder / "lfw", "lfw")
+        shutil.rmtree(folder / "lfw")
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
 
-
-def half_a_tar(folder):
-    half_an_archive(folder, "lfw.tar")
-
-
-def half_a_tgz(folder):
-    half_an_archive(folder, "lfw.tgz")
+    return change
 
 
 def one_person_only(folder):
@@ -120,26 +110,27 @@ def one_person_only(folder):
     (folder / "pairs.txt").write_text(f"1\t3\n{rows}{others}")
 
 
-def no_pairs(folder):
-    (folder / "pairs.txt").write_text("\n\n")
-
-
-def no_points(folder):
-    (folder / "lfw_landmarks.csv").unlink()
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (wrong_count, r"pairs\.txt:1: announces"),
-        (wrong_name, r"pairs\.txt:2: there is no image Person_0/Person_0_0009\.jpg"),
-        (wrong_point, r"lfw_landmarks\.csv:4: Person_0/Person_0_0004\.jpg: expected ten finite"),
+        (replaced("pairs.txt", "\n", "\nPerson_0\t1\t2\n"), r"pairs\.txt:1: announces"),
+        (
+            replaced("pairs.txt", "Person_0\t1\t2", "Person_0\t1\t9"),
+            r"pairs\.txt:2: there is no image Person_0/Person_0_0009\.jpg",
+        ),
+        (
+            replaced("lfw_landmarks.csv", "0_0004.jpg,", "0_0004.jpg,nan,"),
+            r"lfw_landmarks\.csv:4: Person_0/Person_0_0004\.jpg: expected ten finite",
+        ),
         (half_a_photo, r"Person_1_0002\.jpg: unreadable image"),
-        (half_a_tar, r"lfw\.tar: .*cut short.* after lfw/Person_\d/"),
-        (half_a_tgz, r"lfw\.tgz: the gzip stream is damaged or cut short"),
+        (half_an_archive("lfw.tar"), r"lfw\.tar: .*cut short.* after lfw/Person_\d/"),
+        (half_an_archive("lfw.tgz"), r"lfw\.tgz: the gzip stream is damaged or cut short"),
         (one_person_only, r"lfw: 6 pairs in 1 folds; .* give two folds or more"),
-        (no_pairs, r"pairs\.txt: the file is empty"),
-        (no_points, r"no landmarks .* --landmarks"),
+        (
+            lambda folder: (folder / "pairs.txt").write_text("\n\n"),
+            r"pairs\.txt: the file is empty",
+        ),
+        (lambda folder: (folder / "lfw_landmarks.csv").unlink(), r"no landmarks .* --landmarks"),
     ],
 )
 def test_data_errors_are_a_few_lines_with_file_and_line(

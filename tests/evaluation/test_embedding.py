@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from nets import TinySRNet, tiny_fnet
-from tinybench import SIZES, run, scores
+from tinybench import assert_same_scores, run
 from torch import nn
 
 from idloss import create_fnet, create_srnet
@@ -56,21 +56,15 @@ def test_fnet_input_equals_released_code(golden, protocol, size):
     assert levels.max() < 1.001
     # two pixels of 129,024 at 64x64, none elsewhere
     assert (levels > 1e-3).sum() <= (2 if size == "64x64" else 0)
-
-
-def test_fnet_input_of_edsr_output_equals_released_code(golden):
     sr = torch.from_numpy(golden["edsr_out"]).flip(1)
-    shown = to_fnet_input((sr + 1) * 0.5, CROP, PAPER).flip(1) * 2 - 1
+    shown = to_fnet_input((sr + 1) * 0.5, CROP, get_protocol(protocol)).flip(1) * 2 - 1
     np.testing.assert_allclose(shown.numpy(), golden["fnet_resize_face_out"], atol=1e-6)
 
 
-def test_sr_of_the_right_size_is_rounded_only_by_standard(seeded):
-    sr = torch.rand(1, 3, *CROP, generator=seeded)
+def test_standard_rounds_where_paper_cuts_off(seeded):
+    sr = torch.rand(1, 3, *CROP, generator=seeded)  # of the right size
     assert to_fnet_input(sr, CROP, PAPER) is sr
     assert torch.equal(to_fnet_input(sr, CROP, STANDARD), (sr * 255).round() / 255)
-
-
-def test_standard_rounds_where_paper_cuts_off(seeded):
     sr = torch.rand(2, 3, 28, 24, generator=seeded)
     for protocol, cut in (("paper", torch.floor), ("standard", torch.round)):
         levels = cut(sr * 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
@@ -81,19 +75,15 @@ def test_standard_rounds_where_paper_cuts_off(seeded):
         assert (difference > 0.5).mean() < 1e-4
 
 
-@pytest.mark.parametrize("protocol", sorted(PROTOCOLS))
-def test_values_outside_the_range_are_clamped(protocol):
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+def test_values_are_clamped_and_views_concatenated_or_added(protocol, seeded):
     sr = torch.tensor([-0.3, 0.5, 1.4]).reshape(1, 3, 1, 1).expand(1, 3, 28, 24)
-    shown = to_fnet_input(sr, CROP, get_protocol(protocol))
+    shown = to_fnet_input(sr, CROP, protocol)
     assert shown[:, 0].unique().tolist() == [0]
     assert shown[:, 2].unique().tolist() == [1]
-
-
-def test_views_are_concatenated_or_added(seeded):
     a, b = torch.rand(2, 3, 8, generator=seeded)
-    for name in ("paper", "sphereface"):
-        assert torch.equal(fuse_views(torch.cat((a, b)), get_protocol(name)), torch.cat((a, b), 1))
-    assert torch.equal(fuse_views(torch.cat((a, b)), STANDARD), a + b)
+    expected = a + b if protocol is STANDARD else torch.cat((a, b), 1)
+    assert torch.equal(fuse_views(torch.cat((a, b)), protocol), expected)
 
 
 def test_probes_are_8_bit():
@@ -128,10 +118,7 @@ def test_one_network_that_keeps_its_input_is_not_mixed_up(data, fnet, threads):
     alone = run(data, {"f": fnet}, {"n": Forgetful()}, cache=False, batch_size=1)
     threads(4)
     crowd = run(data, {"f": fnet}, {"n": Forgetful()}, cache=False, batch_size=1)
-    for size in SIZES:
-        np.testing.assert_allclose(
-            scores(alone, "f", "n", size), scores(crowd, "f", "n", size), atol=2e-6
-        )
+    assert_same_scores(crowd, alone)
 
 
 def kept_output(net=None):
@@ -172,9 +159,7 @@ def test_live_networks_are_judged_and_left_as_they_were(make, data, fnet, thread
     expected = run(data, {"f": fnet}, {"n": net}, cache=False)
     threads(3)
     found = run(data, {"f": fnet}, {"n": net}, cache=False, batch_size=2)
-    for size in SIZES:
-        one, two = (scores(which, "f", "n", size) for which in (expected, found))
-        np.testing.assert_allclose(one, two, atol=2e-6)
+    assert_same_scores(found, expected)
     assert_live(net, before)
     net(torch.rand(2, 3, 8, 8, requires_grad=True)).sum().backward()
     assert all(parameter.grad is not None for parameter in net.parameters())
@@ -190,20 +175,14 @@ def test_srnets_of_other_kinds_give_what_the_plain_one_does(become, data, fnet):
     plain = TinySRNet().eval()
     expected = run(data, {"f": fnet}, {"n": plain}, cache=False)
     found = run(data, {"f": fnet}, {"n": become(plain)}, cache=False)
-    for size in SIZES:
-        one, two = (scores(which, "f", "n", size) for which in (expected, found))
-        np.testing.assert_allclose(one, two, atol=1e-5)
+    assert_same_scores(found, expected, atol=1e-5)
 
 
 class Odd(nn.Module):
-    """Gives whatever a function makes of its images."""
-
-    def __init__(self, change):
-        super().__init__()
-        self.change = change
+    """Gives whatever a hook makes of its images."""
 
     def forward(self, x):
-        return self.change(x)
+        return x
 
 
 @pytest.mark.parametrize(
@@ -218,17 +197,15 @@ class Odd(nn.Module):
 )
 @pytest.mark.filterwarnings("ignore:embeddings made with:UserWarning")
 def test_srnets_that_give_no_rgb_in_0_1_are_told(change, says, data, fnet):
-    if says.startswith("SR"):
-        with pytest.warns(UserWarning, match=says):
-            run(data, {"f": fnet}, {"n": Odd(change)}, cache=False)
-    else:
-        with pytest.raises(TypeError, match=says):
-            run(data, {"f": fnet}, {"n": Odd(change)}, cache=False)
+    srnet = Odd()
+    srnet.register_forward_hook(lambda module, images, output: change(output))
+    warned = says.startswith("SR")
+    with pytest.warns(UserWarning, match=says) if warned else pytest.raises(TypeError, match=says):
+        run(data, {"f": fnet}, {"n": srnet}, cache=False)
 
 
 @pytest.mark.filterwarnings("ignore:embeddings made with:UserWarning")
-def test_fnets_that_give_no_embeddings_are_told(data):
-    fnet = tiny_fnet(size=(112, 96))
+def test_fnets_that_give_no_embeddings_are_told(data, fnet):
     fnet.register_forward_hook(lambda module, images, output: {"embedding": output})
     with pytest.raises(ValueError, match=r"TinyFNet gave .*embedding.* wrap it"):
         run(data, {"f": fnet}, {}, cache=False)
@@ -290,8 +267,7 @@ def test_batch_size_and_threads_do_not_change_the_answer(data, fnet, srnets, thr
     threads(3)
     small = run(data, {"f": fnet}, srnets, cache=False, batch_size=1)
     assert torch.get_num_threads() == 3
-    for cell, arrays in whole.arrays.items():
-        np.testing.assert_allclose(small.arrays[cell]["scores"], arrays["scores"], atol=2e-6)
+    assert_same_scores(small, whole)
     assert [r.estimate for r in whole.records if r.metric == "accuracy"] == [
         r.estimate for r in small.records if r.metric == "accuracy"
     ]
