@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -29,14 +31,23 @@ from torch import nn
 from idloss.errors import did_you_mean, some_of
 from idloss.geometry import TEMPLATES, Template, get_template
 from idloss.plugins import load_plugins
-from idloss.weights.files import NotAsPromisedError, NotFoundError, TryAgain, WeightsError
+from idloss.weights.files import (
+    NotAsPromisedError,
+    NotFoundError,
+    TryAgain,
+    WeightsError,
+    checkpoint_in,
+    load_checkpoint,
+    without_prefixes,
+)
 from idloss.weights.loading import build_model
-from idloss.weights.sources import ask_hub, hub_errors, reach_hub
+from idloss.weights.sources import ask_hub, hub_errors, hub_file, reach_hub
 
 _EntryPoint = TypeVar("_EntryPoint", bound=Callable[..., nn.Module])
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 _NORMALISATION = ("input_size", "mean", "std")
+_INPUT_EXAMPLE = "input_size=(3, 112, 112), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)"
 
 # What timm.create_model hands on of its own, if only to say that there is none.
 _TIMMS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_model_args")
@@ -104,7 +115,7 @@ def _register(fn: Callable[..., nn.Module]) -> None:
     name = fn.__name__
     if is_model(name) and (owner := model_entrypoint(name).__module__) != fn.__module__:
         raise ValueError(f"{fn.__module__} registers {name!r}, which is a model of {owner}: rename")
-    register_model(_forgiving(fn))
+    register_model(fn if fn.__module__.startswith("idloss.") else _forgiving(fn))
 
 
 def _forgiving(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -114,19 +125,18 @@ def _forgiving(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         handed = {key: kwargs.pop(key) for key in _TIMMS if key in kwargs}
         handed = {key: value for key, value in handed.items() if value is not None}
+        cfg = handed.get("pretrained_cfg")
+        source = cfg.get("source") if isinstance(cfg, dict) else None
         try:
-            if not handed:
-                return _trained(fn, kwargs) if pretrained else fn(pretrained=False, **kwargs)
             try:
+                if pretrained and source is None:
+                    return _trained(fn, {**handed, **kwargs})
                 model = fn(pretrained=pretrained, **handed, **kwargs)
+                if not pretrained or source == _cfg_of(model).get("source"):
+                    return model
             except TypeError as error:
                 if not any(repr(key) in str(error) for key in handed):
                     raise
-            else:
-                cfg = handed.get("pretrained_cfg")
-                source = cfg.get("source") if isinstance(cfg, dict) else None
-                if not pretrained or source in (None, _cfg_of(model).get("source")):
-                    return model
             plain = functools.partial(_plain, fn, kwargs)
             return build_model(lambda **_: plain(), fn.__name__, pretrained, **handed)
         except SystemExit as error:
@@ -148,10 +158,7 @@ def _plain(fn: Callable[..., nn.Module], kwargs: dict[str, Any]) -> nn.Module:
 
 
 def _trained(fn: Callable[..., nn.Module], kwargs: dict[str, Any]) -> nn.Module:
-    """Build with pretrained=True; if timm knows of no weights, see that they are not random."""
-    known = get_pretrained_cfg(fn.__name__)
-    if known is not None and known.has_weights:
-        return fn(pretrained=True, **kwargs)
+    """Build with pretrained=True, and see that the weights are not random."""
     models = []
     for seed in (0, 1):
         with torch.random.fork_rng(devices=[]):
@@ -249,13 +256,18 @@ def create_fnet(
         TypeError: If `fnet` is neither a name nor a module, or options are given with a module.
         ValueError: If the name or the crop is unknown, or a module says nothing of its input.
     """
+    if crop not in (None, "auto"):
+        crop = _checked_crop(crop)
     model = _built(fnet, "FNet", kwargs)
-    if model is None:
-        load_plugins()
-        model = _build_fnet(str(fnet), pretrained, kwargs)
-    _describe_input(model, kwargs.get("img_size"), input_size=input_size, mean=mean, std=std)
-    _describe_output(model)
-    model.crop = _resolve_crop(model, crop)  # type: ignore[assignment]
+    with _naming(fnet):
+        if model is None:
+            load_plugins()
+            model = _build_fnet(str(fnet), pretrained, kwargs)
+        if (arch := str(_cfg_of(model).get("architecture"))) in _srnets:
+            raise ValueError(f"this is no FNet{_other_kind(arch, arch, 'FNet')}")
+        _describe_input(model, kwargs.get("img_size"), input_size=input_size, mean=mean, std=std)
+        _describe_output(model)
+        model.crop = _resolve_crop(model, crop)  # type: ignore[assignment]
     return model
 
 
@@ -277,11 +289,14 @@ def create_srnet(srnet: str | nn.Module, *, pretrained: bool = False, **kwargs: 
     """
     model = _built(srnet, "SRNet", kwargs)
     if model is not None:
+        if (arch := str(_cfg_of(model).get("architecture"))) in _fnet_crops:
+            raise ValueError(f"this is no SRNet{_other_kind(arch, arch, 'SRNet')}")
         return model
     load_plugins()
     name = str(srnet)
     if name.startswith(_HUB_PREFIXES):
-        return _open_published(name, "SRNet", pretrained, kwargs)[0]
+        with _naming(name):
+            return _open_published(name, "SRNet", pretrained, kwargs)[0]
     return _timm_create(_known(name, "SRNet", _srnets), pretrained, kwargs)
 
 
@@ -382,54 +397,65 @@ def _open_published(
     name: str, kind: str, pretrained: bool, kwargs: dict[str, Any]
 ) -> tuple[nn.Module, Mapping[str, Any]]:
     """Build what a folder or a Hub repository holds; the model, and what idloss tells of it."""
-    place = name.partition(":")[2]
-    with _strangers(name, place):
-        if name.startswith("local-dir:"):
-            path = Path(place, "config.json")
-            if not path.is_file():
-                raise NotFoundError(f"{name} holds no published network: there is no {path}")
-        else:
-            repo, _, revision = place.partition("@")
-            path = ask_hub(name, repo, "config.json", revision or None, kwargs.get("cache_dir"))
-        config = json.loads(path.read_text(encoding="utf-8"))
-        arch, told = str(config["architecture"]), dict(config.get("idloss") or {})
-        _check_kind(name, kind, arch, told)
+    source, _, place = name.partition(":")
+    cache_dir = kwargs.get("cache_dir")
+    if source == "local-dir":
+        path = Path(place, "config.json")
+        if not path.is_file():
+            raise NotFoundError(f"{name} holds no published network: there is no {path}")
+    else:
+        repo, _, revision = place.partition("@")
+        path = ask_hub(name, repo, "config.json", revision or None, cache_dir)
+    config = json.loads(path.read_text(encoding="utf-8"))
+    arch, told = str(config["architecture"]), dict(config.get("idloss") or {})
+    _check_kind(name, kind, arch, told)
+    if not pretrained or arch in _fnet_crops or arch in _srnets:
         return _timm_create(name, pretrained, kwargs), told
+    # timm reads fewer kinds of checkpoints
+    path = (
+        checkpoint_in(Path(place))
+        if source == "local-dir"
+        else hub_file(name, place, None, cache_dir)
+    )
+    tensors = without_prefixes(load_checkpoint(path, name), name)
+    overlay = {"state_dict": tensors, "source": "", **kwargs.get("pretrained_cfg_overlay", {})}
+    model = _timm_create(name, True, {**kwargs, "pretrained_cfg_overlay": overlay})
+    model.pretrained_cfg = {**_cfg_of(model), "source": source}  # type: ignore[assignment]
+    _cfg_of(model).pop("state_dict")
+    return model, told
 
 
 @contextmanager
-def _strangers(name: str, place: str) -> Iterator[None]:
-    """Make whatever is wrong with what strangers wrote an error that names the place."""
+def _naming(net: object) -> Iterator[None]:
+    """Make whatever is wrong with what strangers published an error that names the place."""
     try:
         yield
-    except WeightsError:
-        raise
-    except OSError as error:
-        try:
-            with hub_errors(name, place.partition("@")[0]):
-                raise
-        except TryAgain as again:
-            raise again.error from error
     except Exception as error:
-        # what we refuse is a plain ValueError
-        if type(error) is ValueError:
+        name = str(net) if isinstance(net, str) else ""
+        if not name.startswith(_HUB_PREFIXES) or name in str(error):
             raise
-        reason = " ".join(str(error).split())[:300]
-        kind = type(error).__name__
-        raise NotAsPromisedError(f"{name} cannot be opened ({kind}: {reason})") from error
+        if isinstance(error, OSError):
+            try:
+                with hub_errors(name, name.partition(":")[2].partition("@")[0]):
+                    raise
+            except TryAgain as again:
+                raise again.error from error
+        kind = type(error) if isinstance(error, WeightsError) else NotAsPromisedError
+        reason = some_of([" ".join(str(error).split())[:300]])
+        raise kind(f"{name} cannot be opened ({type(error).__name__}: {reason})") from error
 
 
 def _check_kind(name: str, kind: str, arch: str, told: Mapping[str, Any]) -> None:
     """Refuse what is of the other kind, or of no kind that is known here."""
     if told.get("registered") is False:
         raise NotAsPromisedError(
-            f"{name} holds a {told.get('class')}, which is not registered: open it with "
+            f"{name} holds a {told.get('class')!r}, which is not registered: open it with "
             "idloss.training.open_trained(folder, network)"
         )
     if arch in (_srnets if kind == "FNet" else _fnet_crops):
-        raise ValueError(f"{name!r} holds a {arch}{_other_kind(name, arch, kind)}")
+        raise ValueError(f"{name} holds another kind{_other_kind(name, arch, kind)}")
     if kind == "SRNet" and arch not in _srnets:
-        raise ValueError(f"{name!r} holds a {arch}, which is not a registered SRNet")
+        raise ValueError(f"{name} holds a {arch!r}, which is not a registered SRNet")
     if not is_model(arch):
         raise NotFoundError(f"{name} holds a {arch!r}, which no installed package registers")
 
@@ -463,12 +489,20 @@ def _describe_input(
         raise ValueError(
             f"{type(model).__name__} says nothing of its {', '.join(missing)}: pass "
             f"{', '.join(f'{key}=' for key in missing)} to create_fnet, or give the module a "
-            "pretrained_cfg, as timm's models have (an FNet trained on inputs in [-1, 1] has "
-            "mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))"
+            f"pretrained_cfg, as timm's models have (one for inputs in [-1, 1]: {_INPUT_EXAMPLE})"
         )
-    cfg.update({key: tuple(cfg[key]) for key in _NORMALISATION})
-    if len(cfg["input_size"]) != 3:
-        raise ValueError(f"input_size must be (3, H, W), got {cfg['input_size']}")
+    for key in _NORMALISATION:
+        value = cfg[key]
+        if not isinstance(value, Sequence) or not all(isinstance(one, Real) for one in value):
+            raise ValueError(f"{key} must be numbers, as in {_INPUT_EXAMPLE}, got {value!r}")
+        cfg[key] = tuple(value)
+    size, mean, std = (cfg[key] for key in _NORMALISATION)
+    if len(size) != 3 or min(size) < 1:
+        raise ValueError(f"input_size must be (3, H, W), got {size}")
+    if len(mean) != size[0] or not all(0 <= one <= 1 for one in mean):
+        raise ValueError(f"mean must be {size[0]} numbers in [0, 1], as images are, got {mean}")
+    if len(std) != size[0] or not all(0 < one < math.inf for one in std):
+        raise ValueError(f"std must be {size[0]} positive numbers, got {std}")
     model.pretrained_cfg = cfg  # type: ignore[assignment]
 
 
@@ -499,7 +533,7 @@ def _probe_width(model: nn.Module) -> int:
     try:
         output = model(torch.zeros(size, device=reference.device, dtype=reference.dtype))
     # a stranger's network raises what it likes
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{kind} cannot take images {list(size)}: {error}") from error
     finally:
         for module, training in modes.items():
@@ -525,10 +559,8 @@ def describe_output(output: Any) -> str:
 
 
 def _resolve_crop(model: nn.Module, crop: str | Template | None) -> str | Template | None:
-    if crop is None:
-        return None
     if crop != "auto":
-        return _checked_crop(crop)
+        return crop
     own = getattr(model, "crop", "")
     if own is None:
         return None

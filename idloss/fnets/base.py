@@ -83,6 +83,13 @@ class FNet(nn.Module):
             default=-1,
         )
 
+    def forward_intermediates(self, *args: object, **kwargs: object) -> None:
+        """Part of timm's interface, which these networks have no more of than one map."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no forward_intermediates; forward_features gives its last "
+            "feature map"
+        )
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Part of timm's interface, which trains these networks without it."""
         if enable:

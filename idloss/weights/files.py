@@ -8,6 +8,7 @@ import http.client
 import logging
 import os
 import pickle
+import re
 import shutil
 import tempfile
 import time
@@ -39,8 +40,11 @@ LONGEST_WAIT = 120.0
 TIMEOUT = 20.0
 """Seconds without a byte before a connection counts as dead."""
 
-ENTRIES = ("params_ema", "g_ema", "params", "state_dict", "model_state_dict", "model", "net")
-"""Where training checkpoints keep a network's weights: BasicSR, StyleGAN and their kin, Lightning.
+ENTRIES = (
+    *("params_ema", "g_ema", "state_dict_ema", "model_ema"),
+    *("params", "state_dict", "state_dict_backbone", "model_state_dict", "model", "net"),
+)
+"""Where checkpoints keep weights: BasicSR, StyleGAN, timm, Lightning, insightface and their kin.
 
 The first one found is taken: averaged weights are what these projects test with.
 """
@@ -50,6 +54,8 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 
 _STALE = 3600.0  # seconds after which a temporary file was left by a killed process
 _RESERVE = 64 << 20  # bytes of a disk that a download leaves free
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+_DENIED = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 _RETRIED = (408, 425, 429, 500, 502, 503, 504)
 
 _Result = TypeVar("_Result")
@@ -213,7 +219,7 @@ def _attempt(piece: Piece, partial: Path, offset: int, name: str) -> bool:
             raise _refusal(what, error) from error
     except (http.client.HTTPException, OSError) as error:
         reason = getattr(error, "reason", None) or f"{type(error).__name__}: {error}"
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and is_of_the_disk(error):
             raise
         refused = isinstance(error, urllib.error.URLError) and not isinstance(
             reason, ConnectionResetError
@@ -227,6 +233,11 @@ def _attempt(piece: Piece, partial: Path, offset: int, name: str) -> bool:
     return offset > 0
 
 
+def is_of_the_disk(error: OSError) -> bool:
+    """Whether a file could not be written, which is not the network's fault."""
+    return error.errno in _DISK or (error.filename is not None and error.errno in _DENIED)
+
+
 def _receive(
     response: http.client.HTTPResponse, partial: Path, offset: int, total: int | None, piece: Piece
 ) -> int:
@@ -237,8 +248,7 @@ def _receive(
         if size > piece.limit:
             raise NotAsPromisedError(f"{piece.url} has more than the {piece.limit:,} bytes it may")
         if size > room:
-            told = f"{piece.url} does not fit into {partial.parent}; HF_HOME names another folder"
-            raise OSError(errno.ENOSPC, told)
+            raise OSError(errno.ENOSPC, f"{piece.url} does not fit into {partial.parent}")
 
     check(total or 0)
     # disabled where there is no terminal
@@ -255,7 +265,7 @@ def _receive(
 
 def _refusal(what: str, error: urllib.error.HTTPError) -> Exception:
     """Our error for an HTTP status."""
-    answer = f"{what}: the host answered {error.code} {error.reason}"
+    answer = f"{what}: the host answered {error.code} {some_of([str(error.reason)])}"
     if error.code in (401, 403):
         return NotAllowedError(answer)
     if error.code in (404, 410):
@@ -338,6 +348,7 @@ def load_checkpoint(path: Path, name: str) -> dict[str, Tensor]:
     try:
         if is_safetensors(path):
             return safetensors.torch.load_file(path)
+        _refuse_compressed(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     # a damaged or hostile file may raise whatever it likes
     except Exception as error:
@@ -346,26 +357,44 @@ def load_checkpoint(path: Path, name: str) -> dict[str, Tensor]:
         pickled = _head(path)[:1] == b"\x80" or zipfile.is_zipfile(path)
         if not (isinstance(error, pickle.UnpicklingError) and pickled):
             raise _unreadable(name, path, error) from error
-        reason = str(error).partition("\n")[0]
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f" ({found[1]})" if found else ""
         raise NotAsPromisedError(
-            f"{name}: {path} was refused: to read it, code in it would have to run ({reason}). "
+            f"{name}: {some_of([str(path)])} was refused: to read it, code{reason} would run. "
             "Ask its authors for a state dict of plain tensors, or for safetensors."
         ) from error
-    return _unwrapped(loaded, name, path)
+    tensors = _unwrapped(loaded, name, path)
+    held, size = sum(tensor.nbytes for tensor in tensors.values()), path.stat().st_size
+    if held > 16 * size:
+        raise NotAsPromisedError(
+            f"{name}: {some_of([str(path)])} has {size:,} bytes, and its tensors {held:,}"
+        )
+    return tensors
+
+
+def _refuse_compressed(path: Path) -> None:
+    """What torch writes is stored as it is; what is packed smaller may fill the memory."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > path.stat().st_size:
+            raise ValueError(f"it would unpack to {unpacked:,} bytes")
 
 
 def _unreadable(name: str, path: Path, error: Exception) -> NotAsPromisedError:
     reason = str(error).partition("\n")[0][:200]
     return NotAsPromisedError(
-        f"{name}: {path} ({path.stat().st_size:,} bytes, beginning {_head(path)!r}) cannot be read "
-        f"as a PyTorch or safetensors checkpoint ({type(error).__name__}: {reason!r}). "
-        "A page of HTML in its place, or half of a file?"
+        f"{name}: {some_of([str(path)])} ({path.stat().st_size:,} bytes, beginning "
+        f"{_head(path)!r}) cannot be read as a PyTorch or safetensors checkpoint "
+        f"({type(error).__name__}: {reason!r}). A page of HTML in its place, or half of a file?"
     )
 
 
 def _unwrapped(loaded: Any, name: str, path: Path) -> dict[str, Tensor]:
     """The tensors in what was read, out of the entry of a training checkpoint that holds them."""
-    while isinstance(loaded, Mapping):
+    for _ in range(4):  # a mapping may hold itself
+        if not isinstance(loaded, Mapping):
+            break
         entries = [entry for entry in ENTRIES if isinstance(loaded.get(entry), Mapping)]
         if not entries:
             break
@@ -375,13 +404,32 @@ def _unwrapped(loaded: Any, name: str, path: Path) -> dict[str, Tensor]:
     if not isinstance(loaded, Mapping):
         kind = type(loaded).__name__
         raise NotAsPromisedError(f"{name}: {path} holds a {kind}, where a state dict was expected")
-    strange = [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]
+    strange = [str(key) for key, value in loaded.items() if not _is_plain(value)]
     if strange or not loaded:
         raise NotAsPromisedError(
-            f"{name}: {path} is not a state dict of tensors; "
-            f"no tensors under: {some_of(strange) if strange else '(it is empty)'}"
+            f"{name}: {path} is not a state dict of plain tensors; "
+            f"none under: {some_of(strange) if strange else '(it is empty)'}"
         )
     return {str(key): value for key, value in loaded.items()}
+
+
+def _is_plain(value: object) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not (value.is_quantized or value.is_meta)
+    )
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """The file of a folder that holds its weights: safetensors first, a `model` first."""
+    for ending in ("safetensors", "bin", "pth", "pt"):
+        found = sorted(
+            folder.glob(f"*.{ending}"), key=lambda path: ("model" not in path.stem, path)
+        )
+        if found:
+            return found[0]
+    raise NotFoundError(f"{folder} holds no weights: no .safetensors, .bin, .pth or .pt file")
 
 
 def without_prefixes(
@@ -403,7 +451,10 @@ def save_tensors(tensors: Mapping[str, Tensor], target: Path, metadata: Mapping[
     own = {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}
     about = {"format": "pt", "idloss.digest": _tensor_digest(own), **metadata}
     with written_whole(target) as temporary:
-        safetensors.torch.save_file(own, temporary, about)
+        try:
+            safetensors.torch.save_file(own, temporary, about)
+        except safetensors.SafetensorError as error:
+            raise OSError(errno.EIO, f"not written: {error}", str(target)) from error
 
 
 def verified_metadata(path: Path) -> dict[str, str] | None:

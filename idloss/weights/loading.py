@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
-import torch
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
@@ -18,7 +19,6 @@ from timm.models import (
     get_pretrained_cfg,
     is_model,
     load_pretrained,
-    load_state_dict_from_hf,
     resolve_pretrained_cfg,
 )
 from torch import Tensor, nn
@@ -28,13 +28,16 @@ from idloss.plugins import load_plugins
 from idloss.weights.files import (
     NotAsPromisedError,
     NotFoundError,
+    Piece,
+    checkpoint_in,
+    is_of_the_disk,
     is_safetensors,
     load_checkpoint,
     save_tensors,
     verified_metadata,
     without_prefixes,
 )
-from idloss.weights.sources import Cache, Source
+from idloss.weights.sources import Cache, Source, hub_file
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _StateDict = dict[str, Tensor]
@@ -50,6 +53,9 @@ CONV = ("weight", "bias")
 
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 """The entries of a batch norm."""
+
+URL_LIMIT = 4 << 30
+"""The most bytes that a file may have whose hash nobody pinned."""
 
 # What a PretrainedCfg tells of one set of weights, which is false of any other.
 _PROVENANCE = {"url", "file", "state_dict", "source", "hf_hub_id", "hf_hub_filename"}
@@ -205,19 +211,33 @@ def fetch(name: str, *, cache_dir: CacheDir = None, force: bool = False) -> Path
     target = cache.converted_path(name, key)
     if not force and _is_made(target, key):
         return target
-    with cache.lock(target):
-        if not force and _is_made(target, key):  # by another process, meanwhile
-            return target
+    with _disk_advice():
         paths = weights.source.obtain(cache, name, force=force)
-        with cache.scratch() as scratch:
-            checkpoint = weights.source.assemble(paths, scratch, name)
-            tensors = _adapted(checkpoint, weights, name)
-            if weights.adapter is None and checkpoint in paths and is_safetensors(checkpoint):
-                return checkpoint  # it is what we would make of it
-            about = {"idloss.key": key, "source": weights.source.pieces[0].url}
-            about["source_hash"] = weights.source.fingerprint(cache, name)
-            save_tensors(tensors, target, _about(name, weights) | about)
+        if weights.adapter is None and len(paths) == 1 and is_safetensors(paths[0]):
+            load_checkpoint(paths[0], name)  # whole
+            return paths[0]  # it is what we would make of it
+        with cache.lock(target):
+            if not force and _is_made(target, key):  # by another process, meanwhile
+                return target
+            with cache.scratch() as scratch:
+                checkpoint = weights.source.assemble(paths, scratch, name)
+                about = {"idloss.key": key, "source": weights.source.pieces[0].url}
+                about["source_hash"] = weights.source.fingerprint(cache, name)
+                tensors = _adapted(checkpoint, weights, name)
+                save_tensors(tensors, target, _about(name, weights) | about)
     return target
+
+
+@contextmanager
+def _disk_advice() -> Iterator[None]:
+    """Say where else to, when the cache cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if not is_of_the_disk(error):
+            raise
+        told = f"{error.strerror}. HF_HOME, or cache_dir=, names another folder"
+        raise OSError(error.errno, told, error.filename) from error
 
 
 def _is_made(target: Path, key: str) -> bool:
@@ -392,6 +412,8 @@ def build_model(
         NotAsPromisedError: If the state dict has not exactly the model's keys.
         WeightsError: As in `fetch`.
     """
+    if isinstance(size := kwargs.get("img_size"), int):
+        kwargs["img_size"] = (size, size)
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     name = f"{variant}.{cfg.tag}" if cfg.tag else variant
     ours = _is_ours(cfg, name)
@@ -435,29 +457,19 @@ def _find_tensors(
         return dict(cfg.state_dict)
     if cfg.file:
         path = Path(cfg.file)
-        return load_checkpoint(_checkpoint_in(path) if path.is_dir() else path, name)
-    folder = None if cache_dir is None else str(cache_dir)
+        return load_checkpoint(checkpoint_in(path) if path.is_dir() else path, name)
     if cfg.hf_hub_id:
-        filename = cfg.hf_hub_filename or "pytorch_model.bin"  # safetensors beside it come first
-        return dict(load_state_dict_from_hf(cfg.hf_hub_id, filename, cache_dir=folder))
-    if cfg.url:
-        loaded = torch.hub.load_state_dict_from_url(str(cfg.url), folder, "cpu", weights_only=True)
-        return dict(loaded)
+        return load_checkpoint(hub_file(name, cfg.hf_hub_id, cfg.hf_hub_filename, cache_dir), name)
+    if url := str(cfg.url or ""):
+        piece = Piece(PurePosixPath(urlsplit(url).path).name, url, limit=URL_LIMIT)
+        owner = hashlib.sha256(url.encode()).hexdigest()
+        cache = Cache.at(cache_dir)
+        with _disk_advice():
+            return load_checkpoint(cache.download(piece, owner), name)
     raise NotFoundError(
         f"there are no weights for {name!r}. Use pretrained=False, or a tag that has some: "
         "timm.list_models(..., pretrained=True)"
     )
-
-
-def _checkpoint_in(folder: Path) -> Path:
-    """The file of a folder that holds its weights: safetensors first, a `model` first."""
-    for ending in ("safetensors", "bin", "pth", "pt"):
-        found = sorted(
-            folder.glob(f"*.{ending}"), key=lambda path: ("model" not in path.stem, path)
-        )
-        if found:
-            return found[0]
-    raise NotFoundError(f"{folder} holds no weights: no .safetensors, .bin, .pth or .pt file")
 
 
 def _fitting(

@@ -23,7 +23,7 @@ from huggingface_hub import (
     snapshot_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
 from idloss.errors import some_of
@@ -97,6 +97,19 @@ class Cache:
             shutil.copyfile(path, copy)
             target.parent.mkdir(parents=True, exist_ok=True)
             settle(copy, target)
+
+    def download(self, piece: Piece, name: str, *, force: bool = False) -> Path:
+        """A piece in `downloads/`, brought by one process at a time; with `force` once more."""
+        kept = self.download_path(piece, name)
+        if offline():
+            raise UnreachableError(
+                f"{name}: {piece.filename} is not in the cache ({kept}), and HF_HUB_OFFLINE is set"
+            )
+        with self.lock(kept):
+            # another process may have brought it while this one waited
+            if force or not kept.exists() or piece.mismatch(kept):
+                download(piece, kept, name)
+        return kept
 
     @contextmanager
     def lock(self, path: Path) -> Iterator[None]:
@@ -251,10 +264,23 @@ def ask_hub(
     return with_retries(attempt)
 
 
+def hub_file(
+    what: str, hub_id: str, filename: str | None, cache_dir: str | os.PathLike[str] | None
+) -> Path:
+    """The weights of `owner/name` or `owner/name@revision`; safetensors, if there are some."""
+    repo, _, revision = hub_id.partition("@")
+    missing = (NotFoundError, UnreachableError) if offline() else (NotFoundError,)
+    if filename is None:
+        with suppress(*missing):
+            return ask_hub(what, repo, "model.safetensors", revision or None, cache_dir)
+    return ask_hub(what, repo, filename or "pytorch_model.bin", revision or None, cache_dir)
+
+
 def reach_hub(what: str, repo: str, cache_dir: str | os.PathLike[str] | None) -> None:
     """See that the Hub answers, unless something of `repo` is in the cache."""
     try:
-        snapshot_download(repo, cache_dir=cache_dir and Path(cache_dir), local_files_only=True)
+        folder = None if cache_dir is None else str(cache_dir)
+        snapshot_download(repo, cache_dir=folder, local_files_only=True)
     except LocalEntryNotFoundError:
         with suppress(NotFoundError):  # it did answer
             ask_hub(what, repo, "config.json", None, cache_dir)
@@ -268,6 +294,8 @@ def hub_errors(what: str, repo: str) -> Iterator[None]:
     except WeightsError:
         raise
     except Exception as error:
+        if isinstance(error, HFValidationError):
+            raise NotFoundError(f"{what}: {repo!r} is no name of a repository") from error
         # what the client could not do without the network, it says with the reason as the cause
         wrapped = isinstance(error, LocalEntryNotFoundError | ValueError) and error.__cause__
         cause = wrapped or error
@@ -342,18 +370,10 @@ class GitHubBlob(Source):
         return super().fingerprint(cache, name) + (f"/{self.member}" if self.member else "")
 
     def get(self, piece: Piece, cache: Cache, name: str, *, force: bool) -> Path:
-        """The piece, downloaded into the cache by one process at a time."""
-        kept = cache.download_path(piece, name)
-        if offline():
-            raise UnreachableError(
-                f"{name}: {piece.filename} is not in the cache ({kept}), and HF_HUB_OFFLINE is set"
-            )
+        """The piece, downloaded into the cache."""
         mirror = os.environ.get("IDLOSS_GITHUB_RAW", GITHUB_RAW).rstrip("/")
-        with cache.lock(kept):
-            # another process may have brought it while this one waited
-            if force or not kept.exists() or piece.mismatch(kept):
-                download(replace(piece, url=piece.url.replace(GITHUB_RAW, mirror, 1)), kept, name)
-        return kept
+        mirrored = replace(piece, url=piece.url.replace(GITHUB_RAW, mirror, 1))
+        return cache.download(mirrored, name, force=force)
 
     def assemble(self, paths: Sequence[Path], scratch: Path, name: str) -> Path:
         """The parts joined, and the member unpacked."""

@@ -148,6 +148,8 @@ def test_timms_tools(name):
     model.set_grad_checkpointing(False)
     with pytest.raises(NotImplementedError, match="has no gradient checkpointing"):
         model.set_grad_checkpointing()
+    with pytest.raises(NotImplementedError, match="has no forward_intermediates"):
+        model.forward_intermediates(images(model))
     with pytest.raises(ValueError, match="has no features_only; forward_features gives"):
         timm.create_model(name, features_only=True, **SMALL.get(name, {}))
 

@@ -1,10 +1,12 @@
 """Files over a real network stack that misbehaves, and what may be in them."""
 
+import errno
 import io
 import os
 import pickle
 import re
 import sys
+import zipfile
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +34,9 @@ from tinyweights import (
 from idloss import weights
 from idloss.weights import files, loading, sources
 from idloss.weights.sources import GITHUB_RAW
+
+HOLDS_ITSELF = {}
+HOLDS_ITSELF["model"] = HOLDS_ITSELF
 
 
 class TestDownload:
@@ -245,6 +250,39 @@ class TestKept:
             weights.fetch(name)
         assert files_under(home) == []
 
+    @pytest.mark.parametrize("part", [("downloads",), ("converted",), ()], ids=str)
+    def test_a_cache_that_cannot_be_written(self, web, home, naps, part):
+        """Said to be the disk's fault at once, with the way out."""
+        _, _, name = web
+        path = home.joinpath("idloss", *part)
+        path.parent.mkdir(parents=True)
+        path.write_text("a file, where a folder is to be made")
+        with pytest.raises(OSError, match="HF_HOME, or cache_dir=, names another folder") as caught:
+            weights.fetch(name)
+        assert str(path) in str(caught.value)
+        assert naps == []
+
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+    def test_a_disk_that_is_full_in_the_middle(self, web, home, naps, monkeypatch, number):
+        _, _, name = web
+
+        def full(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(files, "_receive", full)
+        with pytest.raises(OSError, match="names another folder") as caught:
+            weights.fetch(name)
+        assert caught.value.errno == number
+        assert naps == []
+        monkeypatch.undo()
+
+        def full_too(*_):
+            raise safetensors.SafetensorError("No space left on device")
+
+        monkeypatch.setattr(safetensors.torch, "save_file", full_too)
+        with pytest.raises(OSError, match=r"not written: .*HF_HOME"), loading._disk_advice():
+            files.save_tensors({"a": torch.ones(1)}, home / "x" / "y", {})
+
     def test_converted_weights_with_a_layer_zeroed(self, web):
         _, _, name = web
         path = weights.fetch(name)
@@ -329,11 +367,34 @@ class TestReading:
         assert not [file for file in files_under(home) if "converted" in file]
 
     @pytest.mark.parametrize(
-        "value", [[torch.ones(1)], {"epoch": 3}, {}], ids=["list", "number", "empty"]
+        "value",
+        [
+            [torch.ones(1)],
+            {"epoch": 3},
+            {},
+            HOLDS_ITSELF,
+            {"a": torch.eye(3).to_sparse()},
+        ],
+        ids=["list", "number", "empty", "itself", "sparse"],
     )
     def test_no_state_dict(self, fetch_body, value):
         with pytest.raises(weights.NotAsPromisedError, match="state dict"):
             fetch_body(saved(value))
+
+    def test_terabytes_by_strides_of_0(self, fetch_body):
+        with pytest.raises(weights.NotAsPromisedError, match=r"its tensors 4,000,000,000,000"):
+            fetch_body(saved({"a": torch.zeros(1).expand(10**6, 10**6)}))
+
+    def test_what_zip_packed_to_a_thousandth(self, fetch_body):
+        packed = io.BytesIO()
+        with (
+            zipfile.ZipFile(io.BytesIO(saved({"a": torch.zeros(10**6)}))) as plain,
+            zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as bomb,
+        ):
+            for entry in plain.namelist():
+                bomb.writestr(entry, plain.read(entry))
+        with pytest.raises(weights.NotAsPromisedError, match=r"would unpack to 4,\d+,\d+ bytes"):
+            fetch_body(packed.getvalue())
 
     @pytest.mark.parametrize("entry", files.ENTRIES)
     def test_training_checkpoint(self, fetch_body, caplog, entry):

@@ -7,12 +7,14 @@ import timm
 import torch
 from servers import Fault
 from tinyweights import (
+    COMMIT,
     NAME,
     RELEASED,
     TINY_PATH,
     blob,
     files_under,
     git_sha1,
+    saved,
     sha256,
     state_dict,
 )
@@ -85,6 +87,32 @@ class TestBuildModel:
         path.write_bytes(RELEASED)
         with pytest.raises(weights.NotAsPromisedError, match=r"weights\.convert\('idloss_tiny\.a'"):
             timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+
+    def test_overlay_of_the_hub(self, hub, home, monkeypatch):
+        """Read as any other checkpoint: out of its entry, its prefix off, safetensors first."""
+        server, _, _ = hub
+        body = saved({"params_ema": state_dict("module.")})
+        server.add_hub_file("a/b", COMMIT, "pytorch_model.bin", body)
+        overlay = {"hf_hub_id": f"a/b@{COMMIT}"}
+        options = {"pretrained": True, "pretrained_cfg_overlay": overlay}
+        model = timm.create_model("idloss_tiny.untrained", **options)
+        assert torch.equal(model.conv.bias, state_dict()["conv.bias"])
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        model = timm.create_model("idloss_tiny.untrained", **options)
+        assert torch.equal(model.conv.bias, state_dict()["conv.bias"])
+
+    def test_overlay_of_an_address(self, served, home, monkeypatch):
+        options = {"pretrained": True, "pretrained_cfg_overlay": {"url": f"{served.url}/f.pth"}}
+        served.files["/f.pth"] = saved({"state_dict": state_dict()})
+        for _ in range(2):
+            model = timm.create_model("idloss_tiny.untrained", **options)
+            assert torch.equal(model.conv.bias, state_dict()["conv.bias"])
+        assert len(served.gets("/f.pth")) == 1
+        monkeypatch.setattr(loading, "URL_LIMIT", 500_000)
+        served.faults["/g.pth"] = Fault(no_length=True, body=bytes(4 << 20))
+        options["pretrained_cfg_overlay"] = {"url": f"{served.url}/g.pth"}
+        with pytest.raises(weights.NotAsPromisedError, match="more than the 500,000"):
+            timm.create_model("idloss_tiny.untrained", **options)
 
     def test_local_dir(self, served, home, tmp_path):
         from timm.models import save_for_hf

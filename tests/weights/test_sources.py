@@ -301,6 +301,7 @@ class TestOffline:
 
 class TestFilesOnDisk:
     def test_zoo(self, register, home, monkeypatch, tmp_path):
+        home.write_text("no folder")  # nothing of what comes with the package is kept there
         package = tmp_path / "site" / "idloss"
         (package / "weights").mkdir(parents=True)
         monkeypatch.setattr("idloss.weights.sources.__file__", str(package / "weights" / "s.py"))
