@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -82,9 +82,7 @@ class FaceEncoder(nn.Module):
         **fnet_options: Any,
     ) -> None:
         super().__init__()
-        low, high = value_range
-        if not -math.inf < low < high < math.inf:
-            raise ValueError(f"value_range must be (low, high) with low < high, got {value_range}")
+        self._watch = ImageWatch(value_range)  # refuses a range that is none
         if channel_order not in ("rgb", "bgr"):
             raise ValueError(f"channel_order must be 'rgb' or 'bgr', got {channel_order!r}")
         if isinstance(fnet, torch.export.ExportedProgram):
@@ -111,11 +109,20 @@ class FaceEncoder(nn.Module):
         self.crop = get_template(crop) if crop is not None else None
         own: Any = net.crop
         self.fnet_crop: Template | None = get_template(own) if own is not None else None
-        self._watch = ImageWatch(value_range)
         self._is_tried = False
         self.value_range = value_range
         # one affine map takes value_range to [0, 1] and on to the FNet's normalisation
-        span, lines = high - low, list(zip(cfg["mean"], cfg["std"], strict=True))
+        (low, high), (means, stds) = value_range, (cfg["mean"], cfg["std"])
+        if (
+            not len(means) == len(stds) == 3
+            or not all(-1 <= mean <= 1 for mean in means)
+            or not all(0 < std <= 1 for std in stds)
+        ):
+            raise ValueError(
+                f"{type(net).__name__} has mean {means} and std {stds}: they must be three numbers "
+                "each, for images in [0, 1] (divide those for [0, 255] by 255)"
+            )
+        span, lines = high - low, list(zip(means, stds, strict=True))
         self._affine = (
             [1 / (span * std) for _, std in lines],
             [(-low / span - mean) / std for mean, std in lines],
@@ -190,8 +197,7 @@ class FaceEncoder(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """`forward` for images `[B, 3, H, W]` whose range somebody else watches."""
-        if getattr(self.fnet, "training", False):
-            _freeze(self.fnet)  # somebody reached for encoder.fnet
+        self._keep_frozen()
         if images.requires_grad and torch.is_grad_enabled():
             if torch.compiler.is_dynamo_compiling():
                 self._try_gradient_of_a_graph()
@@ -202,6 +208,14 @@ class FaceEncoder(nn.Module):
                         module.__class__ = FrozenPReLU
                 self._refuse_a_cut(images)
         return self._embed(images)
+
+    @torch.compiler.assume_constant_result  # runs while a graph is made, and is not in it
+    def _keep_frozen(self) -> bool:
+        """Freeze the network again if somebody reached for `encoder.fnet`, or a part of it."""
+        trains = any(getattr(module, "training", False) for module in self.fnet.modules())
+        if trains or any(parameter.requires_grad for parameter in self.fnet.parameters()):
+            _freeze(self.fnet)
+        return True
 
     def _embed(self, images: Tensor) -> Tensor:
         inputs = self.preprocess(images)
@@ -217,7 +231,7 @@ class FaceEncoder(nn.Module):
         if not passes_gradient(unit, like):
             raise RuntimeError(CUT.format(f"FNet {type(self.fnet).__name__}"))
 
-    @torch.compiler.assume_constant_result  # runs while the graph is made, and is not in it
+    @torch.compiler.assume_constant_result
     def _try_gradient_of_a_graph(self) -> bool:
         like = torch.empty(2, 3, *self.input_size, dtype=self._dtype, device=self.scale.device)
         self._refuse_a_cut(like)
@@ -309,11 +323,11 @@ def _own_copy(fnet: nn.Module) -> nn.Module:
 
 
 def _freeze(net: nn.Module) -> nn.Module:
-    """Eval mode, no gradients; exported programs are in eval mode and refuse `eval()`."""
-    try:
+    """Eval mode, no gradients."""
+    with suppress(NotImplementedError):  # of exported programs, which are in eval mode
         net.eval()
-    except NotImplementedError:
-        for module in net.modules():
+    for module in net.modules():
+        if getattr(module, "training", False):  # some have a train() of their own
             module.training = False
     for parameter in net.parameters():  # scripted modules have no requires_grad_()
         parameter.requires_grad_(False)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 def did_you_mean(kind: str, name: str, known: Iterable[str]) -> str:
     """Word the error for an unknown name of a kind, with the nearest known ones first."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
     return f"unknown {kind} {name!r}.{hint} Known: {some_of(names, 20)}"
 

@@ -53,9 +53,21 @@ class Template:
     points: tuple[Point, ...]
 
     def __post_init__(self) -> None:
-        points = [len(point) for point in self.points]
-        if len(self.size) != 2 or min(self.size) < 1 or points != [2] * 5:
+        lengths = [len(point) for point in self.points]
+        if len(self.size) != 2 or min(self.size) < 1 or lengths != [2] * 5:
             raise ValueError(f"a template has a size (H, W) and five (x, y), got {self}")
+        object.__setattr__(self, "size", tuple(self.size))
+        object.__setattr__(self, "points", tuple((float(x), float(y)) for x, y in self.points))
+        left, right, nose, mouth_left, mouth_right = self.points
+        upright = left[0] < right[0] and mouth_left[0] < mouth_right[0]
+        upright &= max(left[1], right[1]) < min(mouth_left[1], mouth_right[1])
+        inside = 0 <= nose[0] < self.size[1] and 0 <= nose[1] < self.size[0]
+        if not (upright and inside and all(map(math.isfinite, sum(self.points, ())))):
+            raise ValueError(
+                f"the points of template {self.name!r} are no upright face in its "
+                f"{self.size[0]}x{self.size[1]} crop: eyes, nose and corners of the mouth, left "
+                f"(as seen) before right, in pixels; got {self.points}"
+            )
 
 
 # wy1iu/sphereface, preprocess/code/face_align_demo.m; the paper's authors use the same.

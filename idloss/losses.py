@@ -132,7 +132,7 @@ class IdentityPreservedLoss(nn.Module):
             pairs = [(net, 1.0) for net in fnet]
         else:
             pairs = [(fnet, 1.0)]
-        if not pairs or any(not weight > 0 for _, weight in pairs):
+        if not pairs or any(not 0 < weight < math.inf for _, weight in pairs):
             raise ValueError(f"an ensemble needs FNets with weights above zero, got {fnet!r}")
         self.encoders = nn.ModuleList(
             FaceEncoder(net, crop=crop, value_range=value_range, **encoder_options)
@@ -305,8 +305,8 @@ class HallucinationLoss(nn.Module):
         **identity_options: Any,
     ) -> None:
         super().__init__()
-        if weight < 0:
-            raise ValueError(f"weight (lambda) must not be negative, got {weight}")
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"weight (lambda) must be finite and not negative, got {weight}")
         if isinstance(identity, IdentityPreservedLoss):
             if identity_options or identity.value_range != value_range:
                 raise ValueError(

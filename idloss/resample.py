@@ -101,19 +101,22 @@ def has_values(images: Tensor) -> bool:
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or images.is_meta
         or type(images).__torch_dispatch__ is not Tensor.__torch_dispatch__
-        or torch._C._functorch.is_functorch_wrapped_tensor(images)
+        or torch._C._functorch.peek_interpreter_stack() is not None
         or is_in_torch_dispatch_mode()
     )
 
 
 class ImageWatch:
-    """Looks at images at calls 1, 2, 4, 8, ... (it waits for the GPU), never in a traced graph."""
+    """Looks at images: on a CPU always, on a GPU, which it waits for, at calls 1, 2, 4, 8, ..."""
 
     def __init__(
         self, value_range: tuple[float, float] = (0.0, 1.0), *, margin: float = 0.25
     ) -> None:
+        low, high = value_range
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"value_range must be (low, high) with low < high, got {value_range}")
         self.value_range = value_range
-        self.margin = margin * (value_range[1] - value_range[0])  # SR and bicubic images overshoot
+        self.margin = margin * (high - low)  # SR and bicubic images overshoot
         self._calls: dict[str, int] = {}
 
     def complaint(self, images: Tensor, name: str, *, drawn_yet: bool = True) -> str | None:
@@ -125,7 +128,7 @@ class ImageWatch:
         if not has_values(images):
             return None
         calls = self._calls[name] = self._calls.get(name, 0) + 1
-        if calls & (calls - 1) or not images.numel():
+        if (images.device.type != "cpu" and calls & (calls - 1)) or not images.numel():
             return None
         least, most = torch.stack(images.detach().float().aminmax()).tolist()
         low, high = self.value_range

@@ -152,6 +152,45 @@ def test_fnet_of_a_parent_stays_frozen_and_the_callers_own():
     assert net.pretrained_cfg is described["pretrained_cfg"]
 
 
+class Stubborn(nn.Sequential):
+    def train(self, mode=True):
+        return super().train(True)
+
+
+REACHES = {
+    "the network": lambda net: net.train().requires_grad_(True),
+    "a part of it": lambda net: net.norm.train(),
+    "weights alone": lambda net: net.requires_grad_(True),
+}
+
+
+@pytest.mark.parametrize(
+    ("reach", "compiled"),  # before torch 2.9 a graph does not see that weights want a gradient
+    [*((reach, False) for reach in REACHES), ("the network", True), ("a part of it", True)],
+)
+def test_whoever_reaches_into_the_fnet_finds_it_frozen_again(encoder, reach, compiled):
+    x = faces().requires_grad_()
+    expected = encoder(x)
+    before = copy.deepcopy(encoder.fnet.state_dict())
+    torch._dynamo.reset()
+    call = torch.compile(encoder, backend="eager", fullgraph=True) if compiled else encoder
+    for _ in range(2):  # before the first graph and after it
+        REACHES[reach](encoder.fnet)
+        got = call(x)
+        got.sum().backward()
+        torch.testing.assert_close(got, expected)
+    state = encoder.fnet.state_dict()
+    assert all(torch.equal(value, before[key]) for key, value in state.items())
+    assert not any(p.requires_grad or p.grad is not None for p in encoder.fnet.parameters())
+
+
+def test_an_fnet_whose_eval_trains_is_frozen():
+    net = Stubborn(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3 * 28 * 24, 4))
+    encoder = FaceEncoder(net, **INPUT)
+    assert torch.equal(encoder(faces()), encoder(faces()))
+    assert not encoder.fnet[0].running_mean.any()
+
+
 def test_fnet_without_a_copy_is_used_itself_with_a_warning():
     class Bound(Linear):
         def __deepcopy__(self, memo):
@@ -277,6 +316,20 @@ GREYS = {"input_size": (1, 28, 24), "mean": (0.5,), "std": (0.5,)}
         (lambda f: FaceEncoder(f.fnet, channel_order="gbr"), ValueError, "channel_order"),
         (lambda f: FaceEncoder(f.fnet, crop="arcfase"), ValueError, "arcface"),
         (lambda f: FaceEncoder(GREY, **GREYS), ValueError, "takes 1 channels and faces are RGB"),
+        *(
+            (
+                lambda f, c=changed: FaceEncoder(Linear(), **INPUT | c),
+                ValueError,
+                r"mean .* \[0, 1\]",
+            )
+            for changed in (
+                {"mean": (127.5,) * 3, "std": (128.0,) * 3},
+                {"mean": (float("nan"),) * 3},
+                {"mean": (0.5,)},
+                {"std": (0.0,) * 3},
+                {"std": (-0.5,) * 3},
+            )
+        ),
     ],
 )
 def test_names_what_is_bad(encoder, call, error, says):
@@ -306,7 +359,7 @@ def test_own_templates_as_crop_of_images_and_of_fnets(monkeypatch):
     torch.testing.assert_close(FaceEncoder(net, crop=MINE)(x), expected, atol=1e-5, rtol=1e-4)
     assert FaceEncoder(net, crop=register_template(MINE)).crop is FaceEncoder(net, crop="mine").crop
     with pytest.raises(ValueError, match="another template 'mine'"):
-        register_template(Template("mine", (8, 8), MINE.points))
+        register_template(Template("mine", (80, 80), MINE.points))
     net.crop = MINE
     net.pretrained_cfg["input_size"] = (3, 64, 64)
     small = faces(2, (112, 96))
@@ -341,6 +394,7 @@ def test_compiles_for_any_size(net, crop, backend):
     """A crop conversion with free sizes once took inductor a quarter of an hour."""
     net.pretrained_cfg["input_size"] = (3, 112, 96)
     encoder = FaceEncoder(net, crop=crop)
+    torch._dynamo.reset()
     compiled = torch.compile(encoder, dynamic=True, fullgraph=True, backend=backend)
     for batch, side in ((2, 56), (3, 112)):
         x = faces(batch, (side, side))

@@ -120,7 +120,7 @@ def test_warp_uses_a_of_opencvs_cubic():
 
 def test_gradients_reach_the_photo_and_the_landmarks():
     images = torch.rand(1, 2, 12, 10, dtype=torch.float64, requires_grad=True)
-    small = Template("small", (5, 4), tuple((x / 28, y / 28) for x, y in face()[0].tolist()))
+    small = Template("small", (9, 6), tuple((x / 28, y / 28) for x, y in face()[0].tolist()))
     points = (face(angle=0.1) / 28).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: align(x, points.detach(), small), images)
     assert torch.autograd.gradcheck(lambda p: align(images.detach(), p, small), points)
@@ -309,6 +309,7 @@ def test_templates_hold_an_upright_face(template):
 def test_own_templates_serve_everywhere(photos):
     points = tuple((x / 2 + 4, y / 2) for x, y in TEMPLATES["sphereface"].points)
     mine = Template("mine", (56, 56), points)
+    assert mine == Template("mine", [56, 56], [list(point) for point in points])
     assert get_template(mine) is mine
     assert align(*photos, mine).shape == (8, 3, 56, 56)
     assert convert_crop(align(*photos), "sphereface", mine).shape == (8, 3, 56, 56)
@@ -351,6 +352,7 @@ def test_real_landmarks_are_all_accepted(shared):
 
 
 PHOTOS, POINTS = torch.rand(2, 3, 40, 40), face(scale=0.3, right=2.0, down=2.0).repeat(2, 1, 1)
+SWAPPED = [SPHEREFACE[place] for place in (1, 0, 2, 4, 3)]
 EYE = torch.eye(2, 3).expand(2, 2, 3)
 
 
@@ -360,6 +362,11 @@ EYE = torch.eye(2, 3).expand(2, 2, 3)
         (lambda: get_template("archface"), ValueError, "Did you mean 'arcface'"),
         (lambda: Template("t", (0, 4), POINTS[0]), ValueError, "(0, 4)"),
         (lambda: Template("t", (4, 4), ((1, 2),)), ValueError, "five"),
+        (lambda: Template("t", (9, 9), ((math.nan, 1),) * 5), ValueError, "no upright face in its"),
+        (lambda: Template("t", (9, 9), ((1, 1),) * 5), ValueError, "no upright face"),
+        (lambda: Template("t", (9, 9), SPHEREFACE), ValueError, "no upright face"),
+        (lambda: Template("t", (112, 96), SWAPPED), ValueError, "left (as seen) before right"),
+        (lambda: get_template(5), ValueError, "unknown template 5"),
         (lambda: fit_similarity(POINTS[0]), ValueError, "[5, 2]"),
         (lambda: fit_similarity(POINTS[:, :4]), ValueError, "[2, 4, 2]"),
         (lambda: fit_similarity(POINTS.flatten(1)), ValueError, "[2, 10]"),

@@ -1,4 +1,5 @@
 import itertools
+import math
 import warnings
 from functools import partial
 
@@ -162,6 +163,9 @@ BYTES = torch.zeros(4, 3, 28, 24, dtype=torch.uint8)
         (lambda f, s, h: f(s, h, weight=torch.ones(3)), r"weight must be \[4\]"),
         (lambda f, s, h: HallucinationLoss(f)(s, h[:3]), "hr holds 3 faces and sr 4"),
         (lambda f, s, h: HallucinationLoss(None, weight=-1), "negative"),
+        (lambda f, s, h: HallucinationLoss(None, weight=math.nan), "finite"),
+        (lambda f, s, h: HallucinationLoss(None, value_range=(1, 0)), "value_range must be"),
+        (lambda f, s, h: HallucinationLoss(None, value_range=(0, math.nan)), "value_range must be"),
         (lambda f, s, h: HallucinationLoss(f, flip=True), "flip"),
         (lambda f, s, h: HallucinationLoss(f, value_range=(-1, 1)), "value_range"),
         (lambda f, s, h: HallucinationLoss(None, image_loss="l11"), "Did you mean 'l1'"),
@@ -169,6 +173,7 @@ BYTES = torch.zeros(4, 3, 28, 24, dtype=torch.uint8)
         (lambda f, s, h: IdentityPreservedLoss(reduction="avg"), "reduction"),
         (lambda f, s, h: IdentityPreservedLoss([]), "ensemble"),
         (lambda f, s, h: IdentityPreservedLoss({tiny_fnet(): 0.0}), "above zero"),
+        (lambda f, s, h: IdentityPreservedLoss({tiny_fnet(): math.inf}), "above zero"),
         (lambda f, s, h: register_distance("cosine", lambda a, b: a), "another distance 'cosine'"),
     ],
 )
@@ -277,6 +282,7 @@ def test_refuses_an_fnet_that_cuts_the_gradient(net, how, way):
     fnet.forward = CUTS[how](partial(type(fnet).forward, fnet))
     with torch.no_grad():
         loss.eval()(*sr_and_hr())
+    torch._dynamo.reset()
     with pytest.raises(Exception, match="FNet TinyFNet cuts the gradient"):
         WAYS[way](loss.train())(*sr_and_hr())
 
