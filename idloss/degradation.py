@@ -288,10 +288,7 @@ class RealWorldDegradation:
 def gaussian_kernel(
     sigma: tuple[float, float], angle: float = 0.0, shape: float = 1.0, *, size: int
 ) -> _Array:
-    """A generalised Gaussian, float64 `[size, size]` with sum 1, turned from the horizontal.
-
-    The shape is Real-ESRGAN's beta (section 3.1): 1 is the Gaussian, more has a flat top.
-    """
+    """A generalised Gaussian (Real-ESRGAN's beta), `[size, size]` of sum 1, turned by angle."""
     x, y = _neighbours(size)
     along = (np.cos(angle) * x + np.sin(angle) * y) / sigma[0]
     across = (np.cos(angle) * y - np.sin(angle) * x) / sigma[1]
@@ -310,8 +307,7 @@ def sinc_kernel(cutoff: float, *, size: int) -> _Array:
 def filter_face(face: Tensor, kernel: _Array) -> Tensor:
     """Filter uint8 `[3, H, W]` with a kernel of sum 1; edges are repeated.
 
-    Weights are rounded to multiples of 2^-14 that still add up to 1, the largest taking the
-    difference: sums are then exact in float32, in whatever order a machine adds.
+    Weights are rounded to 2^-14 and still add up to 1: sums are exact in float32 in any order.
     """
     whole = np.rint(kernel * (1 << _KERNEL_BITS))
     whole.flat[whole.argmax()] += (1 << _KERNEL_BITS) - whole.sum()
@@ -345,11 +341,9 @@ class BatchDraw(NamedTuple):
 
 
 def draw_batch(step: int, count: int, *, seed: int, sizes: Sequence[tuple[int, int]]) -> BatchDraw:
-    """Draw a step's size, one as likely as another, and mirrorings (one half) and seeds of `count`.
+    """Draw a step's LR size, and mirrorings (one half) and seeds of `count` faces.
 
-    They depend on the arguments alone, so that a resumed run and any number of processes see the
-    same. Seed and step are hashed together by numpy's SeedSequence, the step as its spawn key:
-    neighbouring steps and seeds have nothing in common.
+    They depend on the arguments alone, the same for a resumed run and any number of processes.
     """
     if not sizes:
         raise ValueError("sizes is empty: give at least one, such as (28, 24)")

@@ -64,9 +64,8 @@ class Template:
         inside = 0 <= nose[0] < self.size[1] and 0 <= nose[1] < self.size[0]
         if not (upright and inside and all(map(math.isfinite, sum(self.points, ())))):
             raise ValueError(
-                f"the points of template {self.name!r} are no upright face in its "
-                f"{self.size[0]}x{self.size[1]} crop: eyes, nose and corners of the mouth, left "
-                f"(as seen) before right, in pixels; got {self.points}"
+                f"no upright face in its crop (eyes, nose, corners of the mouth, left as seen "
+                f"before right, in pixels): {self}"
             )
 
 
@@ -139,24 +138,10 @@ def fit_similarity(
     names: Sequence[str] | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Fit photos to a template as the paper's released code does.
+    """Fit photos to a template as the paper's code does: landmarks `[B, 5, 2]` to `[B, 2, 3]`.
 
-    The similarity (rotation, one scale, translation) is fitted by least squares from the template
-    to the photo and then inverted, as Matlab's `cp2tform` does: the residual is measured in the
-    photo, and crops are visibly others than those of `fit_similarity_forward`.
-
-    Args:
-        landmarks: Five points in pixels of the photos, `[B, 5, 2]`, any real type.
-        crop: Template to fit to.
-        names: One name per photo, for messages; its index otherwise.
-        image_size: Rows and columns of the photos; when given, landmarks far outside are refused.
-
-    Returns:
-        Matrices `[B, 2, 3]` in float64 that take photo coordinates to template coordinates.
-
-    Raises:
-        ValueError: Landmarks that no face has: not finite, all in one place, on one line, or far
-            outside the photo; the message names the photo.
+    Matrices from photo to template, in float64; the residual is measured in the photo. Landmarks
+    that no face has are a ValueError that names the photo.
     """
     points = _check_landmarks(landmarks, names, image_size)
     return _inverse(_matrix(_solve(get_template(crop).points, _coordinates(points))))
@@ -169,11 +154,7 @@ def fit_similarity_forward(
     names: Sequence[str] | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """`fit_similarity` the usual way, from the photo to the template.
-
-    This is what scikit-image's `SimilarityTransform` and insightface compute (Umeyama 1991, for
-    points that are not mirrored); the residual is measured in the crop.
-    """
+    """`fit_similarity` the usual way (Umeyama 1991): the residual is measured in the crop."""
     points = _check_landmarks(landmarks, names, image_size)
     return _matrix(_solve(_coordinates(points), get_template(crop).points))
 
@@ -181,20 +162,10 @@ def fit_similarity_forward(
 def warp(
     images: Tensor, matrices: Tensor, size: Sequence[int], *, mode: Mode = "bicubic"
 ) -> Tensor:
-    """Warp images by affine maps, as `cv2.warpAffine` does with a zero border.
+    """Warp float images `[B, C, H, W]` by `[B, 2, 3]` as `cv2.warpAffine` does, zero outside.
 
-    Bicubic has a = -0.75. OpenCV's uint8 warp rounds places to 1/32 pixel and differs from this by
-    0.1 grey levels on average. Neither has antialiasing: shrink large faces first where that
-    matters (and does not have to agree with the paper).
-
-    Args:
-        images: `[B, C, H, W]`, floating point of any range; gradients reach them.
-        matrices: `[B, 2, 3]`, from coordinates of the images to those of the result.
-        size: Rows and columns of the result, `(H, W)`.
-        mode: `"bicubic"`, `"bilinear"` or `"nearest"`.
-
-    Returns:
-        Images `[B, C, *size]` of the type given, zero outside the original.
+    OpenCV's uint8 warp rounds places to 1/32 pixel and differs by 0.1 grey levels on average. There
+    is no antialiasing: shrink large faces first where that matters.
     """
     check_images(images, channels=None)
     if mode not in get_args(Mode):
@@ -221,19 +192,9 @@ def align(
     names: Sequence[str] | None = None,
     mode: Mode = "bicubic",
 ) -> Tensor:
-    """Cut the faces out of photos, upright and in the template's place and size.
+    """Cut upright faces `[B, C, *crop.size]` out of float photos `[B, C, H, W]`, zero outside.
 
-    Args:
-        images: Photos `[B, C, H, W]`, floating point of any range.
-        landmarks: Five points each in pixels of the photos, `[B, 5, 2]`.
-        crop: Template of the crops wanted.
-        fit: `fit_similarity` (the paper's) or `fit_similarity_forward` (the usual one), or any
-            function of the same arguments.
-        names: One name per photo, for messages.
-        mode: `"bicubic"`, `"bilinear"` or `"nearest"`.
-
-    Returns:
-        Crops `[B, C, H, W]` of the template's size and the photos' type, zero outside the photo.
+    `fit` is `fit_similarity` (the paper's), `fit_similarity_forward`, or a function like them.
     """
     wanted = get_template(crop)
     check_images(images, channels=None)
@@ -247,24 +208,12 @@ def align(
 def convert_crop(
     images: Tensor, source: str | Template, target: str | Template, *, fill: Fill = "edge"
 ) -> Tensor:
-    """Turn aligned crops of one template into those of another, in a single step.
+    """Turn aligned crops `[B, C, H, W]` of one template into those of another, in a single step.
 
     Crops of any size will do, and keep their scale, unless the face fills fewer pixels of the new
     template, which then gets as many as the crop has to give. Templates that are whole pixels apart
-    are not resampled: `sphereface` 112x96 to `arcface` 112x112 appends 8 columns on either side and
-    the way back cuts them off. Others are one bicubic warp, after antialiasing if the face shrinks.
-
-    Args:
-        images: Crops `[B, C, H, W]` of `source`, floating point; gradients reach them.
-        source: Template of the crops.
-        target: Template wanted.
-        fill: What to put where the crop has nothing: a number, or `"edge"` to repeat its border.
-
-    Returns:
-        Crops `[B, C, H', W']` of `target`, of the type given.
-
-    Raises:
-        ValueError: An unknown template or fill, or images without the aspect of `source`.
+    (`sphereface`, `arcface`) are padded or cut; others are one bicubic warp, after antialiasing if
+    the face shrinks. `fill` is for what lies beyond: a number, or `"edge"` to repeat the border.
     """
     old, new = get_template(source), get_template(target)
     check_images(images, channels=None)
@@ -314,10 +263,7 @@ def _full_conversion(
 
 
 def _conversion(old: Template, new: Template, height: int, width: int) -> _Conversion:
-    """Size of the result, size to shrink to first, corner of a window or None, affine map back.
-
-    The window is there where whole pixels lie between the two.
-    """
+    """Size, size to shrink to first, corner of a window if whole pixels lie between, map back."""
     down, across = height / old.size[0], width / old.size[1]
     a, b, x, y = (float(number) for number in _solve(new.points, old.points))
     shrinks = math.hypot(a, b)

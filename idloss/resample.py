@@ -45,25 +45,11 @@ _CUBIC = -0.75  # a of the cubic kernel; resize.cpp, interpolateCubic
 def resize(
     images: Tensor, size: Sequence[int], *, mode: Mode = "bicubic", convention: Convention = "cv2"
 ) -> Tensor:
-    """Resample images to a size, in OpenCV's convention or with antialiasing.
+    """Resample `[..., C, H, W]`, floating point or uint8, to `(H, W)`, in the type given.
 
-    Floating point images give unrounded, unclamped, differentiable values: bicubic overshoots the
-    range, as it should. uint8 images give uint8. In the `"cv2"` convention these are the bytes of
-    OpenCV's x86 wheels, but for bicubic at scales such as 5 or 7/4, where a value half way between
-    two levels may round to the other (fewer than 1 of 1,000 pixels of noise); OpenCV without
-    Intel's IPP weighs bicubic taps in 11 bits and is a level off when enlarging (1 % of pixels by
-    8, 5 % by 16). In the `"antialias"` convention they are Pillow's but for such ties (bicubic: 1
-    pixel of 1,000; bilinear: 2 of 100).
-
-    Args:
-        images: `[..., C, H, W]`, floating point of any range or uint8; float16 and bfloat16 are
-            computed in float32 and given back in their own type.
-        size: Rows and columns wanted, `(H, W)`.
-        mode: `"bicubic"`, `"bilinear"` or `"nearest"`.
-        convention: `"cv2"` (no antialiasing) or `"antialias"` (bicubic and bilinear only).
-
-    Returns:
-        Images `[..., C, *size]` of the type given; the same tensor where they have the size.
+    Floats are neither rounded nor clamped, as bicubic overshoots. uint8 gives the bytes of OpenCV's
+    x86 wheels (without Intel's IPP, it is a level off in 1 to 5 % of enlarged bicubic pixels) or of
+    Pillow, but for ties: 1 pixel of 1,000 at odd bicubic scales, 2 of 100 in Pillow's bilinear.
     """
     height, width = _check(images, size, mode, convention)
     if images.shape[-2:] == (height, width):
@@ -122,8 +108,7 @@ class ImageWatch:
     def complaint(self, images: Tensor, name: str, *, drawn_yet: bool = True) -> str | None:
         """Say what is wrong with the range of images `[B, C, H, W]`, if they are looked at now.
 
-        A fresh network's images (`drawn_yet=False`) are judged from call 64 on, when the image
-        loss has pulled them into the range.
+        Those of a network that still learns (`drawn_yet=False`) are judged from call 64 on.
         """
         if not has_values(images):
             return None
@@ -161,16 +146,7 @@ def parse_size(text: str) -> Size:
 
 
 def to_uint8(images: Tensor, *, rounding: Rounding = "nearest") -> Tensor:
-    """Turn images in [0, 1] into 8-bit levels; values outside are clamped.
-
-    Args:
-        images: Floating point of any shape, in [0, 1].
-        rounding: `"nearest"` (ties to even), or `"floor"`, which is what the paper's released code
-            does to SR before it resizes it for the FNet.
-
-    Returns:
-        uint8 images of the same shape.
-    """
+    """[0, 1] of any shape to 8-bit levels, clamped; the paper's code rounds SR to the `"floor"`."""
     if rounding not in get_args(Rounding):
         raise ValueError(did_you_mean("rounding", rounding, get_args(Rounding)))
     if not images.is_floating_point():
