@@ -171,35 +171,20 @@ def test_local_dir(name, num_classes, tmp_path):
         assert torch.equal(fnet(x), embeddings)
 
 
-def test_deepcopy(name):
+def test_copies_layouts_and_precisions(name):
     model = make(name)
-    twin = copy.deepcopy(model)
-    x = images(model)
-    with torch.no_grad():
-        expected = model(x)
-        for parameter in model.parameters():
-            parameter.zero_()
-        assert torch.equal(twin(x), expected)
-
-
-def test_channels_last(name):
-    model = make(name)
-    x = images(model)
-    with torch.no_grad():
-        expected = model(x)
-        model = model.to(memory_format=torch.channels_last)
-        result = model(x.to(memory_format=torch.channels_last))
-    assert torch.allclose(result, expected, rtol=1e-3, atol=1e-4)
-
-
-def test_bfloat16(name):
-    model = make(name)
-    x = images(model)
+    twin, x = copy.deepcopy(model), images(model)
     with torch.no_grad():
         expected = model(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            result = model(x)
-    assert torch.cosine_similarity(result.float(), expected).min() > 0.99
+            half = model(x)
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert torch.equal(twin(x), expected)
+        twin = twin.to(memory_format=torch.channels_last)
+        result = twin(x.to(memory_format=torch.channels_last))
+    assert torch.cosine_similarity(half.float(), expected).min() > 0.99
+    assert torch.allclose(result, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_compiles_without_a_break():
