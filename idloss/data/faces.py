@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
@@ -33,9 +34,22 @@ BATCH_IMAGES = 64
 """Faces warped at once: enough to hide the overhead of a call, few enough to share out."""
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
 """What pictures may be; Pillow knows more, some of which start other programs (EPS)."""
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
-MOST_PIXELS = 89_478_485
-"""Of one picture: where Pillow begins to warn of a decompression bomb. 0.9 GB while decoded."""
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".bmp",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".gif",
+)
+MOST_PIXELS = 50_000_000
+"""Of one picture: 20 bytes each are held while it is decoded, 25 of a WebP."""
 MANY_PIXELS = 8_000_000
 """Pictures with more are decoded one at a time."""
 ORIENTATION = 0x0112
@@ -456,11 +470,11 @@ def decode_image(data: bytes, name: str) -> Tensor:
         with opened, _one_large_picture if many else nullcontext():
             transpose = TRANSPOSES.get(_orientation(opened))
             image = opened if transpose is None else opened.transpose(transpose)
-            array = np.array(image.convert("RGB"))
+            array = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+            return torch.from_numpy(array).permute(2, 0, 1).contiguous()
     # what a damaged file makes Pillow's plug-ins raise is not told: struct.error, KeyError, ...
     except Exception as error:
         raise _unreadable(name, f"{type(error).__name__}: {error}") from error
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:
@@ -513,7 +527,9 @@ def number_identities(per_face: Iterable[str | None]) -> tuple[Tensor, tuple[str
     numeric = all(name.isdecimal() for name in known)
     told: dict[object, str] = {}
     for name in sorted(known):
-        other = told.setdefault(int(name) if numeric else unicodedata.normalize("NFC", name), name)
+        is_number = name.replace(".", "", 1).isdecimal()
+        key = Decimal(name) if is_number else unicodedata.normalize("NFC", name)
+        other = told.setdefault(key, name)
         if other != name:
             raise DataError([Fault(name, f"is the identity {other} in another spelling")])
     names = sorted(known, key=lambda name: (int(name) if numeric else 0, name))

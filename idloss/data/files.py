@@ -22,6 +22,8 @@ GZIP_MAGIC = b"\x1f\x8b"
 UNPACK = "Unpack it and name the folder."
 BLOCK = 1 << 20
 """Bytes unpacked at a time."""
+MOST_UNPACKED = 1 << 30
+"""Bytes that an archive may unpack to beyond 20 times its own, which photos never do."""
 SHOWN = 10
 
 
@@ -253,6 +255,8 @@ class TarFiles(_Members):
             with bar, gzip.open(packed) as stream:
                 while block := stream.read(BLOCK):
                     unpacked.write(block)
+                    if unpacked.tell() > MOST_UNPACKED + 20 * whole:
+                        raise self._damaged(f"it unpacks to over {unpacked.tell() / 1e9:.1f} GB")
                     bar.update(packed.tell() - bar.n)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise self._damaged(f"the gzip stream is damaged or cut short ({error})") from error
@@ -265,7 +269,7 @@ class TarFiles(_Members):
             with tarfile.open(fileobj=plain, mode="r:") as archive:
                 for member in archive:
                     last = member.name
-                    name = member.name.removeprefix("./")
+                    name = posixpath.normpath(member.name)
                     if member.issparse():
                         what = "a sparse member, whose holes this reader does not fill"
                         raise DataError([Fault(self.where(name), what)], UNPACK)

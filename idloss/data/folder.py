@@ -8,7 +8,7 @@ import warnings
 from dataclasses import replace
 
 from idloss.data.faces import FileFaces, is_picture
-from idloss.data.files import DataError, Files, open_files, skip_or_raise, spellings
+from idloss.data.files import DataError, Fault, Files, open_files, skip_or_raise, spellings
 from idloss.data.landmarks import POINT_COLUMNS, labelled_faces, read_points
 from idloss.data.tables import read_table
 
@@ -65,7 +65,7 @@ def folder_faces(path: str | os.PathLike[str] | Files, *, skip_missing: bool = F
             had[member] = image
     skipped = skip_or_raise(faults, skip_missing=skip_missing)
     listed = set(had) | {posixpath.normpath(folder + cells[0]) for _, cells in body.rows}
-    unlisted = [name for name in files.names(folder) if is_picture(name)]
+    unlisted = [name for name in files.names() if is_picture(name)]
     unlisted = [name for name in unlisted if not any(each in listed for each in spellings(name))]
     if unlisted:
         warnings.warn(
@@ -81,7 +81,11 @@ def folder_faces(path: str | os.PathLike[str] | Files, *, skip_missing: bool = F
 
 
 def find_landmarks(files: Files) -> str | None:
-    """Where the `landmarks.csv` is, at the top or one folder down."""
+    """Where the `landmarks.csv` is, at the top or in one folder below it."""
     if LANDMARKS in files:
         return LANDMARKS
-    return next((name for name in files.names() if name.split("/")[1:] == [LANDMARKS]), None)
+    found = [name for name in files.names() if name.split("/")[1:] == [LANDMARKS]]
+    if len(found) > 1:
+        what = f"there are {len(found)} tables, {found[0]} and {found[1]} among them"
+        raise DataError([Fault(files.location, what)], "Name the folder of one of them.")
+    return found[0] if found else None

@@ -98,6 +98,8 @@ def open_evaluation(
     if kind is not None and kind not in EVALUATIONS:
         raise ValueError(did_you_mean("evaluation set", kind, EVALUATIONS))
     if crop is not None:
+        if options.get("landmarks") is not None:
+            raise ValueError("pictures aligned to a crop need no landmarks: leave one of them out")
         options["crop"] = get_template(crop).name
     kind = kind or SUFFIXES.get(Path(path).suffix.lower())
     found = EVALUATIONS[kind](path, **options) if kind else _find(path, options)

@@ -218,6 +218,24 @@ def test_one_photo_under_two_names_and_pictures_without_a_line(tmp_path):
         folder_faces(folder(tmp_path, [f"a.jpg,{NUMBERS},1"]))
 
 
+def test_pictures_beside_the_tables_folder_and_second_tables_are_told(tmp_path):
+    folder(tmp_path / "one", [f"{n}.jpg,{NUMBERS},{n}" for n in "abc"])
+    write(tmp_path, {"two/d.JFIF": jpeg()})
+    with pytest.warns(UserWarning, match=r"no line of 1 pictures, .*'two/d\.JFIF'"):
+        assert len(open_faces(tmp_path)) == 3
+    folder(tmp_path / "two", [f"a.jpg,{NUMBERS},1"])
+    with pytest.raises(DataError, match=r"there are 2 tables, one/landmarks\.csv and two/"):
+        open_faces(tmp_path)
+
+
+@pytest.mark.parametrize("other", ["1.0", "01"])
+def test_a_persons_number_in_two_spellings_is_told(tmp_path, other):
+    people = ("1", other, "Bob")
+    rows = [f"{n}.jpg,{NUMBERS},{person}" for n, person in zip("abc", people, strict=True)]
+    with pytest.raises(DataError, match=r"is the identity \S+ in another spelling"):
+        open_faces(folder(tmp_path, rows))
+
+
 @pytest.mark.parametrize("other", ["../out.jpg", "/etc/hostname"])
 def test_rows_stay_in_their_folder(tmp_path, other):
     write(tmp_path, {"out.jpg": jpeg()})

@@ -11,7 +11,16 @@ from data.test_faces import celeba, write
 from data.test_files import jpeg
 from PIL import Image
 
-from idloss.data import DataError, FileFaces, celeba_faces, folder_faces, lfw, open_faces, prepare
+from idloss.data import (
+    DataError,
+    FileFaces,
+    align_all,
+    celeba_faces,
+    folder_faces,
+    lfw,
+    open_faces,
+    prepare,
+)
 from idloss.data.files import MemoryFiles
 from idloss.data.landmarks import MEAN_FACE, POINT_COLUMNS, check_landmarks
 from idloss.data.pairs import lfw_name
@@ -141,9 +150,9 @@ def plain_faces(count=40):
     return FileFaces(files, names, names, landmarks=points.repeat(count, 1, 1))
 
 
-@pytest.mark.parametrize("scale", [0.6, 0.75, 1.3, 1.5])
+@pytest.mark.parametrize("scale", [0.5, 0.9, 1.3, 1.5])
 @pytest.mark.parametrize("kind", ["plain", "celeba", "lfw"])
-def test_points_of_the_photos_before_they_were_scaled(kind, scale, request):
+def test_points_of_the_photos_before_they_were_scaled(kind, scale, request, tmp_path):
     if kind == "plain":
         faces = plain_faces()
     else:
@@ -153,8 +162,29 @@ def test_points_of_the_photos_before_they_were_scaled(kind, scale, request):
         else:
             faces = open_faces(shared("data/celeba_wild.tar")).select(torch.arange(0, 5524, 90))
     assert check_landmarks(faces, "points.csv") is faces
-    with pytest.raises(DataError, match=r"^points\.csv: .*(is like a face by|lie outside)"):
+    refused = pytest.raises(DataError, match=r"\.csv: .*(is like a face by|lie outside)")
+    with refused:
         check_landmarks(scaled(faces, scale), "points.csv")
+    if kind == "plain":
+        rows = rows_of((faces.landmarks / scale).numpy())
+        listed = tmp_path / "clean.csv"
+        listed.write_text("\n".join(map(",".join, zip(faces.names, rows, strict=True))))
+        with refused:
+            prepare(faces, tmp_path / "out", clean_list=listed, progress=False)
+        assert not (tmp_path / "out").exists()
+
+
+def test_points_of_photos_given_with_their_crops():
+    faces = plain_faces()
+    crops = align_all(faces, progress=False).crops
+    contents = {}
+    for name, crop in zip(faces.names, crops, strict=True):
+        buffer = io.BytesIO()
+        Image.fromarray(crop.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+        contents[name] = buffer.getvalue()
+    aligned = replace(faces, files=MemoryFiles("crops", contents))
+    with pytest.raises(DataError, match=r"^points\.csv: .*(is like a face by|lie outside)"):
+        check_landmarks(aligned, "points.csv")
 
 
 def test_tables_of_tabs_and_semicolons_and_tars(tmp_path):

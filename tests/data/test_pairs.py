@@ -275,6 +275,8 @@ def test_photos_with_nothing_to_align_them_by_are_refused(tmp_path):
         open_evaluation(path)
     with pytest.raises(ValueError, match="unknown template"):
         open_evaluation(path, crop="spherefaec")
+    with pytest.raises(ValueError, match="need no landmarks: leave one of them out"):
+        open_evaluation(tmp_path, "scface", crop="arcface", landmarks=path)
 
 
 @pytest.mark.parametrize("count", [10, 17, 61, 600, 607, 6000])
