@@ -128,7 +128,9 @@ for _template in (
 
 def get_template(crop: str | Template) -> Template:
     """A template by its name, or a template, which is given back."""
-    return crop if isinstance(crop, Template) else TEMPLATES.find(crop)
+    if isinstance(crop, Template):
+        return crop
+    return TEMPLATES.get(crop) or TEMPLATES.find(crop)
 
 
 def fit_similarity(

@@ -15,7 +15,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from idloss import __version__
-from idloss.geometry import get_template
+from idloss.geometry import TEMPLATES, Template
 from idloss.weights.files import written_whole
 
 Embeddings = NDArray[np.float32]
 
 ONCE = "once-"
 """Keys that begin with it hold for one run: nothing else could be told from what they stand for."""
-# What may change a pixel or the last digits of an embedding: a result never rests on embeddings of
-# other software than it names.
-SOFTWARE = ("torch", "pillow", "numpy")
 SHARD_BYTES = 256 * 2**20
 """No shard of ours comes near this size; a larger file is not read into memory."""
 
@@ -157,11 +152,6 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def digest_software() -> str:
-    """The versions of all that takes a part between a file and an embedding."""
-    return repr((__version__, {name: metadata.version(name) for name in SOFTWARE}))
-
-
 def digest_weights(net: nn.Module) -> str:
     """SHA-256 of parameters and buffers, those outside the state dict included."""
     total = hashlib.sha256()
@@ -187,11 +177,10 @@ def digest_network(net: nn.Module, shape: tuple[int, int, int] | None = None) ->
     if answer is None:
         return None
     cfg = getattr(net, "pretrained_cfg", None) or {}
+    parts: list[object] = [cfg.get(key) for key in ("input_size", "mean", "std")]
     crop = getattr(net, "crop", None)
-    parts: list[object] = [
-        [cfg.get(key) for key in ("input_size", "mean", "std")],
-        crop and get_template(crop),
-    ]
+    if isinstance(crop, (str, Template)):  # an SRNet's may be a number of pixels
+        parts.append(TEMPLATES.get(crop, crop) if isinstance(crop, str) else crop)
     for name, module in net.named_modules():
         settings = {k: v for k, v in vars(module).items() if k != "training" and _is_plain(v)}
         kind = type(module)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import metadata
 from queue import SimpleQueue
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 
+from idloss import __version__
 from idloss.data import DataError, Faces, Fault
 from idloss.data.files import skip_or_raise
 from idloss.encoder import FaceEncoder, fold_batch_norm
@@ -34,7 +36,6 @@ from idloss.evaluation.cache import (
     as_tested,
     digest,
     digest_network,
-    digest_software,
 )
 from idloss.evaluation.protocols import Protocol
 from idloss.evaluation.results import HR, Cell
@@ -43,9 +44,9 @@ from idloss.registry import create_fnet
 from idloss.resample import ImageWatch, Size, resize, to_float, to_uint8
 from idloss.srnets import Interpolation
 
-SR_CROP = "sphereface"
+SR_CROP = get_template("sphereface")
 """The crop that SR networks work on (paper, section 4.1): 112x96."""
-CANVAS = "arcface"
+CANVAS = get_template("arcface")
 """What photos are aligned to: the widest crop there is a use for. The SR crop is cut out of it."""
 # Faces at a time, for each core or for a GPU. Measured on MobileFaceNet, SFace and EDSR: a core
 # gains nothing beyond some 16 images (8 faces and their mirror images).
@@ -79,7 +80,7 @@ def show_probe(
     An `Interpolation` enlarges 8-bit images in one step: the rows `bilinear` (the paper's
     "Bicubic") and `bicubic`.
     """
-    size = get_template(SR_CROP).size
+    size = SR_CROP.size
     if isinstance(srnet, Interpolation):
         return to_float(resize(probes, size, mode=srnet.mode, convention=protocol.convention))
     images = to_float(probes).to(next((p.dtype for p in srnet.parameters()), None))
@@ -118,10 +119,9 @@ def fuse_views(embeddings: Tensor, protocol: Protocol) -> Tensor:
     return joined if protocol.flip == "concat" else straight + mirrored
 
 
-def cut(canvas: Tensor, crop: str, wanted: str | Template) -> Tensor:
+def cut(canvas: Tensor, own: Template, wanted: Template) -> Tensor:
     """One crop out of a wider one, uint8; no resampling between sphereface and arcface."""
-    own, other = get_template(crop), get_template(wanted)
-    return canvas if own == other else to_uint8(convert_crop(to_float(canvas), own, other))
+    return canvas if own == wanted else to_uint8(convert_crop(to_float(canvas), own, wanted))
 
 
 @dataclass
@@ -161,7 +161,7 @@ class Networks:
             return [self]
         return copies
 
-    def embed_hr(self, fnet: str, canvas: Tensor, crop: str) -> Tensor:
+    def embed_hr(self, fnet: str, canvas: Tensor, crop: Template) -> Tensor:
         """Embed faces at full resolution, uint8 `[B, 3, H, W]` of a template; `[B, D]`."""
         straight = to_float(cut(canvas, crop, self.encoders[fnet, "hr"].crop or SR_CROP))
         views = torch.cat((straight, straight.flip(-1)))
@@ -201,10 +201,10 @@ def cell_keys(networks: Networks, cells: Iterable[Cell]) -> dict[Cell, str]:
     """Digests of all that a cell's embeddings depend on beside the face, task and judging aside."""
     shared = (
         networks.protocol.treatment(),
-        get_template(CANVAS),
-        get_template(SR_CROP),
+        *(CANVAS, SR_CROP),
         networks.device.type,
-        digest_software(),
+        # what may change a pixel or the last digits
+        (__version__, *(metadata.version(name) for name in ("torch", "pillow", "numpy"))),
     )
 
     @functools.cache
@@ -247,6 +247,9 @@ class EmbeddedGrid:
     _held: dict[str, list[tuple[list[bytes], Embeddings]]] = field(default_factory=dict)
     _flushed: float = field(default_factory=time.monotonic)
     _stopped: bool = False
+
+    def __post_init__(self) -> None:
+        self.crop = get_template(self.faces.crop or CANVAS)  # what they are read as
 
     def rows(self, cell: Cell) -> Embeddings:
         """Embeddings `[N, D]` of one cell, a row for each face, zero for those not asked for."""
@@ -311,7 +314,7 @@ class EmbeddedGrid:
 
         def work(part: Tensor) -> tuple[int, dict[int, Fault], list[_Rows]]:
             faults: dict[int, Fault] = {}
-            crops = self.faces.crops_at(part, self.faces.crop or CANVAS, faults=faults)
+            crops = self.faces.crops_at(part, self.crop, faults=faults)
             for place in part.tolist():  # hashed before: what is kept must be of that content
                 if place not in faults and self.faces.digest(place) != self._digests[place]:
                     faults[place] = Fault(self.faces.names[place], "changed while it was read")
@@ -345,9 +348,8 @@ class EmbeddedGrid:
         return faults
 
     def _embed(self, networks: Networks, places: Tensor, crops: Tensor) -> Iterator[_Rows]:
-        own = self.faces.crop or CANVAS
         canvas = crops.to(networks.device)
-        hr = cut(canvas, own, SR_CROP)
+        hr = cut(canvas, self.crop, SR_CROP)
         # one SRNet's output is shown to all FNets that lack it
         groups: dict[tuple[str, Size], list[Cell]] = {}
         for cell, needed in self._missing.items():
@@ -355,8 +357,12 @@ class EmbeddedGrid:
             if cell.srnet != HR:
                 groups.setdefault((cell.srnet, (cell.height, cell.width)), []).append(cell)
             elif rows.any() and not self._stopped:
-                found = networks.embed_hr(cell.fnet, canvas[rows.to(canvas.device)], own)
-                yield self._rows(cell, places[rows], found)
+                shown, crop = canvas[rows.to(canvas.device)], self.crop
+                own = networks.encoders[cell.fnet, "hr"].crop or SR_CROP
+                if self.faces.crop is None and own not in (CANVAS, SR_CROP):
+                    # a photo may hold what the canvas does not: no border is made up
+                    shown, crop = self.faces.crops_at(places[rows], own).to(canvas.device), own
+                yield self._rows(cell, places[rows], networks.embed_hr(cell.fnet, shown, crop))
         for (srnet, size), cells in groups.items():
             rows = torch.stack([self._missing[cell][places] for cell in cells]).any(0)
             if rows.any() and not self._stopped:

@@ -43,6 +43,7 @@ from idloss.evaluation.results import (
     write_together,
 )
 from idloss.evaluation.verification import roc
+from idloss.geometry import get_template
 from idloss.resample import Size
 
 if TYPE_CHECKING:
@@ -260,7 +261,7 @@ def write_sheets(
     Raises:
         ModuleNotFoundError: matplotlib is missing.
     """
-    crop = data.faces.crop or CANVAS
+    crop = get_template(data.faces.crop or CANVAS)
     faults: dict[int, Fault] = {}
     places = _some_probes(data, count)
     crops = data.faces.crops_at(places, crop, faults=faults)

@@ -33,7 +33,6 @@ from idloss.evaluation.protocols import Protocol, get_protocol
 from idloss.evaluation.results import HR, LR, Cell, Results, Task, read_task
 from idloss.evaluation.statistics import Estimate, require_scipy
 from idloss.evaluation.verification import pair_scores, summarise, verify
-from idloss.geometry import get_template
 from idloss.resample import Size
 
 Probe = Literal["second", "both"]
@@ -159,7 +158,7 @@ def _require_sense(
             raise ValueError(f"an SRNet cannot be called {name!r}, as faces without one are")
         if name in fnets:
             raise ValueError(f"{name!r} is both an FNet and an SRNet; call one of them otherwise")
-    rows, columns = get_template(SR_CROP).size
+    rows, columns = SR_CROP.size
     for height, width in sizes:
         if not (0 < height <= rows and 0 < width <= columns):
             raise ValueError(
@@ -214,7 +213,7 @@ class _Run:
 
     def cells(self, task: Task) -> list[Cell]:
         """The cells of a task, HR first of those of each FNet."""
-        grid = [(HR, get_template(SR_CROP).size)]
+        grid = [(HR, SR_CROP.size)]
         grid += [(srnet, size) for srnet in self.srnets for size in self.sizes[task]]
         return [Cell(task, fnet, srnet, *size) for fnet in self.fnets for srnet, size in grid]
 

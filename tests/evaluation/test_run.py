@@ -7,11 +7,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from minilfw import mini_lfw
 from nets import TinyFNet, TinySRNet, tiny_fnet
 from tinybench import SIZES, assert_same_scores, run, scores
 from torch import nn
 
-from idloss.data import DataError, EvaluationSet, Fault
+from idloss.data import DataError, EvaluationSet, Fault, open_evaluation
+from idloss.encoder import FaceEncoder
 from idloss.evaluation import (
     HR,
     Cell,
@@ -23,7 +25,8 @@ from idloss.evaluation import (
     get_protocol,
 )
 from idloss.evaluation.cache import EmbeddingCache
-from idloss.evaluation.embedding import ready
+from idloss.evaluation.embedding import SR_CROP, ready
+from idloss.resample import to_float
 
 
 @pytest.fixture
@@ -229,6 +232,19 @@ def test_unreadable_faces_are_counted_named_and_skipped_only_when_asked(data, fn
     )
 
 
+@pytest.mark.parametrize("crop", ["ffhq", "arcface"])
+def test_photos_are_aligned_to_the_crop_of_each_fnet(crop, tmp_path):
+    data = open_evaluation(mini_lfw(tmp_path, people=4, photos=3))
+    fnet = tiny_fnet(size=(112, 112))
+    fnet.crop = crop
+    found = run(data, {"f": fnet}, {})
+    encoder = FaceEncoder(fnet, crop=crop, interpolation="bicubic")
+    images = to_float(data.faces.crops_at(torch.arange(len(data.faces)), crop))
+    rows = torch.cat((encoder(images), encoder(images.flip(-1))), 1)
+    expected = nn.functional.cosine_similarity(rows[data.pairs.first], rows[data.pairs.second])
+    np.testing.assert_allclose(scores(found, "f", HR, (112, 96)), expected, atol=1e-5)
+
+
 def test_unknown_people_are_not_taken_for_one(data, fnet):
     labels = torch.where(torch.arange(20) < 16, data.faces.labels, -1)
     all_faces = EvaluationSet("some", replace(data.faces, labels=labels))
@@ -259,7 +275,7 @@ def test_own_gallery_is_searched(data, fnet, srnets):
     found = run(own, {"f": fnet}, srnets, tasks=("identification", "open_set"))
     hr = Cell("identification", "f", HR, 112, 96)
     with ready({"f": fnet}, {}, get_protocol("paper"), torch.device("cpu")) as networks:
-        rows = networks.embed_hr("f", data.faces.crops, "sphereface")
+        rows = networks.embed_hr("f", data.faces.crops, SR_CROP)
     rows = nn.functional.normalize(rows)
     for name, places in (("near", near), ("far", far[:4])):
         best = (rows[places] @ rows[gallery].T).argmax(1)
