@@ -108,7 +108,9 @@ def _compare_cell(first: Results, second: Results, cell_a: Cell, cell_b: Cell) -
         return _array(first, cell_a, name), _array(second, cell_b, name)
 
     task = cell_a.task
-    _require_same("the gallery draws", *(_draws(run, task) for run in (first, second)))
+    draws = (run.run.get("draws") for run in (first, second))
+    draws = (one.get(task) if isinstance(one, Mapping) else one for one in draws)
+    _require_same("the gallery draws", *draws)
     verified = task == "verification"
     if verified and not np.array_equal(*both("same")):
         raise ValueError(f"{cell_a.label}: the runs hold other pairs; use one list for both")
@@ -136,11 +138,6 @@ def _compare_cell(first: Results, second: Results, cell_a: Cell, cell_b: Cell) -
     wins_a, wins_b = int((draws_a > draws_b).sum()), int((draws_b > draws_a).sum())
     p_sign = sign_test(wins_a, wins_b)
     return Comparison(cell_a, cell_b, metric, a, b, wins_a, wins_b, "paired t", p, p_sign)
-
-
-def _draws(results: Results, task: str) -> Any:
-    draws = results.run.get("draws")
-    return draws.get(task) if isinstance(draws, Mapping) else draws
 
 
 def _array(results: Results, cell: Cell, name: str) -> NDArray[Any]:

@@ -204,10 +204,6 @@ def test_pairs_csv_and_bin(networks, command, tmp_path):
         (["--srnet", "bicubic", "--srnet", "bicubic"], "--srnet 'bicubic' is given twice"),
         (["--data-set", "lwf"], "lfw"),
         (["--data-set", "bin", "--people", "x"], "'bin' takes no --people"),
-        (["--task", "verify"], "verification"),
-        (["--size", "224x192"], "224x192 is no smaller version of the 112x96 crop"),
-        (["--srnet", "hr=bicubic"], "cannot be called 'hr'"),
-        (["--srnet", "f=bicubic"], "'f' is both an FNet and an SRNet"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
     ],
 )
