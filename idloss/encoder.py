@@ -95,6 +95,9 @@ class FaceEncoder(nn.Module):
             net = create_fnet(fnet, pretrained=pretrained, **fnet_options)
         # past nn.Module.__setattr__, which would make it a child: its parents' to train and save
         self.__dict__["fnet"] = _freeze(net)
+        # listed once: it takes a tenth of a millisecond; those of a script would be copied apart
+        is_script = isinstance(net, torch.jit.ScriptModule)
+        self._parts = (net,) if is_script else tuple(net.modules())
         cfg: dict[str, Any] = net.pretrained_cfg  # type: ignore[assignment]
         if cfg["input_size"][0] != 3:
             raise ValueError(
@@ -212,9 +215,12 @@ class FaceEncoder(nn.Module):
     @torch.compiler.assume_constant_result  # runs while a graph is made, and is not in it
     def _keep_frozen(self) -> bool:
         """Freeze the network again if somebody reached for `encoder.fnet`, or a part of it."""
-        trains = any(getattr(module, "training", False) for module in self.fnet.modules())
-        if trains or any(parameter.requires_grad for parameter in self.fnet.parameters()):
-            _freeze(self.fnet)
+        for module in self._parts:
+            weights = module._parameters.values()
+            if getattr(module, "training", False) or any(
+                weight is not None and weight.requires_grad for weight in weights
+            ):
+                _freeze(self.fnet)
         return True
 
     def _embed(self, images: Tensor) -> Tensor:
