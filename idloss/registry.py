@@ -492,7 +492,7 @@ def _describe_input(
             f"pretrained_cfg, as timm's models have (one for inputs in [-1, 1]: {_INPUT_EXAMPLE})"
         )
     for key in _NORMALISATION:
-        value = cfg[key]
+        value = cfg[key].tolist() if hasattr(cfg[key], "tolist") else cfg[key]
         if not isinstance(value, Sequence) or not all(isinstance(one, Real) for one in value):
             raise ValueError(f"{key} must be numbers, as in {_INPUT_EXAMPLE}, got {value!r}")
         cfg[key] = tuple(value)

@@ -8,6 +8,7 @@ import textwrap
 from collections import deque
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -45,14 +46,11 @@ def run(code, cwd):
 # --- lists ---------------------------------------------------------------------------------------
 
 
-def test_kinds_do_not_overlap():
+def test_kinds_and_wildcards():
     assert {"sface", "vgg_face", "mobilefacenet"} <= set(list_fnets())
     assert {"edsr16_64", "edsr32_256_id", "bicubic", "bilinear"} <= set(list_srnets())
     assert not set(list_fnets()) & set(list_srnets())
     assert "resnet18" not in list_fnets()
-
-
-def test_wildcards_are_timms():
     assert list_fnets("mobile*") == ["mobilefacenet", "mobilefacenet_relu6"]
     assert list_srnets("*_id") == ["edsr16_64_id", "edsr32_256_id"]
     assert list_fnets(["sface", "vgg*"]) == ["sface", "vgg_face"]
@@ -352,6 +350,9 @@ def test_given_input_replaces_the_models_own():
     fnet = create_fnet(module, mean=(0.1, 0.2, 0.3))
     assert fnet.pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
     assert fnet.pretrained_cfg["std"] == (0.5, 0.25, 0.3)
+    given = {"mean": np.full(3, 0.25), "std": torch.full((3,), 0.5)}
+    cfg = create_fnet(TinyFNet(), **given).pretrained_cfg
+    assert (cfg["mean"], cfg["std"]) == ((0.25,) * 3, (0.5,) * 3)
     assert TinyFNet().pretrained_cfg["mean"] == (0.4, 0.5, 0.6)
 
 

@@ -267,59 +267,56 @@ default_cfgs = register_weights(
 )
 
 
-def _edsr(variant: str, pretrained: bool, **kwargs: Any) -> EDSR:
-    return build_model(
-        EDSR, variant, pretrained, kwargs_filter=("num_classes", "global_pool"), **kwargs
-    )
+def _edsr(variant: str, pretrained: bool, kwargs: dict[str, Any], **own: Any) -> EDSR:
+    arguments = {"kwargs_filter": ("num_classes", "global_pool"), **own, **kwargs}
+    return build_model(EDSR, variant, pretrained, **arguments)
 
 
 @register_srnet
 def edsr16_64(pretrained: bool = False, **kwargs: Any) -> EDSR:
     """EDSR of 16 blocks and 64 filters, trained with the image loss alone (lambda 0)."""
-    return _edsr("edsr16_64", pretrained, **{"depth": 16, "width": 64, **kwargs})
+    return _edsr("edsr16_64", pretrained, kwargs, depth=16, width=64)
 
 
 @register_srnet
 def edsr16_64_id(pretrained: bool = False, **kwargs: Any) -> EDSR:
     """EDSR of 16 blocks and 64 filters, trained with the identity loss (lambda 0.5)."""
-    return _edsr("edsr16_64_id", pretrained, **{"depth": 16, "width": 64, **kwargs})
+    return _edsr("edsr16_64_id", pretrained, kwargs, depth=16, width=64)
 
 
 @register_srnet
 def edsr32_256(pretrained: bool = False, **kwargs: Any) -> EDSR:
     """EDSR of 32 blocks and 256 filters, trained with the image loss alone (lambda 0)."""
-    return _edsr("edsr32_256", pretrained, **{"depth": 32, "width": 256, **kwargs})
+    return _edsr("edsr32_256", pretrained, kwargs, depth=32, width=256)
 
 
 @register_srnet
 def edsr32_256_id(pretrained: bool = False, **kwargs: Any) -> EDSR:
     """EDSR of 32 blocks and 256 filters, trained with the identity loss (lambda 0.5)."""
-    return _edsr("edsr32_256_id", pretrained, **{"depth": 32, "width": 256, **kwargs})
+    return _edsr("edsr32_256_id", pretrained, kwargs, depth=32, width=256)
 
 
 @register_srnet
 def edsr16_64_div2k(pretrained: bool = False, **kwargs: Any) -> EDSR:
     """The "baseline" EDSR of EDSR-PyTorch, 16 blocks and 64 filters, for photos of anything."""
-    arguments = {"depth": 16, "width": 64, "res_scale": 1.0, **OFFICIAL, **kwargs}
-    return _edsr("edsr16_64_div2k", pretrained, **arguments)
+    own = {"depth": 16, "width": 64, "res_scale": 1.0, **OFFICIAL}
+    return _edsr("edsr16_64_div2k", pretrained, kwargs, **own)
 
 
 @register_srnet
 def edsr32_256_div2k(pretrained: bool = False, **kwargs: Any) -> EDSR:
     """The EDSR of EDSR-PyTorch, 32 blocks and 256 filters, for photos of anything."""
-    arguments = {"depth": 32, "width": 256, "res_scale": 0.1, **OFFICIAL, **kwargs}
-    return _edsr("edsr32_256_div2k", pretrained, **arguments)
+    own = {"depth": 32, "width": 256, "res_scale": 0.1, **OFFICIAL}
+    return _edsr("edsr32_256_div2k", pretrained, kwargs, **own)
 
 
 @register_srnet
 def edsr16_64_super_image(pretrained: bool = False, **kwargs: Any) -> EDSR:
     """The EDSR of super-image, 16 blocks and 64 filters, for photos of anything."""
-    arguments = {"depth": 16, "width": 64, **SUPER_IMAGE, **kwargs}
-    return _edsr("edsr16_64_super_image", pretrained, **arguments)
+    return _edsr("edsr16_64_super_image", pretrained, kwargs, depth=16, width=64, **SUPER_IMAGE)
 
 
 @register_srnet
 def edsr32_256_super_image(pretrained: bool = False, **kwargs: Any) -> EDSR:
     """The EDSR of super-image, 32 blocks and 256 filters, for photos of anything."""
-    arguments = {"depth": 32, "width": 256, **SUPER_IMAGE, **kwargs}
-    return _edsr("edsr32_256_super_image", pretrained, **arguments)
+    return _edsr("edsr32_256_super_image", pretrained, kwargs, depth=32, width=256, **SUPER_IMAGE)
