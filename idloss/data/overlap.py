@@ -203,10 +203,8 @@ def find_overlap(
     with every evaluation photo. Evaluation faces without labels are each a person. The best match
     of each training person and photo is given, most similar first.
     """
-    for name, embeddings in (
-        ("training", training_embeddings),
-        ("evaluation", evaluation_embeddings),
-    ):
+    both = {"training": training_embeddings, "evaluation": evaluation_embeddings}
+    for name, embeddings in both.items():
         if not embeddings.isfinite().all():
             raise ValueError(f"embeddings of {name} faces are not finite: nothing would match them")
     if not len(training) or not len(evaluation):

@@ -206,9 +206,8 @@ class _Parts:
         there = {member.removeprefix(self.base + folder) for member in self.images(folder)}
         for row, name in enumerate(names, start=1):
             if name not in there:
-                self.faults.append(
-                    Fault(f"{self.where(mat)}:row {row}", f"there is no {folder}{name}")
-                )
+                where = f"{self.where(mat)}:row {row}"
+                self.faults.append(Fault(where, f"there is no {folder}{name}"))
         for name in sorted(there - set(names)):
             self.fault(f"{mat} does not list it", folder + name)
         listed = zip(names, identities, strict=True)
@@ -244,14 +243,9 @@ class _Parts:
         skipped = skip_or_raise(self.faults, skip_missing=skip_missing)
         members = {name: member for name, (member, _) in taken.items()}
         identities = (identity for _, identity in taken.values())
+        where = str(landmarks)
         return labelled_faces(
-            self.files,
-            members,
-            identities,
-            points,
-            where=str(landmarks),
-            crop=crop,
-            skipped=skipped,
+            self.files, members, identities, points, where=where, crop=crop, skipped=skipped
         )
 
     def finish(

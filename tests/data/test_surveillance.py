@@ -160,11 +160,7 @@ def test_survface_missing_image_is_named_with_its_row(surv):
     ("names", "identities", "what"),
     [
         (["7_cam1_1.jpg", "5_cam2_1.jpg"], [2, 1], r"5_x\.jpg: mated_.* does not list it"),
-        (
-            ["7_cam1_1.jpg", "5_x.jpg", "5_cam2_1.jpg"],
-            [2, 1, 3],
-            "identity 3 has no face",
-        ),
+        (["7_cam1_1.jpg", "5_x.jpg", "5_cam2_1.jpg"], [2, 1, 3], "identity 3 has no face"),
         (["7_cam1_1.jpg"] * 2, [2, 2], "it lists 1 images a second time"),
         (None, None, "unmated_probe: there are no images"),
     ],
