@@ -115,17 +115,8 @@ class FaceEncoder(nn.Module):
         self._is_tried = False
         self.value_range = value_range
         # one affine map takes value_range to [0, 1] and on to the FNet's normalisation
-        (low, high), (means, stds) = value_range, (cfg["mean"], cfg["std"])
-        if (
-            not len(means) == len(stds) == 3
-            or not all(-1 <= mean <= 1 for mean in means)
-            or not all(0 < std <= 1 for std in stds)
-        ):
-            raise ValueError(
-                f"{type(net).__name__} has mean {means} and std {stds}: they must be three numbers "
-                "each, for images in [0, 1] (divide those for [0, 255] by 255)"
-            )
-        span, lines = high - low, list(zip(means, stds, strict=True))
+        low, high = value_range
+        span, lines = high - low, list(zip(cfg["mean"], cfg["std"], strict=True))
         self._affine = (
             [1 / (span * std) for _, std in lines],
             [(-low / span - mean) / std for mean, std in lines],

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -501,8 +500,10 @@ def _describe_input(
         raise ValueError(f"input_size must be (3, H, W), got {size}")
     if len(mean) != size[0] or not all(0 <= one <= 1 for one in mean):
         raise ValueError(f"mean must be {size[0]} numbers in [0, 1], as images are, got {mean}")
-    if len(std) != size[0] or not all(0 < one < math.inf for one in std):
-        raise ValueError(f"std must be {size[0]} positive numbers, got {std}")
+    if len(std) != size[0] or not all(0 < one <= 1 for one in std):
+        raise ValueError(
+            f"std must be {size[0]} positive numbers up to 1, as images are, got {std}"
+        )
     model.pretrained_cfg = cfg  # type: ignore[assignment]
 
 

@@ -320,13 +320,14 @@ GREYS = {"input_size": (1, 28, 24), "mean": (0.5,), "std": (0.5,)}
             (
                 lambda f, c=changed: FaceEncoder(Linear(), **INPUT | c),
                 ValueError,
-                r"mean .* \[0, 1\]",
+                "must be 3 .* as images",
             )
             for changed in (
                 {"mean": (127.5,) * 3, "std": (128.0,) * 3},
                 {"mean": (float("nan"),) * 3},
                 {"mean": (0.5,)},
                 {"std": (0.0,) * 3},
+                {"std": (255.0,) * 3},
                 {"std": (-0.5,) * 3},
             )
         ),
