@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,18 +129,17 @@ class Crops:
         if self.faces.crop is not None:
             # a copy within the host's memory is faster than a worker's answer
             workers = min(workers, 1) if on_gpu else 0
-        pending: deque[Draw] = deque()
         loader = DataLoader(
             _Reader(self.faces, self.template.name),
-            batch_sampler=_positions(draws, pending),
+            sampler=draws,
+            batch_size=None,
             collate_fn=_as_it_is,
             num_workers=workers,
             pin_memory=on_gpu,
             multiprocessing_context="spawn" if workers else None,
             generator=torch.Generator(),  # its seeds of workers are not to come from the run's
         )
-        for crops, faults in loader:
-            draw = pending.popleft()
+        for draw, crops, faults in loader:
             if faults:
                 draw = self._mend(draw, crops, faults)
             yield draw, crops.to(self.device, non_blocking=True)
@@ -178,22 +176,15 @@ class Crops:
 
 
 @dataclass(frozen=True)
-class _Reader(Dataset[tuple[Tensor, dict[int, Fault]]]):
-    """Whole batches of crops, and what is wrong with whom: an error would not survive the way."""
+class _Reader(Dataset[tuple[Draw, Tensor, dict[int, Fault]]]):
+    """The crops of a draw, and what is wrong with whom: an error would not survive the way."""
 
     faces: Faces
     crop: str
 
-    def __getitems__(self, places: list[int]) -> tuple[Tensor, dict[int, Fault]]:
+    def __getitem__(self, draw: Draw) -> tuple[Draw, Tensor, dict[int, Fault]]:
         faults: dict[int, Fault] = {}
-        return self.faces.crops_at(torch.tensor(places), self.crop, faults=faults), faults
-
-
-def _positions(draws: Iterable[Draw], pending: deque[Draw]) -> Iterator[list[int]]:
-    """The faces of each draw, which is put by until its crops arrive."""
-    for draw in draws:
-        pending.append(draw)
-        yield draw.faces.tolist()
+        return draw, self.faces.crops_at(draw.faces, self.crop, faults=faults), faults
 
 
 def _as_it_is(read: Any) -> Any:

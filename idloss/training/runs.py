@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import Timeout
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 from torch import nn
 
@@ -50,8 +49,6 @@ from idloss.training.tasks import (
     only_labelled,
 )
 
-SHOWN = 5
-"""Faces on a sheet of pictures."""
 SR_CROP = "sphereface"
 """Template of the crops that probes are made of, as in the paper."""
 RECIPE, MODEL = "recipe.yaml", "model"
@@ -222,6 +219,7 @@ class _Run:
         engine = Engine(task, self.recipe, self.folder, self.accelerator, validate=validate)
         told = self._told(task.network, kind)
         model, path = self.folder / MODEL, self.folder / RECIPE
+        self.folder.mkdir(parents=True, exist_ok=True)
 
         def try_out() -> None:
             probe = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
@@ -241,7 +239,14 @@ class _Run:
             save_network(trained, model, told)
 
         with ExitStack() as stack:
-            together(self.accelerator, lambda: stack.enter_context(_alone(self.folder)))
+            lock = WeakFileLock(self.folder / ".lock", timeout=1)
+            try:  # processes that were not launched together are runs of their own
+                together(self.accelerator, lambda: stack.enter_context(lock))
+            except TimeoutError as error:
+                raise FileExistsError(
+                    f"another process trains in {self.folder}: wait for it, or choose another "
+                    "folder; launch processes of one run with torchrun or accelerate launch"
+                ) from error
             together(self.accelerator, try_out)
             trained = engine.run(resume=self.resume, on_start=start)
             try:
@@ -278,21 +283,6 @@ class _Run:
             facts = ("architecture", "tag", "license", "origin_url")
             told["began_with"] = {key: cfg[key] for key in facts if key in cfg}
         return told
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep a second run out of a folder, as processes that were not launched together start one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(WeakFileLock(folder / ".lock", timeout=1))
-        except Timeout as error:
-            raise FileExistsError(
-                f"another process trains in {folder}: wait for it, or choose another folder; "
-                "launch processes of one run with torchrun or accelerate launch"
-            ) from error
-        yield
 
 
 def _changes(recipe: RunOptions, folder: Path, *, resume: bool) -> list[str]:
@@ -407,7 +397,7 @@ def _validation(run: _Run, fnet_name: str | None = None) -> Validate | None:
             del rates["HR"]  # always the same
             sheets = run.folder / "pictures" / f"step-{step:06d}"
             shown = {"bicubic": create_srnet("bicubic"), "srnet": network}
-            write_sheets(sheets, data, fnets, shown, sizes, count=SHOWN, device=device)
+            write_sheets(sheets, data, fnets, shown, sizes, count=5, device=device)
         return rates
 
     return validate
