@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -39,7 +40,7 @@ from idloss.weights.files import (
     load_checkpoint,
     without_prefixes,
 )
-from idloss.weights.loading import build_model
+from idloss.weights.loading import ChannelOrder, Keys, build_model, load_own, reverse_input
 from idloss.weights.sources import ask_hub, hub_errors, hub_file, reach_hub
 
 _EntryPoint = TypeVar("_EntryPoint", bound=Callable[..., nn.Module])
@@ -52,7 +53,13 @@ _INPUT_EXAMPLE = "input_size=(3, 112, 112), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5,
 _TIMMS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_model_args")
 
 _fnet_crops: dict[str, str | Template | None] = {}  # architecture -> template, None: stretched
+_bgr: set[str] = set()  # architectures of FNets whose own weights take BGR
 _srnets: set[str] = set()
+
+_BRING_YOUR_OWN = (
+    "\nYour own: a module, 'local-dir:FOLDER', 'hf-hub:OWNER/NAME', 'timm/BACKBONE', or "
+    "create_fnet(KNOWN, checkpoint=FILE)"
+)
 
 # What create_srnet calls them, which are no names to claim among all models of timm.
 _BASELINES = {"interpolation_bicubic": "bicubic", "interpolation_bilinear": "bilinear"}
@@ -62,10 +69,13 @@ _BASELINES = {"interpolation_bicubic": "bicubic", "interpolation_bilinear": "bil
 def register_fnet(fn: _EntryPoint) -> _EntryPoint: ...
 @overload
 def register_fnet(
-    *, crop: str | Template | None = None
+    *, crop: str | Template | None = None, channel_order: ChannelOrder = "rgb"
 ) -> Callable[[_EntryPoint], _EntryPoint]: ...
 def register_fnet(
-    fn: _EntryPoint | None = None, *, crop: str | Template | None = None
+    fn: _EntryPoint | None = None,
+    *,
+    crop: str | Template | None = None,
+    channel_order: ChannelOrder = "rgb",
 ) -> _EntryPoint | Callable[[_EntryPoint], _EntryPoint]:
     """Register an entry point with timm and mark it as a face recogniser (FNet).
 
@@ -74,17 +84,20 @@ def register_fnet(
             module may hold timm's `default_cfgs`.
         crop: Template of the aligned crops that the model takes, such as `"sphereface"`; `None` if
             crops of any geometry are stretched to its input.
+        channel_order: What the network takes with the weights that its entry point loads; of
+            `"bgr"`, the first convolution's input is reversed, so that it takes RGB like all here.
 
     Returns:
-        The entry point, or a decorator when only `crop` is given.
+        The entry point, or a decorator when only options are given.
 
     Raises:
         ValueError: If no template is called `crop`, or another model has the name.
     """
     template = _checked_crop(crop) if crop is not None else None
+    _check_order(channel_order)
 
     def register(entry_point: _EntryPoint) -> _EntryPoint:
-        _register(entry_point)
+        _register(entry_point, channel_order)
         _fnet_crops[entry_point.__name__] = template
         return entry_point
 
@@ -109,12 +122,16 @@ def register_srnet(fn: _EntryPoint) -> _EntryPoint:
     return fn
 
 
-def _register(fn: Callable[..., nn.Module]) -> None:
+def _register(fn: Callable[..., nn.Module], channel_order: ChannelOrder = "rgb") -> None:
     """Register an entry point with timm, unless its name is taken by another module's."""
     name = fn.__name__
     if is_model(name) and (owner := model_entrypoint(name).__module__) != fn.__module__:
         raise ValueError(f"{fn.__module__} registers {name!r}, which is a model of {owner}: rename")
-    register_model(fn if fn.__module__.startswith("idloss.") else _forgiving(fn))
+    entry_point = fn if fn.__module__.startswith("idloss.") else _forgiving(fn)
+    if channel_order == "bgr":
+        _bgr.add(name)
+        entry_point = _reversing(entry_point)
+    register_model(entry_point)
 
 
 def _forgiving(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -140,6 +157,22 @@ def _forgiving(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
             return build_model(lambda **_: plain(), fn.__name__, pretrained, **handed)
         except SystemExit as error:
             raise RuntimeError(f"{fn.__module__}.{fn.__name__} called sys.exit({error})") from error
+
+    return entry_point
+
+
+def _reversing(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """An entry point whose own weights take BGR, for those who have RGB."""
+
+    @functools.wraps(fn)
+    def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        model = fn(pretrained=pretrained, **kwargs)
+        cfg, overlay = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay") or {}
+        # what was saved from here, or given in place of its own, takes RGB
+        saved = isinstance(cfg, dict) and cfg.get("source") in ("hf-hub", "local-dir")
+        if pretrained and not saved and not overlay.keys() & {"file", "state_dict"}:
+            _reverse_first(model, fn.__name__)
+        return model
 
     return entry_point
 
@@ -222,6 +255,9 @@ def create_fnet(
     fnet: str | nn.Module,
     *,
     pretrained: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    keys: Keys = None,
+    channel_order: ChannelOrder | None = None,
     crop: str | Template | None = "auto",
     input_size: tuple[int, int, int] | None = None,
     mean: Sequence[float] | None = None,
@@ -239,6 +275,13 @@ def create_fnet(
             (`"timm/resnet18"`), `"hf-hub:owner/name"`, `"local-dir:path"`, or a module from
             normalised RGB `[B, 3, H, W]` to embeddings `[B, D]`.
         pretrained: Load the weights; has no effect on a module.
+        checkpoint: File of your own, or folder with one, in place of published weights: safetensors
+            or what `torch.save` wrote, of which every tensor must fit; no code in it is run.
+        keys: How its keys become the network's: prefixes to replace (`{"backbone.": "", "head.":
+            None}`, where None leaves out), or a function of the state dict. None: they are the
+            network's own, or those of a checkpoint that the architecture was published with.
+        channel_order: `"rgb"` or `"bgr"`: what the checkpoint, the published folder or the module
+            takes. None: as published with these keys, else RGB. The network returned takes RGB.
         crop: Template of the crops the network takes, `None` if crops are stretched to its input.
             `"auto"`: what it was registered with, else the template whose size is its input's.
         input_size: `(3, H, W)` of the input; like `mean` and `std` it replaces what the network's
@@ -253,15 +296,29 @@ def create_fnet(
 
     Raises:
         TypeError: If `fnet` is neither a name nor a module, or options are given with a module.
-        ValueError: If the name or the crop is unknown, or a module says nothing of its input.
+        ValueError: If the name or the crop is unknown, a module says nothing of its input, or a
+            checkpoint may take RGB or BGR.
+        WeightsError: If weights cannot be had, or do not fit.
     """
     if crop not in (None, "auto"):
         crop = _checked_crop(crop)
-    model = _built(fnet, "FNet", kwargs)
+    _check_order(channel_order or "rgb")
+    given = {"checkpoint": checkpoint, "keys": keys}
+    if keys is not None and checkpoint is None:
+        raise TypeError("keys= tells of the keys in a checkpoint=, and none is given")
+    model = _built(fnet, "FNet", kwargs | {key: value for key, value in given.items() if value})
     with _naming(fnet):
         if model is None:
             load_plugins()
-            model = _build_fnet(str(fnet), pretrained, kwargs)
+            model = _build_fnet(str(fnet), pretrained and checkpoint is None, kwargs)
+            if checkpoint is not None:
+                channel_order = load_own(model, checkpoint, str(fnet), keys, channel_order)
+            elif channel_order == "bgr":
+                _refuse_reversal(str(fnet))
+            if channel_order == "bgr":
+                _reverse_first(model, str(fnet))
+        elif channel_order == "bgr":
+            model = _TakesBGR(model)
         if (arch := str(_cfg_of(model).get("architecture"))) in _srnets:
             raise ValueError(f"this is no FNet{_other_kind(arch, arch, 'FNet')}")
         _describe_input(model, kwargs.get("img_size"), input_size=input_size, mean=mean, std=std)
@@ -299,6 +356,53 @@ def create_srnet(srnet: str | nn.Module, *, pretrained: bool = False, **kwargs: 
     return _timm_create(_known(name, "SRNet", _srnets), pretrained, kwargs)
 
 
+class _TakesBGR(nn.Module):
+    """A network that takes BGR, behind RGB."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        about = ("num_features", "num_classes", "head_hidden_size", "pretrained_cfg", "crop")
+        for told in about:
+            if hasattr(net, told):
+                setattr(self, told, getattr(net, told))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """RGB `[B, 3, H, W]` to what the network makes of BGR."""
+        return self.net(x.flip(1))
+
+
+def _check_order(channel_order: str) -> None:
+    if channel_order not in ("rgb", "bgr"):
+        raise ValueError(f"channel_order must be 'rgb' or 'bgr', got {channel_order!r}")
+
+
+def _refuse_reversal(name: str) -> None:
+    """Refuse to reverse the channels of weights that are known, and take RGB already."""
+    arch = split_model_name_tag(name)[0]
+    ours = arch in _fnet_crops and model_entrypoint(arch).__module__.startswith("idloss.")
+    if ours or arch in _bgr:
+        raise ValueError(
+            f"the weights of {name} take RGB already; channel_order='bgr' is for a checkpoint=, a "
+            "folder or a module of your own"
+        )
+
+
+def _reverse_first(model: nn.Module, name: str) -> None:
+    """Let a network with weights for BGR take RGB."""
+    first = _cfg_of(model).get("first_conv")
+    if not isinstance(first, str):
+        modules = model.named_modules()
+        takers = [n for n, m in modules if isinstance(m, nn.Conv2d) and m.in_channels == 3]
+        if len(takers) != 1:
+            raise ValueError(
+                f"{name} takes BGR, and its first convolution is one of: {some_of(takers)}. Name "
+                "it in its pretrained_cfg, as first_conv"
+            )
+        first = takers[0]
+    model.load_state_dict(reverse_input(model.state_dict(), first))
+
+
 def _checked_crop(crop: str | Template) -> str | Template:
     """A template that has a name is told by it, so that it can be written down."""
     template = get_template(crop)
@@ -332,8 +436,11 @@ def _known(name: str, kind: str, registered: Collection[str]) -> str:
     name = {ours: timms for timms, ours in _BASELINES.items()}.get(name, name)
     arch, tag = split_model_name_tag(name)
     if arch not in registered:
-        known = [_BASELINES.get(one, one) for one in registered]
-        raise ValueError(did_you_mean(kind, name, known) + _other_kind(name, arch, kind))
+        # weights with the word in their names help more than names that are spelt alike
+        near = [tagged for tagged in _listed(registered, f"*{name}*", True) if name]
+        known = near or [_BASELINES.get(one, one) for one in registered]
+        said = did_you_mean(kind, name, known) + _other_kind(name, arch, kind)
+        raise ValueError(said + (_BRING_YOUR_OWN if kind == "FNet" else ""))
     tagged = list_models(arch, include_tags=True)
     if tag and name not in tagged:
         raise ValueError(did_you_mean(f"weights of {kind}", name, tagged))
@@ -362,8 +469,11 @@ def _build_fnet(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modul
         return model
     if name.startswith("timm/"):
         name = name.removeprefix("timm/")
+        if split_model_name_tag(name)[0] in _fnet_crops:
+            raise ValueError(f"{name!r} is a model of idloss, not of timm: leave 'timm/' out")
         if not is_model(name):
-            raise ValueError(did_you_mean("timm model", name, list_models()))
+            timms = set(list_models()) - _fnet_crops.keys() - _srnets
+            raise ValueError(did_you_mean("timm model", name, timms) + _BRING_YOUR_OWN)
         if pretrained and not kwargs.keys() & set(_TIMMS[:2]):
             _reach_timms(name, kwargs.get("cache_dir"))
         return _timm_create(name, pretrained, {"num_classes": 0, **kwargs})

@@ -13,6 +13,7 @@ import torch
 
 from idloss import create_fnet
 from idloss.fnets.sphereface import sface_released
+from idloss.weights.loading import reverse_input
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("IDLOSS_SHARED", ROOT.parent / "shared"))
@@ -61,7 +62,7 @@ def sface_seeded(shared):
             value = np.full(shape, 0.25)
         released[key] = torch.from_numpy(value.astype(np.float32))
     model = create_fnet("sface")
-    model.load_state_dict(sface_released(released))
+    model.load_state_dict(reverse_input(sface_released(released), "stages.0.conv"))
     return model.eval()
 
 

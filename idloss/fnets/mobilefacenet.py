@@ -224,6 +224,8 @@ default_cfgs = register_weights(
             training_data="CASIA-WebFace",
             adapter=mobilefacenet_bubbliiiing,
             description="ArcFace; its authors report 98.78 % on LFW.",
+            lfw=98.78,
+            size=4_155_613,
         ),
         "mobilefacenet_relu6.ms1m": Weights(
             source=GitHubBlob(
@@ -236,6 +238,8 @@ default_cfgs = register_weights(
             training_data="MS-Celeb-1M, refined (3,804,846 faces of 85,164 people)",
             adapter=mobilefacenet_foamliu,
             description="ArcFace; its authors report 99.48 % on LFW.",
+            lfw=99.48,
+            size=4_135_271,
             # ImageNet's, as torchvision's transforms have them (foamliu's data_gen.py)
             cfg={"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
         ),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from idloss.fnets.base import FNet, downsampled
 from idloss.registry import register_fnet
 from idloss.weights import GitHubBlob, Weights, build_model, register_weights
-from idloss.weights.loading import StateDict, layer_keys, rename_keys, reverse_input
+from idloss.weights.loading import StateDict, layer_keys, rename_keys
 
 DEPTH_20 = (1, 2, 4, 1)
 """Residual units of the four stages of SphereFace-20."""
@@ -111,8 +111,7 @@ def sface_released(state_dict: StateDict) -> dict[str, Tensor]:
                     f"{theirs}.{convolution + 1}", f"{block}.act{index}", ("weight",)
                 )
     names |= layer_keys("13", "embedding")
-    adapted = rename_keys(state_dict, names, "SFace of johnnysclai/SR_LRFR")
-    return reverse_input(adapted, "stages.0.conv")
+    return rename_keys(state_dict, names, "SFace of johnnysclai/SR_LRFR")
 
 
 def sphereface_clcarwin(state_dict: StateDict) -> dict[str, Tensor]:
@@ -127,8 +126,7 @@ def sphereface_clcarwin(state_dict: StateDict) -> dict[str, Tensor]:
             names |= layer_keys(f"conv{stage + 1}_{index}", f"{ours}.conv{number}")
             names |= layer_keys(f"relu{stage + 1}_{index}", f"{ours}.act{number}", ("weight",))
     names |= layer_keys("fc5", "embedding")
-    adapted = rename_keys(state_dict, names, "clcarwin's SphereFace-20", dropped=("fc6.",))
-    return reverse_input(adapted, "stages.0.conv")
+    return rename_keys(state_dict, names, "clcarwin's SphereFace-20", dropped=("fc6.",))
 
 
 default_cfgs = register_weights(
@@ -143,6 +141,8 @@ default_cfgs = register_weights(
             training_data="CASIA-WebFace",
             adapter=sface_released,
             description="The paper's SFace, 99.07 % on LFW by its protocol.",
+            channel_order="bgr",
+            lfw=99.07,
         ),
         "sface.clcarwin_casia_webface": Weights(
             source=GitHubBlob(
@@ -157,6 +157,8 @@ default_cfgs = register_weights(
             training_data="CASIA-WebFace",
             adapter=sphereface_clcarwin,
             description="A-Softmax; its authors report 99.22 % on LFW.",
+            channel_order="bgr",
+            lfw=99.22,
         ),
     },
     num_classes=0,

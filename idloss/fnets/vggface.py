@@ -14,7 +14,7 @@ from idloss.errors import did_you_mean
 from idloss.fnets.base import FNet
 from idloss.registry import register_fnet
 from idloss.weights import HubFile, ManualFile, Weights, build_model, register_weights
-from idloss.weights.loading import StateDict, layer_keys, rename_keys, reverse_input
+from idloss.weights.loading import StateDict, layer_keys, rename_keys
 
 CONVOLUTIONS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Output channels of the convolutions of the five blocks; a 2x2 max pool ends each."""
@@ -72,6 +72,11 @@ class VGGFace(FNet):
         embedding: Tensor = self.embedding(x.flatten(1))
         return embedding
 
+    def fit_weights(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Leave out the fully connected layers that the network stops short of."""
+        deeper = tuple(f"embedding.{name}." for name in LAYERS if name > self.layer)
+        return {key: value for key, value in state_dict.items() if not key.startswith(deeper)}
+
 
 def _trunk(channels: int) -> list[tuple[str, nn.Module]]:
     layers: list[tuple[str, nn.Module]] = []
@@ -96,13 +101,6 @@ def _fully_connected(width: int, last: str, drop_rate: float) -> list[tuple[str,
     return layers
 
 
-def _drop_deeper_layers(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Leave out the fully connected layers that the model stops short of."""
-    assert isinstance(model, VGGFace)
-    deeper = tuple(f"embedding.{name}." for name in LAYERS if name > model.layer)
-    return {key: value for key, value in state_dict.items() if not key.startswith(deeper)}
-
-
 def vgg_face_dag(state_dict: StateDict) -> dict[str, Tensor]:
     """`vgg_face_dag.pth` (pytorch-mcn), which takes RGB, to `VGGFace` with `layer="fc8"`."""
     return rename_keys(state_dict, _names("conv{}_{}"), "vgg_face_dag")
@@ -110,8 +108,7 @@ def vgg_face_dag(state_dict: StateDict) -> dict[str, Tensor]:
 
 def vgg_face_prlz77(state_dict: StateDict) -> dict[str, Tensor]:
     """`VGG_16` of prlz77/vgg-face.pytorch, which takes BGR, to `VGGFace` with `layer="fc8"`."""
-    adapted = rename_keys(state_dict, _names("conv_{}_{}"), "prlz77's VGG-Face")
-    return reverse_input(adapted, "features.conv1_1")
+    return rename_keys(state_dict, _names("conv_{}_{}"), "prlz77's VGG-Face")
 
 
 def _names(pattern: str) -> dict[str, str]:
@@ -154,6 +151,7 @@ default_cfgs = register_weights(
             training_data=_TRAINING_DATA,
             adapter=vgg_face_prlz77,
             trained_by=_AUTHORS,
+            channel_order="bgr",
         ),
     },
     num_classes=0,
@@ -174,6 +172,4 @@ default_cfgs = register_weights(
 @register_fnet(crop=None)
 def vgg_face(pretrained: bool = False, **kwargs: Any) -> VGGFace:
     """VGG-Face, 224x224, fc7 before ReLU, 4096-d: the FNet the paper only tests with."""
-    return build_model(
-        VGGFace, "vgg_face", pretrained, pretrained_filter_fn=_drop_deeper_layers, **kwargs
-    )
+    return build_model(VGGFace, "vgg_face", pretrained, **kwargs)

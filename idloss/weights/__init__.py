@@ -21,7 +21,7 @@ from idloss.weights.loading import (
     fetch,
     register_weights,
 )
-from idloss.weights.sources import GitHubBlob, HubFile, ManualFile
+from idloss.weights.sources import GitHubBlob, HubFile, ManualFile, WebFile
 
 __all__ = [
     "GitHubBlob",
@@ -31,6 +31,7 @@ __all__ = [
     "NotAsPromisedError",
     "NotFoundError",
     "UnreachableError",
+    "WebFile",
     "Weights",
     "WeightsError",
     "add",

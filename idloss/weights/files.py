@@ -423,13 +423,13 @@ def _is_plain(value: object) -> bool:
 
 def checkpoint_in(folder: Path) -> Path:
     """The file of a folder that holds its weights: safetensors first, a `model` first."""
-    for ending in ("safetensors", "bin", "pth", "pt"):
+    for ending in ("safetensors", "bin", "pth", "pt", "ckpt"):
         found = sorted(
             folder.glob(f"*.{ending}"), key=lambda path: ("model" not in path.stem, path)
         )
         if found:
             return found[0]
-    raise NotFoundError(f"{folder} holds no weights: no .safetensors, .bin, .pth or .pt file")
+    raise NotFoundError(f"{folder} holds no weights: no .safetensors, .bin, .pth, .pt or .ckpt")
 
 
 def without_prefixes(

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
+import torch
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
@@ -47,6 +48,8 @@ Adapter = Callable[[StateDict], StateDict]
 """From the state dict of a released checkpoint to ours; `ValueError` for any other layout."""
 
 CacheDir = str | os.PathLike[str] | None
+ChannelOrder = Literal["rgb", "bgr"]
+Keys = Adapter | Mapping[str, str | None] | None
 
 CONV = ("weight", "bias")
 """The entries of a convolution or a linear layer."""
@@ -79,6 +82,10 @@ class Weights:
         description: One line for people: the loss it was trained with, its reported accuracy.
         trained_by: Who trained it, where that is not the origin's owner.
         cfg: What of timm's `PretrainedCfg` these weights have for themselves, such as `mean`.
+        channel_order: What the network of the adapted state dict takes, `"rgb"` or `"bgr"`; of BGR
+            the first convolution's input is reversed.
+        lfw: Per cent on LFW, its authors' own figure.
+        size: Bytes of the download.
     """
 
     source: Source
@@ -89,6 +96,9 @@ class Weights:
     description: str = ""
     trained_by: str = ""
     cfg: Mapping[str, Any] = field(default_factory=dict)
+    channel_order: ChannelOrder = "rgb"
+    lfw: float | None = None
+    size: int | None = None
 
     def pretrained_cfg(self, **shared: Any) -> dict[str, Any]:
         """What timm's `PretrainedCfg` has a place for.
@@ -323,12 +333,77 @@ def _adapted(checkpoint: Path, weights: Weights, name: str) -> StateDict:
     if weights.adapter is None:
         return released
     try:
-        return weights.adapter(without_prefixes(released, name))
+        adapted = dict(weights.adapter(without_prefixes(released, name)))
+        cfg = get_pretrained_cfg(name) if weights.channel_order == "bgr" else None
+        return reverse_input(adapted, str(cfg.first_conv)) if cfg else adapted
     except (KeyError, ValueError) as error:
         reason = error.args[0] if error.args else error
         raise NotAsPromisedError(
             f"{name}: {checkpoint.name} does not have the layout it was released with: {reason}"
         ) from error
+
+
+def load_own(
+    model: nn.Module,
+    checkpoint: str | os.PathLike[str],
+    name: str,
+    keys: Keys = None,
+    channel_order: ChannelOrder | None = None,
+) -> ChannelOrder:
+    """Load a checkpoint of one's own into FNet `name` (see `create_fnet`); what it takes then."""
+    path = Path(checkpoint)
+    path = checkpoint_in(path) if path.is_dir() else path
+    tensors, orders = _in_own_layout(load_checkpoint(path, name), model, name, keys)
+    if channel_order is None and len(orders) > 1:
+        raise ValueError(
+            f"{path.name} takes RGB or BGR: there are weights of both kinds for {name}, with the "
+            "same keys. Say which, channel_order='rgb' or 'bgr'"
+        )
+    cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    # the head of a backbone of timm may be the embedding: it is not left out unasked
+    heads = {} if name.startswith("timm/") else cfg
+    fitting = _fitting(tensors, model, name, heads, None)
+    own = model.state_dict().keys()
+    try:
+        model.load_state_dict({key: fitting[key] for key in own & fitting.keys()})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise NotAsPromisedError(f"{path} does not fit {name}: {reason}") from error
+    return channel_order or orders.pop()
+
+
+def _in_own_layout(
+    released: StateDict, model: nn.Module, name: str, keys: Keys
+) -> tuple[StateDict, set[ChannelOrder]]:
+    """A state dict under the model's keys, and the channel orders that it may have."""
+    own = model.state_dict().keys()
+    bare = without_prefixes(released, name, own)
+    if callable(keys):
+        return keys(bare), {"rgb"}
+    if keys is not None:
+        return _renamed(released, keys), {"rgb"}
+    if own <= bare.keys():
+        return bare, {"rgb"}
+    arch = name.partition(".")[0]
+    known = [weights for key, weights in _registered.items() if key.partition(".")[0] == arch]
+    for adapter in dict.fromkeys(weights.adapter for weights in known if weights.adapter):
+        try:
+            adapted = adapter(bare)
+        except (KeyError, ValueError):
+            continue
+        return adapted, {weights.channel_order for weights in known if weights.adapter is adapter}
+    return bare, {"rgb"}
+
+
+def _renamed(state_dict: StateDict, prefixes: Mapping[str, str | None]) -> _StateDict:
+    """Put other prefixes in place of the longest ones that keys have; None leaves a key out."""
+    renamed = {}
+    for key, value in state_dict.items():
+        theirs = max(filter(key.startswith, prefixes), key=len, default="")
+        ours = prefixes.get(theirs, theirs)
+        if ours is not None:
+            renamed[ours + key.removeprefix(theirs)] = value
+    return renamed
 
 
 # --- adapters ------------------------------------------------------------------------------------
@@ -361,9 +436,19 @@ def rename_keys(
     return {ours: state_dict[theirs] for theirs, ours in names.items()}
 
 
+def with_counters(state_dict: StateDict) -> _StateDict:
+    """Give batch norms the counters of batches that files of torch before 0.4.1 lack."""
+    norms = [key.removesuffix("running_mean") for key in state_dict if key.endswith("running_mean")]
+    counters = {f"{norm}num_batches_tracked": torch.zeros((), dtype=torch.int64) for norm in norms}
+    return {**counters, **state_dict}
+
+
 def reverse_input(state_dict: _StateDict, layer: str) -> _StateDict:
     """Make a first convolution that takes BGR take RGB."""
     weight = f"{layer}.weight"
+    if state_dict[weight].shape[1] != 3:
+        taken = state_dict[weight].shape[1]
+        raise ValueError(f"{weight} takes {taken} channels, where the order of 3 was to be changed")
     return {**state_dict, weight: state_dict[weight].flip(1)}
 
 
@@ -483,6 +568,9 @@ def _fitting(
     # timm's own comparison is not strict where num_classes differs
     own = model.state_dict().keys()
     state_dict = without_prefixes(tensors, name, own)
+    fit = getattr(model, "fit_weights", None)
+    if fit is not None:
+        state_dict = fit(state_dict)
     if inner is not None:
         state_dict = inner(state_dict, model)
     classifiers = cfg.get("classifier") or ()
@@ -491,8 +579,8 @@ def _fitting(
     if wrong:
         raise NotAsPromisedError(
             f"{name}: the weights do not fit the model; missing: {some_of(sorted(wrong & own))}; "
-            f"unexpected: {some_of(sorted(wrong - own))}. A released checkpoint goes through "
-            f"idloss.weights.convert({name!r}, path, target) first."
+            f"unexpected: {some_of(sorted(wrong - own))}. Other keys go through "
+            f"create_fnet(checkpoint=, keys=) or idloss.weights.convert({name!r}, path, target)"
         )
     return state_dict
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from huggingface_hub import (
     constants,
@@ -385,6 +385,38 @@ class GitHubBlob(Source):
                     with path.open("rb") as part:
                         shutil.copyfileobj(part, whole)
         return _unpack_7z(joined, self.member, scratch, name) if self.member else joined
+
+
+@dataclass(frozen=True)
+class WebFile(Source):
+    """A file at an address of its own, such as one of a GitHub release.
+
+    Args:
+        url: Where it is.
+        sha256: Of the file, in hex.
+        page: What tells a person about it; None for `url`.
+    """
+
+    url: str
+    sha256: str
+    page: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_hex("sha256", self.sha256, 64)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The one file."""
+        return (Piece(PurePosixPath(urlsplit(self.url).path).name, self.url, sha256=self.sha256),)
+
+    @property
+    def origin_url(self) -> str:
+        """The page about it."""
+        return self.page or self.url
+
+    def get(self, piece: Piece, cache: Cache, name: str, *, force: bool) -> Path:
+        """The file, downloaded into the cache."""
+        return cache.download(piece, name, force=force)
 
 
 def _unpack_7z(archive: Path, member: str, folder: Path, name: str) -> Path:

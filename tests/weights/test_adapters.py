@@ -162,7 +162,7 @@ def test_official_edsr_arithmetic(scale):
 
 
 def test_clcarwin_sphereface():
-    """Written on its own keys, BGR in, classifier left out."""
+    """Written on its own keys, classifier left out."""
     depths, widths = (1, 2, 4, 1), (64, 128, 256, 512)
     layers, channels = {}, 3
     for stage, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
@@ -192,17 +192,13 @@ def test_clcarwin_sphereface():
     model = SphereFace(img_size=(32, 32))
     model.load_state_dict(sphereface_clcarwin(released))
     with torch.no_grad():
-        assert torch.allclose(model(bgr.flip(1)), expected, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(model(bgr), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("adapter", "pattern", "bgr"),
-    [
-        (vgg_face_dag, "conv{}_{}", False),
-        (vgg_face_prlz77, "conv_{}_{}", True),
-    ],
+    ("adapter", "pattern"), [(vgg_face_dag, "conv{}_{}"), (vgg_face_prlz77, "conv_{}_{}")]
 )
-def test_vgg_face(adapter, pattern, bgr):
+def test_vgg_face(adapter, pattern):
     """fc6, fc7 and fc8 before their ReLU, by a forward on the checkpoint's own keys."""
     layers, names, channels = {}, [], 3
     for block, width in enumerate((64, 128, 256, 512, 512), start=1):
@@ -229,7 +225,7 @@ def test_vgg_face(adapter, pattern, bgr):
         wanted = {key: adapted[key] for key in model.state_dict()}
         model.load_state_dict(wanted, assign=True)
         with torch.no_grad():
-            ours = model.eval()(image.flip(1) if bgr else image)
+            ours = model.eval()(image)
         assert ours.min() < 0  # not what a ReLU leaves
         assert torch.allclose(ours, x, rtol=1e-4, atol=1e-4)
         x = F.relu(x)

@@ -305,9 +305,28 @@ class TestFilesOnDisk:
         assert_tiny(weights.add(name, path))
 
 
+class TestWebFile:
+    def test_a_file_of_a_release(self, github, register):
+        github.files["/releases/v1/tiny.pth"] = RELEASED
+        url = f"{github.url}/releases/v1/tiny.pth"
+        name = register(weights.WebFile(url, sha256(RELEASED), page="https://host/releases"))
+        about = weights.describe(name)
+        assert (about["source"], about["origin"]) == ([url], "https://host/releases")
+        assert_tiny(weights.fetch(name))
+        github.files.clear()
+        assert_tiny(weights.fetch(name))
+
+    def test_another_file(self, github, register):
+        github.files["/tiny.pth"] = RELEASED + b"\0"
+        name = register(weights.WebFile(f"{github.url}/tiny.pth", sha256(RELEASED)))
+        with pytest.raises(weights.NotAsPromisedError, match=sha256(RELEASED)):
+            weights.fetch(name)
+
+
 @pytest.mark.parametrize(
     "make",
     [
+        lambda: weights.WebFile("http://host/f", "0" * 63),
         lambda: weights.HubFile(HUB_REPO, "f", "main", "0" * 64),
         lambda: weights.HubFile(HUB_REPO, "f", COMMIT, "abc"),
         lambda: weights.ManualFile("f", "http://host/f", "Ask.", "0" * 63),
