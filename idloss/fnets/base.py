@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
+
+from idloss.registry import register_fnet
+from idloss.weights import build_model
 
 
 class FNet(nn.Module):
@@ -17,9 +21,13 @@ class FNet(nn.Module):
         num_features: Width D of the embeddings.
         num_classes: Identities of the classifier; 0 for none, and `forward` gives embeddings.
         in_chans: Channels of the input.
-        grid: `(h, w)` of the feature map, which the embedding's weights are made for.
+        grid: `(h, w)` of the feature map, which the embedding's weights are made for; None where
+            the map is pooled.
         img_size: `(H, W)` of the input that gives that map.
     """
+
+    nested = 0
+    """Levels of modules that are around the layers."""
 
     def __init__(
         self,
@@ -27,7 +35,7 @@ class FNet(nn.Module):
         num_classes: int,
         in_chans: int,
         *,
-        grid: tuple[int, int],
+        grid: tuple[int, int] | None,
         img_size: tuple[int, int],
     ) -> None:
         super().__init__()
@@ -48,18 +56,24 @@ class FNet(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Feature map to logits `[B, num_classes]`; to embeddings without a classifier."""
-        if x.shape[-2:] != self.grid:
-            raise ValueError(
-                f"{type(self).__name__} takes {self.img_size[0]}x{self.img_size[1]} images "
-                f"(height x width), which give a feature map of {list(self.grid)}; got one of "
-                f"{list(x.shape[-2:])}. FaceEncoder resizes images to the network's input"
-            )
+        if self.grid is not None and x.shape[-2:] != self.grid:
+            got = f"which give a feature map of {list(self.grid)}; got one of {list(x.shape[-2:])}"
+            raise ValueError(self._wrong_size(got))
         x = self.forward_embedding(x)
         return x if pre_logits else self.classifier(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised RGB `[B, 3, H, W]` to embeddings; to logits if there is a classifier."""
+        if self.grid is None and x.shape[-2:] != self.img_size:
+            raise ValueError(self._wrong_size(f"got {list(x.shape[-2:])}"))
         return self.forward_head(self.forward_features(x))
+
+    def _wrong_size(self, got: str) -> str:
+        height, width = self.img_size
+        return (
+            f"{type(self).__name__} takes {height}x{width} images (height x width), {got}. "
+            "FaceEncoder resizes images to the network's input"
+        )
 
     def get_classifier(self) -> nn.Module:
         """The classifier: a linear layer, or an identity when `num_classes` is 0."""
@@ -76,7 +90,7 @@ class FNet(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """What timm sorts names of parameters by, as for learning rates that differ by layer."""
-        depth = 1 if coarse else 2
+        depth = (1 if coarse else 2) + self.nested
         groups = [name for name, _ in self.named_modules() if name and name.count(".") < depth]
         return lambda name: max(
             (place for place, group in enumerate(groups) if f"{name}.".startswith(f"{group}.")),
@@ -109,6 +123,24 @@ class FNet(nn.Module):
         self.classifier: nn.Module = (
             nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
         )
+
+
+def register_variants(
+    build: Callable[..., FNet], variants: Mapping[str, Mapping[str, Any]], crop: str, family: str
+) -> None:
+    """Register the networks of a family that are told apart by their options alone."""
+
+    def register(name: str, options: Mapping[str, Any]) -> None:
+        def entry_point(pretrained: bool = False, **kwargs: Any) -> FNet:
+            return build_model(build, name, pretrained, **{**options, **kwargs})
+
+        entry_point.__name__ = entry_point.__qualname__ = name
+        entry_point.__module__ = family
+        entry_point.__doc__ = f"{name}, on crops of {crop!r}, 512-d."
+        register_fnet(crop=crop)(entry_point)
+
+    for name, options in variants.items():
+        register(name, options)
 
 
 def downsampled(img_size: tuple[int, int], times: int) -> tuple[int, int]:

@@ -19,11 +19,31 @@ from idloss.fnets.vggface import LAYERS
 from idloss.weights import ManualFile
 from idloss.weights.loading import get_weights
 
-# The fully connected layers hold most of the parameters, and shrink with the image
-SMALL = {name: {"img_size": (32, 32)} for name in ("mobilefacenet", "sface")}
-SMALL["vgg_face"] = {"img_size": (32, 32), "layer": "fc6"}
+# Few and narrow blocks; fully connected layers hold most parameters, and shrink with the image
+FEW = {"img_size": (32, 32), "depths": (1, 2, 1, 1), "widths": (16, 32, 48, 64)}
+SMALL = {
+    "sface": {"img_size": (32, 32)},
+    "mobilefacenet": {"img_size": (32, 32)},
+    "vgg_face": {"img_size": (32, 32), "layer": "fc6"},
+    "arcface_resnet18": {**FEW, "img_size": (64, 64)},
+    "inception_resnet_v1": {"img_size": (80, 80), "depths": (1, 1, 1)},
+    "edgeface": {
+        "img_size": (32, 32),
+        "depths": (1, 1, 1, 1),
+        "dims": (8, 16, 24, 32),
+        "heads": (2, 2, 2, 2),
+    },
+    "convnext": {"img_size": (32, 32), "depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)},
+    "vit": {"img_size": (32, 32), "depth": 2, "embed_dim": 48},
+}
+SMALL |= dict.fromkeys(("iresnet", "ir"), FEW)
 # not those that other tests register
 FNETS = [n for n in list_fnets() if model_entrypoint(n).__module__.startswith("idloss.")]
+
+
+def small(name):
+    """Options that make a network small: those of the longest name it begins with."""
+    return SMALL.get(max(filter(name.startswith, SMALL), key=len, default=""), {})
 
 
 @pytest.fixture(params=FNETS)
@@ -33,7 +53,7 @@ def name(request):
 
 def make(name, **options):
     torch.manual_seed(0)
-    return create_fnet(name, **SMALL.get(name, {}), **options).eval()
+    return create_fnet(name, **small(name), **options).eval()
 
 
 def images(model, batch=2):
@@ -42,6 +62,11 @@ def images(model, batch=2):
 
 def test_families_are_registered():
     assert {"mobilefacenet", "mobilefacenet_relu6", "sface", "vgg_face"} <= set(FNETS)
+    assert {"iresnet18", "iresnet34", "iresnet50", "iresnet100", "ir_se50"} <= set(FNETS)
+    assert {"ir18", "ir50", "ir101", "arcface_resnet18", "inception_resnet_v1"} <= set(FNETS)
+    assert {f"edgeface_{size}" for size in ("xxs", "xs", "s", "base")} <= set(FNETS)
+    assert {"convnext_atto_112", "convnext_nano_112"} <= set(FNETS)
+    assert {"vit_tiny_patch8_112", "vit_small_patch8_gap_112"} <= set(FNETS)
 
 
 def test_embeds(name):
@@ -51,7 +76,7 @@ def test_embeds(name):
         embeddings = model(x)
         features = model.forward_features(x)
     assert embeddings.shape == (2, model.num_features)
-    assert features.ndim == 4
+    assert features.ndim == (3 if name.startswith("vit") else 4)
     assert torch.equal(model.forward_head(features, pre_logits=True), embeddings)
     assert (embeddings[0] - embeddings[1]).abs().max() > 1e-4
     assert embeddings.min() < 0 < embeddings.max()
@@ -111,7 +136,7 @@ def test_classifier(name):
 
 
 def test_timm_makes_the_same(name):
-    options = SMALL.get(name, {})
+    options = small(name)
     torch.manual_seed(0)
     by_timm = timm.create_model(name, **options)
     ours = make(name)
@@ -142,7 +167,8 @@ def test_timms_tools(name):
     for coarse in (True, False):
         groups = group_parameters(model, model.group_matcher(coarse=coarse))
         assert sum(map(len, groups.values())) == len(list(model.parameters()))
-        assert model.pretrained_cfg["first_conv"] in groups[0][0]
+        first = groups[0] + groups[1]  # a ViT's class token comes first
+        assert any(model.pretrained_cfg["first_conv"] in one for one in first)
         assert "embedding" in groups[len(groups) - 1][0]
     assert len(groups) >= 5
     model.set_grad_checkpointing(False)
@@ -151,14 +177,14 @@ def test_timms_tools(name):
     with pytest.raises(NotImplementedError, match="has no forward_intermediates"):
         model.forward_intermediates(images(model))
     with pytest.raises(ValueError, match="has no features_only; forward_features gives"):
-        timm.create_model(name, features_only=True, **SMALL.get(name, {}))
+        timm.create_model(name, features_only=True, **small(name))
 
 
 @pytest.mark.parametrize("num_classes", [0, 5])
 def test_local_dir(name, num_classes, tmp_path):
     """Saved as timm saves, read back by timm, and by create_fnet without the classifier."""
     model = make(name, num_classes=num_classes)
-    save_for_hf(model, tmp_path, safe_serialization=True)
+    save_for_hf(model, tmp_path, model_args=small(name), safe_serialization=True)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     x = images(model)
     with torch.no_grad():
@@ -187,12 +213,29 @@ def test_copies_layouts_and_precisions(name):
     assert torch.allclose(result, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_compiles_without_a_break():
-    model = make("sface")
+# One network of each kind
+KINDS = ["sface", "mobilefacenet", "vgg_face", "iresnet50", "ir50", "ir_se50", "arcface_resnet18"]
+KINDS += ["inception_resnet_v1", "edgeface_xxs", "convnext_atto_112", "vit_tiny_patch8_112"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_compiles_without_a_break(name):
+    model = make(name)
     x = images(model)
+    torch.compiler.reset()  # which counts what it compiled of other networks' forward
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         assert torch.allclose(compiled(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_exports_with_any_batch(name):
+    model = make(name)
+    batch = ({0: torch.export.Dim("batch", min=1)},)
+    exported = torch.export.export(model, (images(model, batch=2),), dynamic_shapes=batch).module()
+    x = images(model, batch=3)
+    with torch.no_grad():
+        assert torch.allclose(exported(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_documented(name):
