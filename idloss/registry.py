@@ -41,7 +41,14 @@ from idloss.weights.files import (
     without_prefixes,
 )
 from idloss.weights.loading import ChannelOrder, Keys, build_model, load_own, reverse_input
-from idloss.weights.sources import ask_hub, hub_errors, hub_file, reach_hub
+from idloss.weights.sources import (
+    ask_hub,
+    hub_errors,
+    hub_file,
+    reach_hub,
+    zoo_folder,
+    zoo_models,
+)
 
 _EntryPoint = TypeVar("_EntryPoint", bound=Callable[..., nn.Module])
 
@@ -271,9 +278,10 @@ def create_fnet(
     embedding; `num_classes=0` strips it.
 
     Args:
-        fnet: A registered FNet (`"sface"`, `"sface.casia_webface"`), any timm model
-            (`"timm/resnet18"`), `"hf-hub:owner/name"`, `"local-dir:path"`, or a module from
-            normalised RGB `[B, 3, H, W]` to embeddings `[B, D]`.
+        fnet: A registered FNet (`"sface"`, `"sface.casia_webface"`), one in the zoo's folder, any
+            timm model (`"timm/resnet18"`), `"hf-hub:owner/name"` (or `owner/name@revision`),
+            `"local-dir:path"`, or a module from normalised RGB `[B, 3, H, W]` to embeddings
+            `[B, D]`.
         pretrained: Load the weights; has no effect on a module.
         checkpoint: File of your own, or folder with one, in place of published weights: safetensors
             or what `torch.save` wrote, of which every tensor must fit; no code in it is run.
@@ -302,6 +310,7 @@ def create_fnet(
     """
     if crop not in (None, "auto"):
         crop = _checked_crop(crop)
+    fnet = _at_home(fnet) if isinstance(fnet, str) else fnet
     _check_order(channel_order or "rgb")
     given = {"checkpoint": checkpoint, "keys": keys}
     if keys is not None and checkpoint is None:
@@ -331,8 +340,8 @@ def create_srnet(srnet: str | nn.Module, *, pretrained: bool = False, **kwargs: 
     """Make a super-resolution network.
 
     Args:
-        srnet: A registered SRNet (`"edsr16_64"`, `"bicubic"`), `"hf-hub:owner/name"`,
-            `"local-dir:path"`, or a module, which is returned as it is.
+        srnet: A registered SRNet (`"edsr16_64"`, `"bicubic"`), or any name that `create_fnet`
+            takes but `"timm/..."`, or a module, which is returned as it is.
         pretrained: Load the weights; has no effect on a module.
         **kwargs: Passed on to the entry point, such as `scale=8`.
 
@@ -349,7 +358,7 @@ def create_srnet(srnet: str | nn.Module, *, pretrained: bool = False, **kwargs: 
             raise ValueError(f"this is no SRNet{_other_kind(arch, arch, 'SRNet')}")
         return model
     load_plugins()
-    name = str(srnet)
+    name = _at_home(str(srnet))
     if name.startswith(_HUB_PREFIXES):
         with _naming(name):
             return _open_published(name, "SRNet", pretrained, kwargs)[0]
@@ -502,21 +511,38 @@ def _reach_timms(name: str, cache_dir: str | None) -> None:
         reach_hub(f"timm/{name}", cfg.hf_hub_id, cache_dir)
 
 
+def _at_home(name: str) -> str:
+    """The folder of a published model of the zoo, unless an architecture has its name."""
+    here = name in zoo_models() and not is_model(name)
+    return f"local-dir:{zoo_folder() / name}" if here else name
+
+
+def published_config(name: str, cache_dir: Any = None) -> dict[str, Any] | None:
+    """The `config.json` of a folder, a Hub repository or the zoo; None for other names."""
+    name = _at_home(name)
+    if not name.startswith(_HUB_PREFIXES):
+        return None
+    place = name.partition(":")[2]
+    with _naming(name):
+        if name.startswith("local-dir:"):
+            path = Path(place, "config.json")
+            if not path.is_file():
+                raise NotFoundError(f"{name} holds no published network: there is no {path}")
+        else:
+            repo, _, revision = place.partition("@")
+            path = ask_hub(name, repo, "config.json", revision or None, cache_dir)
+        config = json.loads(path.read_text(encoding="utf-8"))
+        arch, told = str(config["architecture"]), dict(config.get("idloss") or {})
+        return {**config, "architecture": arch, "idloss": told}
+
+
 def _open_published(
     name: str, kind: str, pretrained: bool, kwargs: dict[str, Any]
 ) -> tuple[nn.Module, Mapping[str, Any]]:
     """Build what a folder or a Hub repository holds; the model, and what idloss tells of it."""
+    config = published_config(name, kwargs.get("cache_dir")) or {}
+    arch, told = config["architecture"], config["idloss"]
     source, _, place = name.partition(":")
-    cache_dir = kwargs.get("cache_dir")
-    if source == "local-dir":
-        path = Path(place, "config.json")
-        if not path.is_file():
-            raise NotFoundError(f"{name} holds no published network: there is no {path}")
-    else:
-        repo, _, revision = place.partition("@")
-        path = ask_hub(name, repo, "config.json", revision or None, cache_dir)
-    config = json.loads(path.read_text(encoding="utf-8"))
-    arch, told = str(config["architecture"]), dict(config.get("idloss") or {})
     _check_kind(name, kind, arch, told)
     if not pretrained or arch in _fnet_crops or arch in _srnets:
         return _timm_create(name, pretrained, kwargs), told
@@ -524,7 +550,7 @@ def _open_published(
     path = (
         checkpoint_in(Path(place))
         if source == "local-dir"
-        else hub_file(name, place, None, cache_dir)
+        else hub_file(name, place, None, kwargs.get("cache_dir"))
     )
     tensors = without_prefixes(load_checkpoint(path, name), name)
     overlay = {"state_dict": tensors, "source": "", **kwargs.get("pretrained_cfg_overlay", {})}

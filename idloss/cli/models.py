@@ -2,47 +2,128 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
+
 
 def list_models(
     pattern: Annotated[str, typer.Argument(help="Wildcard, such as 'edsr*'.")] = "",
-    pretrained: Annotated[bool, typer.Option(help="Only those with weights.")] = False,
+    kind: Annotated[str | None, typer.Option(help="fnet or srnet.")] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Those with weights.")] = False,
+    cached: Annotated[bool, typer.Option("--cached", help="Those whose weights are here.")] = False,
+    licence: Annotated[str, typer.Option(help="Those of a licence with these letters.")] = "",
+    crop: Annotated[str | None, typer.Option(help="Those that take this crop.")] = None,
+    as_json: AsJson = False,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="The page zoo/README.md, of idloss's own models.")
+    ] = False,
 ) -> None:
-    """List FNets and SRNets."""
-    from idloss.registry import list_fnets, list_srnets
+    """List FNets and SRNets: sizes, input, crop, licence; * marks weights that are here."""
+    from idloss import catalogue
 
-    table = Table("model", "kind")
-    for kind, names in (
-        ("FNet", list_fnets(pattern, pretrained=pretrained)),
-        ("SRNet", list_srnets(pattern, pretrained=pretrained)),
-    ):
-        for name in names:
-            table.add_row(name, kind)
-    Console().print(table)
+    if as_markdown:
+        typer.echo(catalogue.markdown(), nl=False)
+        return
+    found = catalogue.find_models(
+        pattern, kind=kind, pretrained=pretrained, cached=cached, licence=licence, crop=crop
+    )
+    if as_json:
+        typer.echo(json.dumps([asdict(facts) for facts in found], indent=1))
+        return
+    shown = [place for place, head in enumerate(catalogue.HEADS) if head != "training data"]
+    table = Table(box=None, pad_edge=False)
+    for place in shown:
+        numeric = catalogue.HEADS[place] in ("parameters", "multiply-adds", "LFW (%)", "download")
+        justify: Literal["left", "right"] = "right" if numeric else "left"
+        table.add_column(
+            catalogue.HEADS[place], justify=justify, no_wrap=place == 0, overflow="fold"
+        )
+    for facts in found:
+        row = facts.row()
+        row[0] += " *" if facts.cached else ""
+        table.add_row(*(row[place] for place in shown))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
-def info(name: Annotated[str, typer.Argument(help="A model with its tag.")]) -> None:
-    """Say where a model's weights come from, their hash, licence and training data."""
-    from idloss.weights import describe
+def info(
+    name: Annotated[
+        str, typer.Argument(help="A model with its tag, hf-hub:owner/name or local-dir:path.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Say all that is known of a model, and where its weights come from."""
+    from idloss import catalogue, weights
 
-    for key, value in describe(name).items():
+    facts = catalogue.describe_model(name)
+    told: dict[str, Any] = dict(zip(catalogue.HEADS, facts.row(), strict=True))
+    told["cached"] = catalogue.find_file(name) if facts.cached else "no"
+    try:
+        about = weights.describe(name)
+        told |= {key: about[key] for key in about if key not in ("name", "cached", "size")}
+        told["model"] = about["name"]
+    except weights.NotFoundError:  # it has none, or is published
+        told["weights"] = "where it was published" if ":" in name else "none"
+    if as_json:
+        typer.echo(json.dumps({**told, **asdict(facts)}, indent=1, default=str))
+        return
+    for key, value in told.items():
         for line in value if isinstance(value, list) else [value]:
-            typer.echo(f"{key:<15}{line}")  # whole, however narrow the terminal
+            if line not in ("", None):
+                typer.echo(f"{key:<15}{line}")  # whole, however narrow the terminal
 
 
 def fetch(
-    name: Annotated[str, typer.Argument(help="A model with its tag.")],
+    names: Annotated[
+        list[str], typer.Argument(help="Models with tags, wildcards, or hf-hub:owner/name.")
+    ],
     file: Annotated[
         Path | None, typer.Option(help="A copy you downloaded by hand, to verify and convert.")
     ] = None,
 ) -> None:
-    """Download, verify and convert a model's weights; print where they are."""
-    from idloss import weights
+    """Download, verify and convert weights, or verify those that are here; print where they are.
 
-    typer.echo(weights.add(name, file) if file else weights.fetch(name))
+    Afterwards the models are made without a network (HF_HUB_OFFLINE=1).
+    """
+    from idloss import catalogue, weights
+
+    if file is not None:
+        (name,) = names if len(names) == 1 else _refuse("--file is of one model")
+        typer.echo(weights.add(name, file))
+        return
+    wanted = []
+    for name in names:
+        wild = any(letter in name for letter in "*?[")
+        found = (
+            [one.name for one in catalogue.find_models(name, pretrained=True)] if wild else [name]
+        )
+        if not found:
+            raise ValueError(f"no model with weights is called {name!r}: see idloss list")
+        wanted += found
+    failed = [why for one in dict.fromkeys(wanted) if (why := _fetch_one(one))]
+    if failed:
+        raise RuntimeError("\n".join(failed))
+
+
+def _fetch_one(name: str) -> str:
+    """Print where a model's weights are; gives the reason if they are nowhere."""
+    from idloss import catalogue
+    from idloss.weights import WeightsError
+
+    try:
+        typer.echo(catalogue.fetch_model(name))
+    except WeightsError as error:
+        return str(error)
+    return ""
+
+
+def _refuse(why: str) -> list[str]:
+    raise ValueError(why)

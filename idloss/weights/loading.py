@@ -197,6 +197,13 @@ def describe(name: str, *, cache_dir: CacheDir = None) -> dict[str, Any]:
     }
 
 
+def find_kept(name: str, *, cache_dir: CacheDir = None) -> Path | None:
+    """Where weights are that need no network; None where there are none. Nothing is verified."""
+    name, weights, cache = _look_up(name, cache_dir)
+    made = cache.converted_path(name, weights.key(cache, name))
+    return made if made.exists() else weights.source.kept(cache, name)
+
+
 # --- from a name to a file -----------------------------------------------------------------------
 
 

@@ -66,6 +66,11 @@ def zoo_folder() -> Path:
     return zoo if zoo.is_dir() else package.parent / "zoo"
 
 
+def zoo_models() -> list[str]:
+    """Names of the published models in the zoo, each the folder of one in the Hub's layout."""
+    return sorted(path.parent.name for path in zoo_folder().glob("*/config.json"))
+
+
 @dataclass(frozen=True)
 class Cache:
     """The folders of a cache: `downloads/` as they came, `converted/` what was made of them."""
@@ -152,6 +157,11 @@ class Source(ABC):
         """A local copy of one piece for `name`, from the origin; with `force` past its cache."""
         raise NotImplementedError
 
+    def kept(self, cache: Cache, name: str) -> Path | None:
+        """The first of the pieces if all are here, unread."""
+        paths = [cache.download_path(piece, name) for piece in self.pieces]
+        return paths[0] if all(path.exists() for path in paths) else None
+
     def fingerprint(self, cache: Cache, name: str) -> str:
         """What stands for the content, which is that of the kept file where no hash is pinned."""
         digests = []
@@ -224,6 +234,11 @@ class HubFile(Source):
     def origin_url(self) -> str:
         """The repository's page."""
         return f"https://huggingface.co/{self.repo}"
+
+    def kept(self, cache: Cache, name: str) -> Path | None:
+        """The file in the Hub's cache, or brought by hand."""
+        found = try_to_load_from_cache(self.repo, self.filename, cache.hub, self.revision)
+        return Path(found) if isinstance(found, str) else super().kept(cache, name)
 
     def get(self, piece: Piece, cache: Cache, name: str, *, force: bool) -> Path:
         """The file in the Hub's cache; a damaged one there is downloaded once more."""
@@ -457,11 +472,20 @@ class ZooFile(Source):
         filename = "model.safetensors"
         return (Piece(filename, f"zoo:{self.folder}/{filename}", sha256=self.sha256),)
 
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return zoo_folder() / self.folder / "model.safetensors"
+
+    def kept(self, cache: Cache, name: str) -> Path | None:
+        """The file itself."""
+        del cache, name
+        return self.path if self.path.is_file() else None
+
     def obtain(self, cache: Cache, name: str, *, force: bool = False) -> list[Path]:
         """The file itself, verified."""
         del cache, force
-        (piece,) = self.pieces
-        path = zoo_folder() / self.folder / piece.filename
+        (piece,), path = self.pieces, self.path
         if not path.is_file():
             raise NotFoundError(f"{name}: no file at {path}, where its weights are to be")
         piece.verify(path, name)

@@ -9,28 +9,7 @@ from typer.main import get_command
 
 from idloss import __version__
 from idloss.cli import app
-from idloss.weights import describe
 from idloss.weights.sources import zoo_folder
-
-
-def test_list_names_both_kinds_and_takes_a_wildcard(command, capsys):
-    assert not command("list")
-    shown = capsys.readouterr().out
-    assert "sface" in shown
-    assert "edsr32_256_id" in shown
-    assert not command("list", "edsr*")
-    shown = capsys.readouterr().out
-    assert "edsr16_64" in shown
-    assert "sface" not in shown
-
-
-def test_info_names_source_licence_and_training_data(command, capsys, monkeypatch):
-    """Its address whole, however narrow the terminal is."""
-    monkeypatch.setenv("COLUMNS", "40")
-    assert not command("info", "mobilefacenet")
-    shown = capsys.readouterr().out
-    (url,) = describe("mobilefacenet")["source"]
-    assert all(word in shown for word in (url, "mit", "CASIA"))
 
 
 @pytest.mark.parametrize("name", ["edsr16_64", "edsr16_64_id"])
