@@ -41,6 +41,28 @@ globals().update(
 )
 
 
+def fnet(name: str, pretrained: bool = True, **kwargs: _Any) -> _Module:
+    """Any face recogniser that `idloss.create_fnet` knows.
+
+    Args:
+        name: Its name, such as `"hf-hub:owner/name"`.
+        pretrained: Load the weights.
+        **kwargs: Arguments of the network.
+    """
+    return _create_fnet(name, pretrained=pretrained, **kwargs)
+
+
+def srnet(name: str, pretrained: bool = True, **kwargs: _Any) -> _Module:
+    """Any super-resolution network that `idloss.create_srnet` knows.
+
+    Args:
+        name: Its name, such as `"hf-hub:owner/name"`.
+        pretrained: Load the weights.
+        **kwargs: Arguments of the network.
+    """
+    return _create_srnet(name, pretrained=pretrained, **kwargs)
+
+
 def identity_preserved_loss(fnet: str = "sface", **kwargs: _Any) -> _Module:
     """The identity-preserved loss: `loss(sr, hr)`.
 

@@ -1,7 +1,10 @@
 """HTTP servers on loopback that misbehave on demand: a plain host, and a Hub stand-in."""
 
+import base64
 import hashlib
 import http.server
+import json
+import re
 import socket
 import struct
 import threading
@@ -47,7 +50,7 @@ class FileServer:
         self.lock = threading.Lock()
         outer = self
 
-        class Handler(_Handler):
+        class Handler(self.handler):
             server_state = outer
 
         self.httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -145,3 +148,108 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             linger = struct.pack("ii", 1, 0)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.connection.close()
+
+
+FileServer.handler = _Handler
+
+
+@dataclass
+class Repo:
+    """A repository of the Hub's stand-in."""
+
+    private: bool = False
+    gated: bool = False
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)  # oldest first
+
+    def at(self, revision):
+        newest = next(reversed(self.commits), None)
+        return self.commits.get(newest if revision == "main" else revision)
+
+
+class _HubHandler(_Handler):
+    """The routes of the Hub that its client uses to make, fill, ask about and read repositories.
+
+    Who sends `TOKEN` may read and write everything but gated repositories, whose terms were
+    accepted by nobody but `ACCEPTED`.
+    """
+
+    def do_POST(self):
+        hub = self.server_state
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        hub.seen.append(Seen("POST", self.path, None))
+        if self.path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if self._token() not in (hub.TOKEN, hub.ACCEPTED):
+            return self._send(401, {}, b"")
+        if self.path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            private = asked.get("private") or asked.get("visibility") == "private"
+            known = name in hub.repos
+            hub.repos.setdefault(name, Repo(private=bool(private)))
+            return self._json({"url": f"{hub.url}/{name}"}, 409 if known else 200)
+        route = re.fullmatch(r"/api/models/(.+/.+)/(preupload|commit)/main", self.path)
+        if route is None or route[1] not in hub.repos:
+            return self._send(404, {"X-Error-Code": "RepoNotFound"}, b"")
+        if route[2] == "preupload":
+            modes = {"uploadMode": "regular", "shouldIgnore": False}
+            return self._json({"files": [one | modes for one in json.loads(body)["files"]]})
+        added = [line["value"] for line in map(json.loads, body.splitlines()) if "value" in line]
+        files = {one["path"]: base64.b64decode(one["content"]) for one in added if "path" in one}
+        commit = hub.commit(route[1], files)
+        return self._json(
+            {"commitUrl": f"{hub.url}/{route[1]}/commit/{commit}", "commitOid": commit}
+        )
+
+    def _answer(self, prefix):
+        hub = self.server_state
+        about = re.fullmatch(r"/api/models/([^/]+/[^/?]+)(/revision/main)?(\?.*)?", self.path)
+        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path)
+        if not about and not file:
+            return super()._answer(prefix)
+        name = (about or file)[1]
+        hub.seen.append(Seen(self.command, self.path, None))
+        if name in hub.renamed:
+            there = self.path.replace(name, hub.renamed[name], 1)
+            return self._send(307, {"Location": there}, b"")
+        repo, token = hub.repos.get(name), self._token()
+        if repo is None or (repo.private and token not in (hub.TOKEN, hub.ACCEPTED)):
+            return self._send(404 if token else 401, {"X-Error-Code": "RepoNotFound"}, b"")
+        if about:
+            newest = next(reversed(repo.commits), None)
+            return self._json({"id": name, "sha": newest, "private": repo.private, "siblings": []})
+        if repo.gated and token != hub.ACCEPTED:
+            return self._send(403 if token else 401, {"X-Error-Code": "GatedRepo"}, b"")
+        files = repo.at(file[2])
+        if files is None or file[3] not in files:
+            what = "RevisionNotFound" if files is None else "EntryNotFound"
+            return self._send(404, {"X-Error-Code": what}, b"")
+        body = files[file[3]]
+        commit = next(one for one, held in repo.commits.items() if held is files)
+        etag = f'"{hashlib.sha256(body).hexdigest()}"'
+        return self._send(200, {"ETag": etag, "X-Repo-Commit": commit}, body)
+
+    def _token(self):
+        return self.headers.get("Authorization", "").removeprefix("Bearer ")
+
+    def _json(self, value, status=200):
+        self._send(status, {"Content-Type": "application/json"}, json.dumps(value).encode())
+
+
+class HubServer(FileServer):
+    """A stand-in of the Hub that takes uploads; `renamed` maps old names of repositories to new."""
+
+    handler = _HubHandler
+    TOKEN, ACCEPTED = "hf_owner", "hf_accepted"
+
+    def __init__(self):
+        super().__init__()
+        self.repos: dict[str, Repo] = {}
+        self.renamed: dict[str, str] = {}
+
+    def commit(self, name, files):
+        """Add or replace files of a repository; gives the commit's hash."""
+        commits = self.repos[name].commits
+        commit = hashlib.sha1(f"{name} {len(commits)}".encode()).hexdigest()
+        commits[commit] = {**(self.repos[name].at("main") or {}), **files}
+        return commit

@@ -13,9 +13,11 @@ OWN_WORDS = {
     "edsr16_64_id": "identity loss",
     "edsr32_256": "image loss alone",
     "edsr32_256_id": "identity loss",
+    "fnet": r"idloss\.create_fnet",
     "identity_preserved_loss": r"loss\(sr, hr\)",
     "mobilefacenet": "128-d",
     "sface": "the FNet the paper trains with",
+    "srnet": r"idloss\.create_srnet",
     "vgg_face": "4096-d",
 }
 REPO = "someone/idloss:main"

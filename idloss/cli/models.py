@@ -1,4 +1,4 @@
-"""`idloss list`, `info` and `fetch`: what models there are and where their weights are."""
+"""`idloss list`, `info`, `fetch` and `publish`: models, where their weights are, and to the Hub."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import typer
@@ -123,6 +124,43 @@ def _fetch_one(name: str) -> str:
     except WeightsError as error:
         return str(error)
     return ""
+
+
+def publish(
+    model: Annotated[
+        str, typer.Argument(help="A model with weights, the folder of a run, or local-dir:path.")
+    ],
+    to: Annotated[str, typer.Option(help="owner/name on the Hub.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Only for who has access to the repository.")
+    ] = False,
+    licence: Annotated[str | None, typer.Option(help="Of a model of your own.")] = None,
+    training_data: Annotated[str | None, typer.Option(help="What it was trained on.")] = None,
+    results: Annotated[
+        list[Path] | None, typer.Option(help="results.json of idloss evaluate, for the card.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Upload without asking.")] = False,
+) -> None:
+    """Publish a model: show its files and card, and upload them when you say so."""
+    from idloss.evaluation import Results
+    from idloss.publish import prepare_publication
+
+    with TemporaryDirectory(prefix="idloss-publish-") as folder:
+        publication = prepare_publication(
+            model,
+            to,
+            Path(folder),
+            private=private,
+            licence=licence,
+            training_data=training_data,
+            results=[Results.load(path) for path in results or ()],
+        )
+        typer.echo(publication.card)
+        for path in sorted(Path(folder).iterdir()):
+            typer.echo(f"{path.stat().st_size:>13,} bytes  {path}")
+        where = "a private repository" if private else "a repository that everybody can read"
+        if yes or typer.confirm(f"Upload these files to {to}, {where}?"):
+            typer.echo(f"hf-hub:{to}@{publication.upload()}")
 
 
 def _refuse(why: str) -> list[str]:

@@ -1,10 +1,14 @@
-"""`idloss list`, `info` and `fetch`."""
+"""`idloss list`, `info`, `fetch` and `publish`."""
 
 import json
 
 import pytest
+from huggingface_hub import constants
+from typer.testing import CliRunner
 
 from idloss import catalogue
+from idloss.cli import app
+from idloss.publish import Publication
 from idloss.weights import NotFoundError, UnreachableError, describe
 from idloss.weights.sources import zoo_folder
 
@@ -66,3 +70,23 @@ def test_fetch_prints_files_and_every_failure(shown, command, monkeypatch, capsy
     assert "sface: no" in error.splitlines()[0]
     assert "no model with weights is called 'x*'" in command("fetch", "x*")
     assert "--file is of one model" in command("fetch", "a", "b", "--file", own)
+
+
+@pytest.mark.parametrize("answer", ["y", "n", "--yes"])
+def test_publish_shows_what_it_uploads_and_asks(monkeypatch, answer, tmp_path):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    uploaded = []
+
+    def upload(publication):
+        uploaded.append(sorted(path.name for path in publication.folder.iterdir()))
+        return "c0ffee"
+
+    monkeypatch.setattr(Publication, "upload", upload)
+    words = ["publish", "edsr16_64_id", "--to", "me/net", *(["--yes"] * (answer == "--yes"))]
+    done = CliRunner().invoke(app, words, input=answer)
+    assert done.exception is None or answer == "n"
+    for word in ("config.json", "bytes", "# net", "README.md", "model.safetensors", "LFW"):
+        assert word in done.output
+    assert ("that everybody can read?" in done.output) == (answer != "--yes")
+    assert uploaded == [["README.md", "config.json", "model.safetensors"]] * (answer != "n")
+    assert ("hf-hub:me/net@c0ffee" in done.output) == (answer != "n")
