@@ -1,6 +1,7 @@
 """idloss: face super-resolution that keeps the person."""
 
 from idloss import fnets, srnets  # registers their models with timm
+from idloss.detection import create_detector
 from idloss.encoder import FaceEncoder
 from idloss.geometry import Template, register_template
 from idloss.losses import (
@@ -25,6 +26,7 @@ __all__ = [
     "HallucinationLoss",
     "IdentityPreservedLoss",
     "Template",
+    "create_detector",
     "create_fnet",
     "create_srnet",
     "fnets",
