@@ -10,6 +10,7 @@ from idloss.losses import (
     register_distance,
     register_image_loss,
 )
+from idloss.metrics import IdentitySimilarity, identity_similarity
 from idloss.registry import (
     create_fnet,
     create_srnet,
@@ -25,11 +26,13 @@ __all__ = [
     "FaceEncoder",
     "HallucinationLoss",
     "IdentityPreservedLoss",
+    "IdentitySimilarity",
     "Template",
     "create_detector",
     "create_fnet",
     "create_srnet",
     "fnets",
+    "identity_similarity",
     "list_fnets",
     "list_srnets",
     "register_distance",

@@ -2,6 +2,7 @@
 
 from idloss.evaluation.compare import compare, comparison_table
 from idloss.evaluation.figures import picture_sheet, save_figure
+from idloss.evaluation.folders import measure_folders
 from idloss.evaluation.protocols import Protocol, get_protocol, register_protocol
 from idloss.evaluation.report import paper_table, write_figures, write_sheets, write_tables
 from idloss.evaluation.results import HR, Cell, Results
@@ -17,6 +18,7 @@ __all__ = [
     "comparison_table",
     "evaluate",
     "get_protocol",
+    "measure_folders",
     "paper_table",
     "picture_sheet",
     "register_protocol",

@@ -1,0 +1,141 @@
+"""IdentitySimilarity, the metric that papers on face restoration call IDS."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from idloss.geometry import Template
+from idloss.losses import IdentityPreservedLoss
+
+FNET = "mobilefacenet"
+"""Who judges where nothing is said: small, MIT, and no SRNet here was trained with it."""
+BATCH = 16
+"""Pictures embedded at once."""
+
+
+class IdentitySimilarity(nn.Module):
+    """Cosine of the embeddings of restored faces and of their references: IDS.
+
+    What is shown to the FNet (asked in sczhou/CodeFormer#313: the face cut out, or the whole
+    picture?) changes the figure, so `crop` has no default. A recogniser is trained on faces in one
+    place of one crop, and is to see them there: name the template that the pictures, or crops, are
+    aligned to, and the FNet's own crop is cut out of them; `"ffhq"` is right for whole pictures of
+    FFHQ, CelebA-HQ and CelebA-Test. `crop=None` squeezes the whole picture, hair and background
+    too, into the FNet's input.
+
+    Which recogniser (asked in TencentARC/GFPGAN#256: which ArcFace, which backbone, trained on
+    what?) changes it too: figures of two FNets cannot be compared, neither can those of one that
+    was the loss in training, which flatters who was trained with it. Write the FNet's name with
+    its tag beside every figure.
+
+    Used as metrics of torchmetrics are, on one process; the pictures' values of several are to be
+    gathered. It has no parameters and an empty `state_dict()`.
+
+    Args:
+        fnet: What `IdentityPreservedLoss` takes: a name, a module, or several of them.
+        crop: Template the pictures are aligned to (`"ffhq"`, `"arcface"`, `"sphereface"`, ...), or
+            `None` to squeeze them into the FNet's input.
+        value_range: Lowest and highest value of the pictures.
+        **encoder_options: Passed on to `FaceEncoder`, such as `flip=True` or `channel_order`;
+            pictures that are enlarged are so by `interpolation="bicubic"`.
+
+    Example:
+        >>> ids = IdentitySimilarity("mobilefacenet", crop="ffhq")
+        >>> for restored, reference in loader:
+        ...     ids.update(restored, reference)
+        >>> ids.compute(), ids.deviation(), ids.values
+    """
+
+    higher_is_better = True
+
+    def __init__(
+        self,
+        fnet: str | nn.Module | Sequence[str | nn.Module] | Mapping[Any, float] = FNET,
+        *,
+        crop: str | Template | None,
+        value_range: tuple[float, float] = (0.0, 1.0),
+        **encoder_options: Any,
+    ) -> None:
+        super().__init__()
+        options = {"interpolation": "bicubic", **encoder_options}
+        self.distance = IdentityPreservedLoss(
+            fnet, crop=crop, value_range=value_range, reduction="none", **options
+        )
+        self.eval()
+        self._seen: list[Tensor] = []
+
+    @torch.no_grad()
+    def forward(self, restored: Tensor, reference: Tensor) -> Tensor:
+        """`update`, and the similarity of each picture of this batch alone, `[B]`."""
+        values: Tensor = 1 - self.distance(restored, reference)
+        self._seen.append(values.cpu())
+        return values
+
+    def update(self, restored: Tensor, reference: Tensor) -> None:
+        """Take pictures in.
+
+        Args:
+            restored: Restored faces `[B, 3, h, w]` of any size, in `value_range`.
+            reference: Faces of the same people, `[B, 3, H, W]` of any size, in the same order.
+
+        Raises:
+            ValueError: If the batch is empty or the two do not go in pairs.
+        """
+        self(restored, reference)
+
+    @property
+    def values(self) -> Tensor:
+        """The similarity of each picture so far, `[N]` in [-1, 1], on the CPU."""
+        return torch.cat(self._seen) if self._seen else torch.empty(0)
+
+    def compute(self) -> Tensor:
+        """Their mean, a scalar; a ValueError before any picture was taken in."""
+        return self._of_some().mean()
+
+    def deviation(self) -> Tensor:
+        """Their standard deviation around that mean, a scalar."""
+        return self._of_some().std(correction=0)
+
+    def reset(self) -> None:
+        """Forget all pictures."""
+        self._seen.clear()
+
+    def _of_some(self) -> Tensor:
+        if not self._seen:
+            raise ValueError("no picture was taken in: call update(restored, reference) first")
+        return self.values
+
+
+def identity_similarity(
+    restored: Tensor,
+    reference: Tensor,
+    *,
+    crop: str | Template | None,
+    fnet: Any = FNET,
+    **options: Any,
+) -> Tensor:
+    """`IdentitySimilarity` of two sets of pictures, in one call.
+
+    Args:
+        restored: Restored faces `[N, 3, h, w]`.
+        reference: Faces of the same people, `[N, 3, H, W]`, in the same order.
+        crop: Template the pictures are aligned to; see `IdentitySimilarity`.
+        fnet: The face recogniser.
+        **options: What else `IdentitySimilarity` takes.
+
+    Returns:
+        The cosine of each picture, `[N]`; `.mean()` is IDS.
+
+    Raises:
+        ValueError: If the two do not go in pairs.
+    """
+    if len(restored) != len(reference):
+        raise ValueError(f"{len(restored)} restored pictures and {len(reference)} references")
+    metric = IdentitySimilarity(fnet, crop=crop, **options).to(restored.device)
+    for some, others in zip(restored.split(BATCH), reference.split(BATCH), strict=True):
+        metric.update(some, others)
+    return metric.values
