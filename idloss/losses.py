@@ -102,7 +102,8 @@ class IdentityPreservedLoss(nn.Module):
             `"l1"`, what `register_distance` was given, or a callable from two `[B, D]` tensors to
             `[B]`.
         reduction: `"mean"`, `"sum"` or `"none"`.
-        crop: Template the images are aligned to; see `FaceEncoder`.
+        crop: Template the images are aligned to, which an SRNet carries: `crop=srnet.crop`. See
+            `FaceEncoder`.
         value_range: Lowest and highest value of the images.
         **encoder_options: Passed on to `FaceEncoder`: `pretrained`, `interpolation`, `flip`,
             `channel_order`, and what `create_fnet` takes.
@@ -291,7 +292,7 @@ class HallucinationLoss(nn.Module):
         **identity_options: Passed on to `IdentityPreservedLoss` when `identity` names an FNet.
 
     Example:
-        >>> criterion = HallucinationLoss("sface", weight=0.5, crop="sphereface")
+        >>> criterion = HallucinationLoss("sface", weight=0.5, crop=srnet.crop)
         >>> total, parts = criterion(srnet(lr), hr)
     """
 

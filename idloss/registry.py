@@ -1,7 +1,7 @@
 """Which of timm's models are FNets and which are SRNets, and how to make one from its name.
 
 Models live in timm's registry. This module remembers only what timm has no place for: a model's
-kind and, for an FNet, the face template its crops are aligned to.
+kind and the face template that its crops are aligned to.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ _TIMMS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_m
 
 _fnet_crops: dict[str, str | Template | None] = {}  # architecture -> template, None: stretched
 _bgr: set[str] = set()  # architectures of FNets whose own weights take BGR
-_srnets: set[str] = set()
+_srnet_crops: dict[str, str | Template] = {}
+
+SRNET_CROP = "sphereface"
+"""The crop of an SRNet that says nothing: 112x96 (paper, section 4.1)."""
 
 _BRING_YOUR_OWN = (
     "\nYour own: a module, 'local-dir:FOLDER', 'hf-hub:OWNER/NAME', 'timm/BACKBONE', or "
@@ -69,7 +72,10 @@ _BRING_YOUR_OWN = (
 )
 
 # What create_srnet calls them, which are no names to claim among all models of timm.
-_BASELINES = {"interpolation_bicubic": "bicubic", "interpolation_bilinear": "bilinear"}
+_BASELINES = {
+    f"interpolation_{name}": name
+    for name in ("bicubic", "bilinear", "bicubic_arcface", "bilinear_arcface")
+}
 
 
 @overload
@@ -111,22 +117,37 @@ def register_fnet(
     return register if fn is None else register(fn)
 
 
-def register_srnet(fn: _EntryPoint) -> _EntryPoint:
+@overload
+def register_srnet(fn: _EntryPoint) -> _EntryPoint: ...
+@overload
+def register_srnet(
+    *, crop: str | Template = SRNET_CROP
+) -> Callable[[_EntryPoint], _EntryPoint]: ...
+def register_srnet(
+    fn: _EntryPoint | None = None, *, crop: str | Template = SRNET_CROP
+) -> _EntryPoint | Callable[[_EntryPoint], _EntryPoint]:
     """Register an entry point with timm and mark it as a super-resolution network (SRNet).
 
     Args:
         fn: Entry point `fn(pretrained=False, **kwargs) -> nn.Module`, named as the model. The
             model maps RGB `[B, 3, H, W]` in [0, 1] to RGB `[B, 3, scale * H, scale * W]`.
+        crop: Template of the crops that it makes: `"sphereface"` (112x96), `"arcface"` (112x112)
+            for recognisers of today, `"ffhq"` for restorers of 512x512, ...
 
     Returns:
-        The entry point.
+        The entry point, or a decorator when only `crop` is given.
 
     Raises:
-        ValueError: If another model has the name.
+        ValueError: If no template is called `crop`, or another model has the name.
     """
-    _register(fn)
-    _srnets.add(fn.__name__)
-    return fn
+    template = _checked_crop(crop)
+
+    def register(entry_point: _EntryPoint) -> _EntryPoint:
+        _register(entry_point)
+        _srnet_crops[entry_point.__name__] = template
+        return entry_point
+
+    return register if fn is None else register(fn)
 
 
 def _register(fn: Callable[..., nn.Module], channel_order: ChannelOrder = "rgb") -> None:
@@ -245,7 +266,7 @@ def list_srnets(
     Returns:
         Their names.
     """
-    return _listed(_srnets, filter, pretrained)
+    return _listed(_srnet_crops, filter, pretrained)
 
 
 def _listed(
@@ -328,7 +349,7 @@ def create_fnet(
                 _reverse_first(model, str(fnet))
         elif channel_order == "bgr":
             model = _TakesBGR(model)
-        if (arch := str(_cfg_of(model).get("architecture"))) in _srnets:
+        if (arch := str(_cfg_of(model).get("architecture"))) in _srnet_crops:
             raise ValueError(f"this is no FNet{_other_kind(arch, arch, 'FNet')}")
         _describe_input(model, kwargs.get("img_size"), input_size=input_size, mean=mean, std=std)
         _describe_output(model)
@@ -336,33 +357,61 @@ def create_fnet(
     return model
 
 
-def create_srnet(srnet: str | nn.Module, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Make a super-resolution network.
+def create_srnet(
+    srnet: str | nn.Module,
+    *,
+    pretrained: bool = False,
+    crop: str | Template = "auto",
+    **kwargs: Any,
+) -> nn.Module:
+    """Make a super-resolution network that says in which crop it works.
 
     Args:
         srnet: A registered SRNet (`"edsr16_64"`, `"bicubic"`), or any name that `create_fnet`
             takes but `"timm/..."`, or a module, which is returned as it is.
         pretrained: Load the weights; has no effect on a module.
+        crop: Template of the crops that it makes. `"auto"`: what it was saved or registered with.
         **kwargs: Passed on to the entry point, such as `scale=8`.
 
     Returns:
-        The network: RGB `[B, 3, H, W]` in [0, 1] to RGB of `scale` times the size.
+        The network: RGB `[B, 3, H, W]` in [0, 1] to RGB of `scale` times the size. Its `crop` is
+        what evaluation and training follow; a module without one works in `"sphereface"`.
 
     Raises:
         TypeError: If `srnet` is neither a name nor a module, or options are given with a module.
-        ValueError: If the name is unknown.
+        ValueError: If the name or the crop is unknown.
     """
     model = _built(srnet, "SRNet", kwargs)
+    told: Mapping[str, Any] = {}
     if model is not None:
         if (arch := str(_cfg_of(model).get("architecture"))) in _fnet_crops:
             raise ValueError(f"this is no SRNet{_other_kind(arch, arch, 'SRNet')}")
-        return model
-    load_plugins()
-    name = _at_home(str(srnet))
-    if name.startswith(_HUB_PREFIXES):
-        with _naming(name):
-            return _open_published(name, "SRNet", pretrained, kwargs)[0]
-    return _timm_create(_known(name, "SRNet", _srnets), pretrained, kwargs)
+    else:
+        load_plugins()
+        name = _at_home(str(srnet))
+        if name.startswith(_HUB_PREFIXES):
+            with _naming(name):
+                model, told = _open_published(name, "SRNet", pretrained, kwargs)
+        else:
+            model = _timm_create(_known(name, "SRNet", _srnet_crops), pretrained, kwargs)
+    if crop == "auto" and isinstance(srnet, str):
+        crop = told.get("crop") or srnet_crop(model)
+    if crop != "auto":
+        model.crop = _checked_crop(crop)  # type: ignore[assignment]
+    return model
+
+
+def srnet_crop(srnet: str | nn.Module) -> str | Template:
+    """The crop that an SRNet works in: a network, or the name of a registered one."""
+    own = getattr(srnet, "crop", None)  # a stranger's may be anything
+    if isinstance(own, str | Template):
+        return _checked_crop(own)
+    name = srnet if isinstance(srnet, str) else str(_cfg_of(srnet).get("architecture"))
+    return _srnet_crops.get(split_model_name_tag(_timms_name(name))[0], SRNET_CROP)
+
+
+def _timms_name(name: str) -> str:
+    return {ours: timms for timms, ours in _BASELINES.items()}.get(name, name)
 
 
 class _TakesBGR(nn.Module):
@@ -442,7 +491,7 @@ def _built(net: object, kind: str, options: Collection[str]) -> nn.Module | None
 
 def _known(name: str, kind: str, registered: Collection[str]) -> str:
     """A registered name as timm has it; did-you-mean for unknown architectures and tags."""
-    name = {ours: timms for timms, ours in _BASELINES.items()}.get(name, name)
+    name = _timms_name(name)
     arch, tag = split_model_name_tag(name)
     if arch not in registered:
         # weights with the word in their names help more than names that are spelt alike
@@ -458,7 +507,7 @@ def _known(name: str, kind: str, registered: Collection[str]) -> str:
 
 def _other_kind(name: str, arch: str, kind: str) -> str:
     """What else a name is that was asked for as a kind it is not."""
-    if arch in _fnet_crops or arch in _srnets:
+    if arch in _fnet_crops or arch in _srnet_crops:
         return f". {arch!r} is an {'SRNet' if kind == 'FNet' else 'FNet'}"
     if kind == "FNet" and is_model(arch):
         return f". A backbone of timm is asked for as 'timm/{name}'"
@@ -481,7 +530,7 @@ def _build_fnet(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modul
         if split_model_name_tag(name)[0] in _fnet_crops:
             raise ValueError(f"{name!r} is a model of idloss, not of timm: leave 'timm/' out")
         if not is_model(name):
-            timms = set(list_models()) - _fnet_crops.keys() - _srnets
+            timms = set(list_models()) - _fnet_crops.keys() - _srnet_crops.keys()
             raise ValueError(did_you_mean("timm model", name, timms) + _BRING_YOUR_OWN)
         if pretrained and not kwargs.keys() & set(_TIMMS[:2]):
             _reach_timms(name, kwargs.get("cache_dir"))
@@ -544,7 +593,7 @@ def _open_published(
     arch, told = config["architecture"], config["idloss"]
     source, _, place = name.partition(":")
     _check_kind(name, kind, arch, told)
-    if not pretrained or arch in _fnet_crops or arch in _srnets:
+    if not pretrained or arch in _fnet_crops or arch in _srnet_crops:
         return _timm_create(name, pretrained, kwargs), told
     # timm reads fewer kinds of checkpoints
     path = (
@@ -587,9 +636,9 @@ def _check_kind(name: str, kind: str, arch: str, told: Mapping[str, Any]) -> Non
             f"{name} holds a {told.get('class')!r}, which is not registered: open it with "
             "idloss.training.open_trained(folder, network)"
         )
-    if arch in (_srnets if kind == "FNet" else _fnet_crops):
+    if arch in (_srnet_crops if kind == "FNet" else _fnet_crops):
         raise ValueError(f"{name} holds another kind{_other_kind(name, arch, kind)}")
-    if kind == "SRNet" and arch not in _srnets:
+    if kind == "SRNet" and arch not in _srnet_crops:
         raise ValueError(f"{name} holds a {arch!r}, which is not a registered SRNet")
     if not is_model(arch):
         raise NotFoundError(f"{name} holds a {arch!r}, which no installed package registers")

@@ -40,14 +40,14 @@ from idloss.evaluation.cache import (
 from idloss.evaluation.protocols import Protocol
 from idloss.evaluation.results import HR, Cell
 from idloss.geometry import Template, convert_crop, get_template
-from idloss.registry import create_fnet
+from idloss.registry import SRNET_CROP, create_fnet, srnet_crop
 from idloss.resample import ImageWatch, Size, resize, to_float, to_uint8
 from idloss.srnets import Interpolation
 
-SR_CROP = get_template("sphereface")
-"""The crop that SR networks work on (paper, section 4.1): 112x96."""
+SR_CROP = get_template(SRNET_CROP)
+"""The crop of SRNets that name no other, and of HR for FNets that take any: 112x96."""
 CANVAS = get_template("arcface")
-"""What photos are aligned to: the widest crop there is a use for. The SR crop is cut out of it."""
+"""What photos are aligned to: 112x96 is cut out of it, other crops are aligned anew."""
 # Faces at a time, for each core or for a GPU. Measured on MobileFaceNet, SFace and EDSR: a core
 # gains nothing beyond some 16 images (8 faces and their mirror images).
 BATCH_ON_CORE = 8
@@ -59,6 +59,8 @@ FLUSH_BYTES = 16 * 2**20
 FLUSH_SECONDS = 60.0
 """How long they are held at most: a run that is killed loses no more work than that."""
 
+Canvases = dict[Template, Tensor]
+"""The same faces in several crops, uint8 `[B, 3, H, W]` each."""
 _Rows = tuple[str, list[bytes], Embeddings]  # key, digests of N faces, `[N, D]`
 
 
@@ -75,12 +77,12 @@ def prepare_probe(crops: Tensor, size: Sequence[int], protocol: Protocol) -> Ten
 def show_probe(
     srnet: nn.Module, probes: Tensor, protocol: Protocol, watch: ImageWatch | None = None
 ) -> Tensor:
-    """What the FNet is shown of LR probes: uint8 `[B, 3, h, w]` to RGB `[B, 3, 112, 96]` in [0, 1].
+    """What the FNet is shown of LR probes: uint8 `[B, 3, h, w]` to RGB [0, 1] of the SRNet's crop.
 
     An `Interpolation` enlarges 8-bit images in one step: the rows `bilinear` (the paper's
     "Bicubic") and `bicubic`.
     """
-    size = SR_CROP.size
+    size = get_template(srnet_crop(srnet)).size
     if isinstance(srnet, Interpolation):
         return to_float(resize(probes, size, mode=srnet.mode, convention=protocol.convention))
     images = to_float(probes).to(next((p.dtype for p in srnet.parameters()), None))
@@ -119,9 +121,40 @@ def fuse_views(embeddings: Tensor, protocol: Protocol) -> Tensor:
     return joined if protocol.flip == "concat" else straight + mirrored
 
 
+def fit_size(size: Size, crop: Template) -> Size:
+    """A probe size for a crop: of one of the shape of 112x96 only the rows are taken.
+
+    So 7x6, 14x12 and 28x24 are 7x7, 14x14 and 28x28 for an SRNet of 112x112 crops; other sizes are
+    what they say.
+    """
+    (rows, columns), (height, width) = SR_CROP.size, crop.size
+    squashed = abs(size[1] - size[0] * columns / rows) >= 0.75  # 16x16; 18x16 is rounded
+    if squashed or (height, width) == (rows, columns):
+        return size
+    return size[0], max(1, round(size[0] * width / height))
+
+
 def cut(canvas: Tensor, own: Template, wanted: Template) -> Tensor:
     """One crop out of a wider one, uint8; no resampling between sphereface and arcface."""
     return canvas if own == wanted else to_uint8(convert_crop(to_float(canvas), own, wanted))
+
+
+def read_canvases(
+    faces: Faces, places: Tensor, wanted: Iterable[Template], faults: dict[int, Fault]
+) -> Canvases:
+    """Some faces in what all crops wanted are cut out of.
+
+    A photo may hold what the canvas does not: for other crops no border is made up.
+    """
+    anew = [] if faces.crop else [crop for crop in wanted if crop != SR_CROP]
+    own = get_template(faces.crop or CANVAS)
+    return {c: faces.crops_at(places, c, faults=faults) for c in dict.fromkeys((own, *anew))}
+
+
+def cut_out(canvases: Canvases, wanted: Template) -> Tensor:
+    """A crop of faces, uint8 `[B, 3, H, W]`."""
+    own = wanted if wanted in canvases else next(iter(canvases))
+    return cut(canvases[own], own, wanted)
 
 
 @dataclass
@@ -132,19 +165,23 @@ class Networks:
     srnets: dict[str, nn.Module]
     protocol: Protocol
     device: torch.device
-    encoders: dict[tuple[str, str], FaceEncoder] = field(default_factory=dict)
+    crops: dict[str, Template] = field(init=False)  # of the SRNets
+    encoders: dict[tuple[str, str | Template], FaceEncoder] = field(default_factory=dict)
     watch: ImageWatch = field(default_factory=ImageWatch)
 
     def __post_init__(self) -> None:
+        self.crops = {name: get_template(srnet_crop(net)) for name, net in self.srnets.items()}
         for name, fnet in self.fnets.items():
             net = fold_batch_norm(fnet, fnet.pretrained_cfg["input_size"])  # type: ignore[index, arg-type]
             if net is not fnet and self.device.type == "cpu":
                 net = net.to(memory_format=torch.channels_last)
             encoder = FaceEncoder(net, crop=SR_CROP, interpolation=self.protocol.up_mode)
-            # SR comes as the SR crop, HR as the FNet's own; both go to the same network
-            self.encoders[name, "sr"] = encoder.to(self.device)
-            self.encoders[name, "hr"] = copy.copy(encoder)
-            self.encoders[name, "hr"].crop = encoder.fnet_crop or encoder.crop
+            encoder.to(self.device)
+            # SR comes as its SRNet's crop, HR as the FNet's own; all go to the same network
+            shown = {HR: encoder.fnet_crop or SR_CROP, **{c: c for c in self.crops.values()}}
+            for key, crop in shown.items():
+                self.encoders[name, key] = copy.copy(encoder)
+                self.encoders[name, key].crop = crop
 
     def copies(self, count: int) -> list[Networks]:
         """A set for each thread over the same weights; one alone where a network has no copy."""
@@ -161,18 +198,22 @@ class Networks:
             return [self]
         return copies
 
+    def crop_of(self, fnet: str, srnet: str) -> Template:
+        """What faces are cut to at full resolution, for an SRNet, or with `HR` for the FNet."""
+        return self.encoders[fnet, HR].crop or SR_CROP if srnet == HR else self.crops[srnet]
+
     def embed_hr(self, fnet: str, canvas: Tensor, crop: Template) -> Tensor:
         """Embed faces at full resolution, uint8 `[B, 3, H, W]` of a template; `[B, D]`."""
-        straight = to_float(cut(canvas, crop, self.encoders[fnet, "hr"].crop or SR_CROP))
+        straight = to_float(cut(canvas, crop, self.crop_of(fnet, HR)))
         views = torch.cat((straight, straight.flip(-1)))
-        return fuse_views(self.encoders[fnet, "hr"](views), self.protocol)
+        return fuse_views(self.encoders[fnet, HR](views), self.protocol)
 
-    def embed_sr(self, fnet: str, views: Tensor) -> Tensor:
-        """Embed what `show` gave, `[2 B, 3, 112, 96]`; `[B, D]`, the views of a face fused."""
-        return fuse_views(self.encoders[fnet, "sr"](views), self.protocol)
+    def embed_sr(self, fnet: str, srnet: str, views: Tensor) -> Tensor:
+        """Embed what `show` gave, `[2 B, 3, H, W]`; `[B, D]`, the views of a face fused."""
+        return fuse_views(self.encoders[fnet, self.crops[srnet]](views), self.protocol)
 
     def show(self, srnet: str, probes: Tensor) -> Tensor:
-        """What FNets are shown of LR probes and of their mirror images, `[2 B, 3, 112, 96]`."""
+        """What FNets are shown of LR probes and of their mirror images, `[2 B, 3, H, W]`."""
         # the paper's flipped view is the mirrored LR image, super-resolved on its own
         views = torch.cat((probes, probes.flip(-1)))
         return show_probe(self.srnets[srnet], views, self.protocol, self.watch)
@@ -223,7 +264,8 @@ def cell_keys(networks: Networks, cells: Iterable[Cell]) -> dict[Cell, str]:
     for cell in cells:
         parts = [identity(cell.fnet)]
         if cell.srnet != HR:
-            parts += [identity(cell.srnet, (cell.height, cell.width)), cell.size]
+            crop = repr(networks.crops[cell.srnet])
+            parts += [identity(cell.srnet, (cell.height, cell.width)), cell.size, crop]
         once = ONCE if any(part.startswith(ONCE) for part in parts) else ""
         keys[cell] = once + digest(*shared, *parts)
     return keys
@@ -247,9 +289,6 @@ class EmbeddedGrid:
     _held: dict[str, list[tuple[list[bytes], Embeddings]]] = field(default_factory=dict)
     _flushed: float = field(default_factory=time.monotonic)
     _stopped: bool = False
-
-    def __post_init__(self) -> None:
-        self.crop = get_template(self.faces.crop or CANVAS)  # what they are read as
 
     def rows(self, cell: Cell) -> Embeddings:
         """Embeddings `[N, D]` of one cell, a row for each face, zero for those not asked for."""
@@ -312,9 +351,11 @@ class EmbeddedGrid:
         for networks in copies:
             idle.put(networks)
 
+        wanted = [self.networks.crop_of(cell.fnet, cell.srnet) for cell in self._missing]
+
         def work(part: Tensor) -> tuple[int, dict[int, Fault], list[_Rows]]:
             faults: dict[int, Fault] = {}
-            crops = self.faces.crops_at(part, self.crop, faults=faults)
+            read = read_canvases(self.faces, part, wanted, faults)
             for place in part.tolist():  # hashed before: what is kept must be of that content
                 if place not in faults and self.faces.digest(place) != self._digests[place]:
                     faults[place] = Fault(self.faces.names[place], "changed while it was read")
@@ -325,8 +366,9 @@ class EmbeddedGrid:
             if good.any() and not self._stopped:
                 networks = idle.get()
                 try:
+                    kept = {crop: one[good].to(networks.device) for crop, one in read.items()}
                     with torch.no_grad():  # holds for one thread only
-                        made += self._embed(networks, part[good], crops[good])
+                        made += self._embed(networks, part[good], kept)
                 finally:
                     idle.put(networks)
             return len(part), faults, made
@@ -347,9 +389,8 @@ class EmbeddedGrid:
             self._flush()
         return faults
 
-    def _embed(self, networks: Networks, places: Tensor, crops: Tensor) -> Iterator[_Rows]:
-        canvas = crops.to(networks.device)
-        hr = cut(canvas, self.crop, SR_CROP)
+    def _embed(self, networks: Networks, places: Tensor, canvases: Canvases) -> Iterator[_Rows]:
+        device = networks.device
         # one SRNet's output is shown to all FNets that lack it
         groups: dict[tuple[str, Size], list[Cell]] = {}
         for cell, needed in self._missing.items():
@@ -357,19 +398,19 @@ class EmbeddedGrid:
             if cell.srnet != HR:
                 groups.setdefault((cell.srnet, (cell.height, cell.width)), []).append(cell)
             elif rows.any() and not self._stopped:
-                shown, crop = canvas[rows.to(canvas.device)], self.crop
-                own = networks.encoders[cell.fnet, "hr"].crop or SR_CROP
-                if self.faces.crop is None and own not in (CANVAS, SR_CROP):
-                    # a photo may hold what the canvas does not: no border is made up
-                    shown, crop = self.faces.crops_at(places[rows], own).to(canvas.device), own
-                yield self._rows(cell, places[rows], networks.embed_hr(cell.fnet, shown, crop))
+                own = networks.crop_of(cell.fnet, HR)
+                faces = cut_out(canvases, own)[rows.to(device)]
+                yield self._rows(cell, places[rows], networks.embed_hr(cell.fnet, faces, own))
+        used = {networks.crops[srnet] for srnet, _ in groups}
+        hr = {crop: cut_out(canvases, crop) for crop in used}
         for (srnet, size), cells in groups.items():
             rows = torch.stack([self._missing[cell][places] for cell in cells]).any(0)
             if rows.any() and not self._stopped:
-                lr = prepare_probe(hr[rows.to(hr.device)], size, networks.protocol)
+                own_hr = hr[networks.crops[srnet]][rows.to(device)]
+                lr = prepare_probe(own_hr, size, networks.protocol)
                 shown = networks.show(srnet, lr)
                 for cell in cells:
-                    yield self._rows(cell, places[rows], networks.embed_sr(cell.fnet, shown))
+                    yield self._rows(cell, places[rows], networks.embed_sr(cell.fnet, srnet, shown))
 
     def _rows(self, cell: Cell, places: Tensor, embeddings: Tensor) -> _Rows:
         rows = embeddings.float().cpu()

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from idloss.data import EvaluationSet, Fault
 from idloss.encoder import resolve_device
 from idloss.errors import some_of
-from idloss.evaluation.embedding import CANVAS, SR_CROP, cut, prepare_probe, ready
+from idloss.evaluation.embedding import (
+    SR_CROP,
+    cut_out,
+    fit_size,
+    prepare_probe,
+    read_canvases,
+    ready,
+)
 from idloss.evaluation.figures import (
     accuracy_figure,
     cmc_figure,
@@ -43,7 +50,6 @@ from idloss.evaluation.results import (
     write_together,
 )
 from idloss.evaluation.verification import roc
-from idloss.geometry import get_template
 from idloss.resample import Size
 
 if TYPE_CHECKING:
@@ -261,32 +267,32 @@ def write_sheets(
     Raises:
         ModuleNotFoundError: matplotlib is missing.
     """
-    crop = get_template(data.faces.crop or CANVAS)
     faults: dict[int, Fault] = {}
     places = _some_probes(data, count)
-    crops = data.faces.crops_at(places, crop, faults=faults)
-    good = [row for row, place in enumerate(places.tolist()) if place not in faults]
-    if not good:
-        return []
-    names = [Path(data.faces.names[i]).stem.replace("_", "\n") for i in places[good].tolist()]
     name = next(iter(fnets))
     files = []
     bar = tqdm(dict.fromkeys(sizes), desc="drawing", unit="sheet", delay=2, disable=not progress)
     fixed, place = get_protocol(protocol), resolve_device(device)
     with bar, ready({name: fnets[name]}, srnets, fixed, place) as networks:
-        canvas = crops[good].to(place)
-        reference = networks.embed_hr(name, canvas, crop)
-        hr = cut(canvas, crop, SR_CROP)
+        own = networks.crop_of(name, HR)
+        read = read_canvases(data.faces, places, (own, *networks.crops.values()), faults)
+        good = [row for row, place in enumerate(places.tolist()) if place not in faults]
+        if not good:
+            return []
+        names = [Path(data.faces.names[i]).stem.replace("_", "\n") for i in places[good].tolist()]
+        canvases = {crop: one[good].to(place) for crop, one in read.items()}
+        reference = networks.embed_hr(name, cut_out(canvases, own), own)
         for size in bar:
-            lr = prepare_probe(hr, size, fixed)
-            columns = {LR: lr}
-            cosines = {}
-            for method in srnets:
+            columns: dict[str, Tensor] = {}
+            cosines: dict[str, Tensor] = {}
+            for method, crop in networks.crops.items():
+                lr = prepare_probe(cut_out(canvases, crop), fit_size(size, crop), fixed)
                 shown = networks.show(method, lr)
-                columns[method] = shown[: len(lr)]
-                found = networks.embed_sr(name, shown)
+                columns |= {LR: columns.get(LR, lr), method: shown[: len(lr)]}
+                found = networks.embed_sr(name, method, shown)
                 cosines[method] = F.cosine_similarity(found, reference).cpu()
-            figure = picture_sheet({**columns, HR: hr}, cosines, names=names, title=f"FNet: {name}")
+            columns[HR] = cut_out(canvases, next(iter(networks.crops.values()), SR_CROP))
+            figure = picture_sheet(columns, cosines, names=names, title=f"FNet: {name}")
             files += save_figure(figure, Path(folder) / f"faces-{size[0]}x{size[1]}")
     return files
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,7 +19,7 @@ from idloss.data import EvaluationSet, Pairs
 from idloss.encoder import resolve_device
 from idloss.errors import did_you_mean
 from idloss.evaluation.cache import EmbeddingCache, Embeddings, digest, digest_weights
-from idloss.evaluation.embedding import SR_CROP, EmbeddedGrid, ready
+from idloss.evaluation.embedding import SR_CROP, EmbeddedGrid, fit_size, ready
 from idloss.evaluation.identification import (
     DRAWS,
     closed_set,
@@ -33,6 +33,8 @@ from idloss.evaluation.protocols import Protocol, get_protocol
 from idloss.evaluation.results import HR, LR, Cell, Results, Task, read_task
 from idloss.evaluation.statistics import Estimate, require_scipy
 from idloss.evaluation.verification import pair_scores, summarise, verify
+from idloss.geometry import Template, get_template
+from idloss.registry import srnet_crop
 from idloss.resample import Size
 
 Probe = Literal["second", "both"]
@@ -74,7 +76,8 @@ def evaluate(
         data: Faces, with pairs to verify or identities to find.
         fnets: FNets by name, as from `create_fnet`.
         srnets: SRNets by name, as from `create_srnet`.
-        sizes: Probe sizes, rows and columns; None for those of the paper's table of each task.
+        sizes: Probe sizes, rows and columns; None for those of the paper's table of each task. Of
+            one of the shape of 112x96 crops, SRNets of other crops take the rows: 14x14 for 14x12.
         tasks: `"verification"`, `"identification"`, `"open_set"` (or `"open-set"`).
         protocol: Protocol or its name.
         probe: Whether the second face of a pair (the probe of a gallery) is LR, as in the paper, or
@@ -106,7 +109,8 @@ def evaluate(
     require_scipy()  # for the intervals: say so before hours are spent
     fixed = get_protocol(protocol)
     place = resolve_device(device)
-    _require_sense(fnets, srnets, [size for one in own.values() for size in one])
+    crops = {name: get_template(srnet_crop(net)) for name, net in srnets.items()}
+    _require_sense(fnets, crops, [size for one in own.values() for size in one])
     about: dict[str, Any] = {
         "name": data.name,
         "faces": len(data.faces),
@@ -127,7 +131,7 @@ def evaluate(
             "batch_size": batch_size,
         }
     )
-    run = _Run(data, own, [*fnets], [*srnets], fixed, probe, draws, seed, results)
+    run = _Run(data, own, [*fnets], crops, fixed, probe, draws, seed, results)
     wanted = {cell: places for task in own for cell, places in run.wanted(task).items()}
     folder = Path(HF_HOME) / "idloss" / "embeddings" if cache is True else cache
     with (
@@ -148,7 +152,7 @@ def evaluate(
 
 
 def _require_sense(
-    fnets: Mapping[str, nn.Module], srnets: Mapping[str, nn.Module], sizes: Iterable[Size]
+    fnets: Mapping[str, nn.Module], srnets: Mapping[str, Template], sizes: Sequence[Size]
 ) -> None:
     """Refuse names that mean something else in results, or two things, and probes too large."""
     if not fnets:
@@ -158,13 +162,14 @@ def _require_sense(
             raise ValueError(f"an SRNet cannot be called {name!r}, as faces without one are")
         if name in fnets:
             raise ValueError(f"{name!r} is both an FNet and an SRNet; call one of them otherwise")
-    rows, columns = SR_CROP.size
-    for height, width in sizes:
-        if not (0 < height <= rows and 0 < width <= columns):
-            raise ValueError(
-                f"a probe of {height}x{width} is no smaller version of the {rows}x{columns} crop; "
-                f"give 1x1 to {rows}x{columns}, rows first"
-            )
+    for crop in dict.fromkeys(srnets.values() or (SR_CROP,)):
+        rows, columns = crop.size
+        for height, width in (fit_size(size, crop) for size in sizes):
+            if not (0 < height <= rows and 0 < width <= columns):
+                raise ValueError(
+                    f"a probe of {height}x{width} is no smaller version of the {rows}x{columns} "
+                    f"crop; give 1x1 to {rows}x{columns}, rows first"
+                )
 
 
 def _describe_network(net: nn.Module) -> dict[str, Any]:
@@ -190,7 +195,7 @@ class _Run:
     data: EvaluationSet
     sizes: Mapping[Task, tuple[Size, ...]]
     fnets: Sequence[str]
-    srnets: Sequence[str]
+    srnets: Mapping[str, Template]
     protocol: Protocol
     probe: Probe
     draws: int
@@ -214,7 +219,9 @@ class _Run:
     def cells(self, task: Task) -> list[Cell]:
         """The cells of a task, HR first of those of each FNet."""
         grid = [(HR, SR_CROP.size)]
-        grid += [(srnet, size) for srnet in self.srnets for size in self.sizes[task]]
+        for srnet, crop in self.srnets.items():
+            fitting = dict.fromkeys(fit_size(size, crop) for size in self.sizes[task])
+            grid += [(srnet, size) for size in fitting]
         return [Cell(task, fnet, srnet, *size) for fnet in self.fnets for srnet, size in grid]
 
     def wanted(self, task: Task) -> dict[Cell, Tensor]:

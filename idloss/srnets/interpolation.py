@@ -60,29 +60,41 @@ _CFG = {
 }
 
 default_cfgs = generate_default_cfgs(
-    {f"interpolation_{mode}": dict(_CFG) for mode in ("bicubic", "bilinear")}
+    {
+        f"interpolation_{mode}{crop}": dict(_CFG)
+        for mode in ("bicubic", "bilinear")
+        for crop in ("", "_arcface")
+    }
 )
 
 
-def _interpolation(mode: str, **kwargs: Any) -> Interpolation:
+def _interpolation(variant: str, mode: str, **kwargs: Any) -> Interpolation:
     arguments = {"mode": mode, **kwargs}
     # never pretrained: there is nothing to load, and asking for it is right and changes nothing
     return build_model(
-        Interpolation,
-        f"interpolation_{mode}",
-        False,
-        kwargs_filter=("num_classes", "global_pool"),
-        **arguments,
+        Interpolation, variant, False, kwargs_filter=("num_classes", "global_pool"), **arguments
     )
 
 
 @register_srnet
 def interpolation_bicubic(pretrained: bool = False, **kwargs: Any) -> Interpolation:
     """Bicubic interpolation (OpenCV's, a = -0.75)."""
-    return _interpolation("bicubic", **kwargs)
+    return _interpolation("interpolation_bicubic", "bicubic", **kwargs)
 
 
 @register_srnet
 def interpolation_bilinear(pretrained: bool = False, **kwargs: Any) -> Interpolation:
     """Bilinear interpolation: what the released evaluation calls "Bicubic"."""
-    return _interpolation("bilinear", **kwargs)
+    return _interpolation("interpolation_bilinear", "bilinear", **kwargs)
+
+
+@register_srnet(crop="arcface")
+def interpolation_bicubic_arcface(pretrained: bool = False, **kwargs: Any) -> Interpolation:
+    """Bicubic interpolation of crops of 112x112."""
+    return _interpolation("interpolation_bicubic_arcface", "bicubic", **kwargs)
+
+
+@register_srnet(crop="arcface")
+def interpolation_bilinear_arcface(pretrained: bool = False, **kwargs: Any) -> Interpolation:
+    """Bilinear interpolation of crops of 112x112."""
+    return _interpolation("interpolation_bilinear_arcface", "bilinear", **kwargs)

@@ -12,13 +12,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from idloss.degradation import get_degradation, sizes_of
 from idloss.errors import did_you_mean
-from idloss.geometry import get_template
+from idloss.geometry import Template, get_template
 from idloss.losses import get_distance, get_image_loss
+from idloss.registry import create_srnet, srnet_crop
 from idloss.resample import Size, parse_size
 from idloss.weights.files import written_whole
 from idloss.weights.sources import zoo_folder
 
 if TYPE_CHECKING:
+    from torch import nn
     from typing_extensions import Self
 
 Count = Annotated[int, Field(ge=0)]
@@ -123,7 +125,7 @@ class RunOptions(BaseModel):
     exclude: tuple[str, ...] = ()
     """Identities and images to leave out, as they are written in the data."""
     crop: str = "sphereface"
-    """Template of the HR crops."""
+    """Template of the HR crops; for an SRNet, the one it works in unless another is said here."""
     pretrained: bool = False
     """Begin with the network's published weights."""
     factors: tuple[Positive, ...] = (4, 8, 16)
@@ -156,7 +158,7 @@ class RunOptions(BaseModel):
         """LR sizes that batches are drawn at, rows and columns."""
         return self.sizes_by_factor(self.crop)
 
-    def sizes_by_factor(self, crop: str) -> tuple[Size, ...]:
+    def sizes_by_factor(self, crop: str | Template) -> tuple[Size, ...]:
         """LR sizes, rows and columns, that the factors give of crops of a template."""
         if not self.factors:
             raise ValueError("factors is empty: give at least one")
@@ -205,6 +207,21 @@ class Recipe(RunOptions):
     def lr_sizes(self) -> tuple[Size, ...]:
         """LR sizes that batches are drawn at, rows and columns."""
         return self.sizes or super().lr_sizes()
+
+    def model_post_init(self, _: Any) -> None:
+        """Follow the SRNet that is named, where no crop is."""
+        if "crop" not in self.model_fields_set:
+            crop = self.srnet_options.get("crop") or srnet_crop(self.srnet)
+            self.__dict__["crop"] = get_template(crop).name
+
+    def follow(self, srnet: nn.Module | None) -> Recipe:
+        """The recipe with the crop of the SRNet given, or saved under its name, if it says none."""
+        if "crop" in self.model_fields_set:
+            return self
+        if srnet is None and ":" in self.srnet:
+            srnet = create_srnet(self.srnet, pretrained=self.pretrained, **self.srnet_options)
+        crop = self.crop if srnet is None else get_template(srnet_crop(srnet)).name
+        return Recipe.model_validate({**self.model_dump(), "crop": crop})
 
 
 class FNetRecipe(RunOptions):

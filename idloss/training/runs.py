@@ -19,7 +19,7 @@ from idloss.errors import some_of
 from idloss.evaluation import HR, evaluate, write_sheets
 from idloss.geometry import get_template
 from idloss.losses import HallucinationLoss
-from idloss.registry import create_fnet, create_srnet
+from idloss.registry import SRNET_CROP, create_fnet, create_srnet
 from idloss.training.batches import check_crop, stored_features
 from idloss.training.engine import Engine, Validate, create_accelerator
 from idloss.training.recipe import (
@@ -49,8 +49,6 @@ from idloss.training.tasks import (
     only_labelled,
 )
 
-SR_CROP = "sphereface"
-"""Template of the crops that probes are made of, as in the paper."""
 RECIPE, MODEL = "recipe.yaml", "model"
 REPLACED = {
     "srnet": {"srnet", "srnet_options", "pretrained"},
@@ -84,7 +82,7 @@ def train(
         resume: Go on from the newest whole checkpoint in the folder. Fields in
             `recipe.CHANGEABLE` may have other values from there on; `recipe.yaml` tells them.
         faces: Faces to train on.
-        srnet: The network; a compiled or data-parallel one is unwrapped.
+        srnet: The network; a compiled or data-parallel one is unwrapped, and its `crop` is set.
         criterion: The losses.
         degradation: From HR to LR.
 
@@ -100,10 +98,12 @@ def train(
         OSError: The disk is full, or no checkpoint is whole.
     """
     given = {"srnet": srnet, "criterion": criterion, "degradation": degradation}
-    run = _Run(recipe, Path(folder), faces, given, resume=resume)
     network = unwrapped(srnet) if srnet is not None else None
+    recipe = recipe.follow(network)
+    run = _Run(recipe, Path(folder), faces, given, resume=resume)
     if network is None:
         network = create_srnet(recipe.srnet, pretrained=recipe.pretrained, **recipe.srnet_options)
+    network = create_srnet(network, crop=recipe.crop)  # which it carries from now on
     if criterion is None:
         criterion = HallucinationLoss(
             recipe.fnet,
@@ -274,8 +274,8 @@ class _Run:
                 "identities": len(self.faces.identities),
             },
         }
-        if kind == "fnet" and isinstance(crop := getattr(network, "crop", None), str):
-            told["crop"] = crop  # create_fnet takes it from here
+        if isinstance(crop := getattr(network, "crop", None), str):
+            told["crop"] = crop  # create_fnet and create_srnet take it from here
         cfg = cfg_of(network)
         # one that was given may have weights: ours has a tag only then
         ours = type(network).__module__.startswith("idloss.")
@@ -380,7 +380,7 @@ def _validation(run: _Run, fnet_name: str | None = None) -> Validate | None:
     data = open_evaluation(recipe.validate_on)
     if data.pairs is None:
         raise ValueError(f"validate_on={recipe.validate_on} has no pairs to verify")
-    sizes = recipe.lr_sizes() if fnet_name else recipe.sizes_by_factor(SR_CROP)
+    sizes = recipe.lr_sizes() if fnet_name else recipe.sizes_by_factor(SRNET_CROP)
     judge = create_fnet(fnet_name, pretrained=True) if fnet_name else None
     enlarged = create_srnet("bilinear")
 
@@ -396,7 +396,7 @@ def _validation(run: _Run, fnet_name: str | None = None) -> Validate | None:
         if judge is not None:
             del rates["HR"]  # always the same
             sheets = run.folder / "pictures" / f"step-{step:06d}"
-            shown = {"bicubic": create_srnet("bicubic"), "srnet": network}
+            shown = {"bicubic": create_srnet("bicubic", crop=recipe.crop), "srnet": network}
             write_sheets(sheets, data, fnets, shown, sizes, count=5, device=device)
         return rates
 

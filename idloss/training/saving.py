@@ -254,6 +254,8 @@ def open_trained(folder: str | Path, network: nn.Module | None = None) -> nn.Mod
         raise ValueError(
             f"the weights in {folder} are of a {name} and do not fit {name_of(network)}: {error}"
         ) from error
+    if kind == "srnet":
+        create_srnet(network, crop=told.get("crop", "auto"))
     return network.eval()
 
 

@@ -6,15 +6,26 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from minilfw import mini_lfw
 from nets import TinySRNet, tiny_fnet
 from tinybench import assert_same_scores, run
 from torch import nn
 
 from idloss import create_fnet, create_srnet
+from idloss.data import lfw
 from idloss.encoder import fold_batch_norm
 from idloss.evaluation import get_protocol
-from idloss.evaluation.embedding import fuse_views, prepare_probe, show_probe, to_fnet_input
+from idloss.evaluation.embedding import (
+    cut_out,
+    fit_size,
+    fuse_views,
+    prepare_probe,
+    read_canvases,
+    show_probe,
+    to_fnet_input,
+)
 from idloss.evaluation.protocols import PROTOCOLS
+from idloss.geometry import get_template
 from idloss.resample import parse_size, to_float
 
 CROP = (112, 96)
@@ -271,3 +282,31 @@ def test_batch_size_and_threads_do_not_change_the_answer(data, fnet, srnets, thr
     assert [r.estimate for r in whole.records if r.metric == "accuracy"] == [
         r.estimate for r in small.records if r.metric == "accuracy"
     ]
+
+
+def test_photos_are_aligned_anew_for_crops_that_hold_more(tmp_path):
+    """What is in no 112x112 crop must not be made up of its border."""
+    faces = lfw(mini_lfw(tmp_path, 2, 2)).faces
+    places, faults = torch.tensor([0, 2]), {}
+    sphereface, arcface, ffhq = map(get_template, ("sphereface", "arcface", "ffhq"))
+    canvases = read_canvases(faces, places, (sphereface, ffhq, ffhq), faults)
+    assert list(canvases) == [arcface, ffhq]
+    assert torch.equal(cut_out(canvases, ffhq), faces.crops_at(places, "ffhq"))
+    assert torch.equal(cut_out(canvases, sphereface), canvases[arcface][..., 8:104])
+    assert not faults
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "fitted"),
+    [
+        ((18, 16), "sphereface", (18, 16)),
+        ((14, 12), "arcface", (14, 14)),
+        ((18, 16), "arcface", (18, 18)),
+        ((16, 16), "arcface", (16, 16)),
+        ((16, 16), "sphereface", (16, 16)),
+        ((20, 14), "arcface", (20, 14)),
+        ((7, 6), "ffhq", (7, 7)),
+    ],
+)
+def test_a_size_of_the_shape_of_112x96_stands_for_its_rows(size, crop, fitted):
+    assert fit_size(size, get_template(crop)) == fitted

@@ -9,10 +9,11 @@ import pytest
 import torch
 from minilfw import mini_lfw
 from nets import TinyFNet, TinySRNet, tiny_fnet
-from tinybench import SIZES, assert_same_scores, run, scores
+from tinybench import SIZES, assert_same_scores, drawn_pairs, run, scores
 from torch import nn
 
-from idloss.data import DataError, EvaluationSet, Fault, open_evaluation
+from idloss import create_srnet
+from idloss.data import DataError, EvaluationSet, Fault, SyntheticFaces, open_evaluation
 from idloss.encoder import FaceEncoder
 from idloss.evaluation import (
     HR,
@@ -23,6 +24,7 @@ from idloss.evaluation import (
     embedding,
     evaluate,
     get_protocol,
+    paper_table,
 )
 from idloss.evaluation.cache import EmbeddingCache
 from idloss.evaluation.embedding import SR_CROP, ready
@@ -47,11 +49,11 @@ def calls(monkeypatch):
 class Naive:
     """The paper's protocol, one image at a time, with OpenCV."""
 
-    def __init__(self, fnet):
-        self.fnet = fnet
+    def __init__(self, fnet, width=96):
+        self.fnet, self.width = fnet, width
         cfg = fnet.pretrained_cfg
         self.mean, self.std = np.array(cfg["mean"]), np.array(cfg["std"])
-        self.margin = (cfg["input_size"][2] - 96) // 2
+        self.margin = (cfg["input_size"][2] - width) // 2
 
     @torch.no_grad()
     def look(self, image):
@@ -71,13 +73,13 @@ class Naive:
         for view in (small, np.ascontiguousarray(small[:, ::-1])):
             if method in ("bilinear", "bicubic"):
                 kind = cv2.INTER_LINEAR if method == "bilinear" else cv2.INTER_CUBIC
-                large = cv2.resize(view, (96, 112), interpolation=kind) / 255
+                large = cv2.resize(view, (self.width, 112), interpolation=kind) / 255
             else:
                 x = torch.from_numpy(view).permute(2, 0, 1)[None].float() / 255
                 sr = srnet(x)[0].permute(1, 2, 0).numpy()
-                if sr.shape != (112, 96, 3):
+                if sr.shape != (112, self.width, 3):
                     levels = np.floor(sr * 255).clip(0, 255).astype(np.uint8)
-                    sr = cv2.resize(levels, (96, 112), interpolation=cv2.INTER_CUBIC) / 255
+                    sr = cv2.resize(levels, (self.width, 112), interpolation=cv2.INTER_CUBIC) / 255
                 large = sr.astype(np.float64)
             views.append(self.look(large))
         return np.concatenate(views)
@@ -104,6 +106,30 @@ def test_grid_equals_the_slow_way(crop, width, data, srnets):
             probes = {b: slow.probe(crops[b], method, size, srnet) for b in {b for _, b in pairs}}
             expected = [cosine(gallery[a], probes[b]) for a, b in pairs]
             np.testing.assert_allclose(scores(found, "f", method, size), expected, atol=1e-5)
+
+
+def test_an_srnet_and_an_fnet_of_112x112_meet_without_a_cut():
+    """Not over 112x96 with edges repeated; both crops stand in the table under their names."""
+    faces = SyntheticFaces(5, 4, seed=2, size=(112, 112), crop="arcface").render(progress=False)
+    data = replace(drawn_pairs(), faces=faces)
+    net = tiny_fnet(seed=1, size=(112, 112)).eval()
+    net.crop = "arcface"
+    wide = {name: create_srnet(name) for name in ("bicubic_arcface", "bilinear_arcface")}
+    wide["tiny"] = create_srnet(TinySRNet().eval(), crop="arcface")
+    srnets = {"bicubic": create_srnet("bicubic"), **wide}
+    found = evaluate(data, {"f": net}, srnets, [(14, 12)], cache=False, progress=False)
+    slow, crops = Naive(net, width=112), faces.crops.permute(0, 2, 3, 1).numpy()
+    pairs = list(zip(data.pairs.first.tolist(), data.pairs.second.tolist(), strict=True))
+    for method, srnet in wide.items():
+        name = method.removesuffix("_arcface")
+        expected = [
+            cosine(slow.full(crops[a]), slow.probe(crops[b], name, (14, 14), srnet))
+            for a, b in pairs
+        ]
+        np.testing.assert_allclose(scores(found, "f", method, (14, 14)), expected, atol=1e-5)
+    sizes = {cell.srnet: cell.size for cell in found.cells() if cell.srnet != HR}
+    assert sizes == {"bicubic": "14x12", **dict.fromkeys(wide, "14x14")}
+    assert all(f"| {name} " in paper_table(found, "verification") for name in srnets)
 
 
 def test_second_run_computes_what_is_new_only(data, fnet, srnets, calls):

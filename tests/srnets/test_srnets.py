@@ -10,7 +10,8 @@ import timm
 import torch
 from timm.models import get_arch_pretrained_cfgs, model_entrypoint, save_for_hf
 
-from idloss import create_srnet, list_srnets
+from idloss import create_srnet, list_srnets, register_srnet
+from idloss.registry import srnet_crop
 from idloss.srnets import EDSR, Interpolation
 from idloss.srnets.edsr import OFFICIAL
 from idloss.weights import ManualFile, NotFoundError
@@ -18,7 +19,7 @@ from idloss.weights.loading import get_weights
 
 SRNETS = list_srnets()
 EDSRS = [name for name in SRNETS if name.startswith("edsr")]
-BASELINES = ["bicubic", "bilinear"]
+BASELINES = ["bicubic", "bilinear", "bicubic_arcface", "bilinear_arcface"]
 
 
 @pytest.fixture(params=SRNETS)
@@ -186,7 +187,7 @@ def test_never_random_weights_in_silence(name):
 @pytest.mark.parametrize("name", BASELINES)
 def test_interpolation_is_opencv(name):
     image = np.random.default_rng(0).random((14, 12, 3), dtype=np.float32)
-    flag = {"bicubic": cv2.INTER_CUBIC, "bilinear": cv2.INTER_LINEAR}[name]
+    flag = {"bicubic": cv2.INTER_CUBIC, "bilinear": cv2.INTER_LINEAR}[name.removesuffix("_arcface")]
     low = torch.from_numpy(image).permute(2, 0, 1)[None]
     for size, options in (
         ((56, 48), {}),
@@ -223,7 +224,7 @@ def test_nothing_to_load(name):
     model = create_srnet(name, pretrained=True)
     assert isinstance(model, Interpolation)
     assert not model.state_dict()
-    assert name in repr(model)
+    assert name.removesuffix("_arcface") in repr(model)
 
 
 @pytest.mark.parametrize("options", [{}, OFFICIAL], ids=["paper", "official"])
@@ -255,3 +256,27 @@ def test_refuses_images_of_another_kind(make, x, error, says):
         make()(x)
     with pytest.raises(ValueError, match="3, H, W"):
         EDSR(depth=1, width=4)(torch.rand(1, 4, 8, 6))
+
+
+def test_an_srnet_carries_the_crop_it_works_in(tmp_path):
+    """From the registry, from a folder, or said; a module says its own or nothing."""
+    assert create_srnet("bicubic_arcface").crop == "arcface"
+    assert create_srnet("edsr16_64", depth=1, width=4).crop == "sphereface"
+    small = {"depth": 1, "width": 4}
+    srnet = create_srnet("edsr16_64", crop="arcface", **small)
+    assert srnet.crop == "arcface"
+    save_for_hf(srnet, tmp_path, model_args=small, model_config={"idloss": {"crop": srnet.crop}})
+    assert create_srnet(f"local-dir:{tmp_path}").crop == "arcface"
+    assert create_srnet(f"local-dir:{tmp_path}", crop="ffhq").crop == "ffhq"
+    module = torch.nn.Identity()
+    assert create_srnet(module) is module
+    assert not hasattr(module, "crop")
+    assert srnet_crop(module) == "sphereface"
+    module.crop = 8  # a stranger's word for something else
+    assert srnet_crop(module) == "sphereface"
+    assert create_srnet(module, crop="arcface") is module
+    assert srnet_crop(module) == "arcface"
+    with pytest.raises(ValueError, match="Did you mean 'arcface'"):
+        create_srnet("bicubic", crop="arcfase")
+    with pytest.raises(ValueError, match="unknown template"):
+        register_srnet(crop="no_such")

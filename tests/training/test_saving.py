@@ -10,7 +10,8 @@ from tinytraining import FIELDS, tiny_edsr, tiny_faces, tiny_run, weights
 from torch import nn
 
 from idloss import HallucinationLoss, create_srnet, register_srnet
-from idloss.training import FNetRecipe, Recipe, open_trained, train, train_fnet
+from idloss.data import SyntheticFaces
+from idloss.training import FNetRecipe, Recipe, load_recipe, open_trained, train, train_fnet
 
 LR = torch.rand(2, 3, 7, 6, generator=torch.Generator().manual_seed(1))
 
@@ -205,6 +206,33 @@ def test_a_network_without_a_copy_has_no_moving_average(tmp_path):
     recipe = FNetRecipe(**FIELDS | {"iterations": 2, "margin": "cosface", "ema": 0.9})
     with pytest.raises(ValueError, match=r"ema needs a copy of TinyFNet.*: unset ema"):
         train_fnet(recipe, tmp_path, faces=tiny_faces(), fnet=fnet)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_run_follows_the_crop_of_the_srnet_and_saves_it(own, tmp_path):
+    """Crops, LR sizes, FNet and picture sheets are those of 112x112; 112x96 takes its word."""
+    faces = SyntheticFaces(2, 4, size=(112, 112), crop="arcface").render(progress=False)
+    fnet = tiny_fnet(size=(112, 112))
+    fnet.crop = "arcface"
+    criterion = HallucinationLoss(fnet, crop="arcface")
+    options = {"depth": 1, "width": 4, "crop": "arcface"}
+    srnet = create_srnet(TinySRNet(), crop="arcface") if own else None
+    recipe = Recipe(**FIELDS | {"iterations": 1, "factors": (8,)}, srnet_options=options)
+    assert (recipe.crop, recipe.lr_sizes()) == ("arcface", ((14, 14),))
+    if own:
+        recipe = Recipe(**FIELDS | {"iterations": 1, "factors": (8,)})
+        assert (recipe.crop, recipe.lr_sizes()) == ("sphereface", ((14, 12),))
+    train(recipe, tmp_path, faces=faces, criterion=criterion, srnet=srnet)
+    assert load_recipe(tmp_path / "recipe.yaml").crop == "arcface"
+    assert open_trained(tmp_path, TinySRNet() if own else None).crop == "arcface"
+    if not own:
+        name = f"local-dir:{tmp_path}/model"
+        assert create_srnet(name, pretrained=True).crop == "arcface"
+        again = Recipe(**FIELDS | {"iterations": 1, "factors": (8,), "srnet": name})
+        train(again, tmp_path / "again", faces=faces, criterion=criterion)
+        said = Recipe(**again.model_dump() | {"crop": "sphereface", "identity_weight": 0})
+        with pytest.raises(ValueError, match=r"aligned to 'arcface'.*crop=sphereface"):
+            train(said, tmp_path / "said", faces=faces)
 
 
 def test_an_fnet_of_ones_own(tmp_path):
