@@ -53,6 +53,7 @@ from idloss.weights.sources import (
 _EntryPoint = TypeVar("_EntryPoint", bound=Callable[..., nn.Module])
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
+_SPANDREL = "spandrel:"  # a file follows, without which nothing can be built
 _NORMALISATION = ("input_size", "mean", "std")
 _INPUT_EXAMPLE = "input_size=(3, 112, 112), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)"
 
@@ -273,7 +274,7 @@ def _listed(
     registered: Collection[str], wanted: str | Sequence[str], pretrained: bool
 ) -> list[str]:
     load_plugins()
-    every = list_models(pretrained=pretrained)
+    every = [name for name in list_models(pretrained=pretrained) if name != _SPANDREL[:-1]]
     patterns = [wanted] if isinstance(wanted, str) else wanted
     names = [_BASELINES.get(n, n) for n in every if split_model_name_tag(n)[0] in registered]
     return [name for name in names if any(fnmatch(name, pattern or "*") for pattern in patterns)]
@@ -367,8 +368,9 @@ def create_srnet(
     """Make a super-resolution network that says in which crop it works.
 
     Args:
-        srnet: A registered SRNet (`"edsr16_64"`, `"bicubic"`), or any name that `create_fnet`
-            takes but `"timm/..."`, or a module, which is returned as it is.
+        srnet: A registered SRNet (`"edsr16_64"`, `"bicubic"`), any name that `create_fnet` takes
+            but `"timm/..."`, `"spandrel:file.pth"` for what spandrel loads (with its weights), or a
+            module, which is returned as it is; `srnets.Restorer` fits in those of 512x512.
         pretrained: Load the weights; has no effect on a module.
         crop: Template of the crops that it makes. `"auto"`: what it was saved or registered with.
         **kwargs: Passed on to the entry point, such as `scale=8`.
@@ -392,10 +394,15 @@ def create_srnet(
         if name.startswith(_HUB_PREFIXES):
             with _naming(name):
                 model, told = _open_published(name, "SRNet", pretrained, kwargs)
+        elif name.startswith(_SPANDREL):
+            # not an argument, which would be saved in its config.json, and opened again
+            found = {"pretrained_cfg_overlay": {"file": name.removeprefix(_SPANDREL)}}
+            model = _timm_create("spandrel", False, {**found, **kwargs})
         else:
             model = _timm_create(_known(name, "SRNet", _srnet_crops), pretrained, kwargs)
     if crop == "auto" and isinstance(srnet, str):
-        crop = told.get("crop") or srnet_crop(model)
+        said = told.get("crop")  # by whoever published it
+        crop = said if isinstance(said, str) else srnet_crop(model)
     if crop != "auto":
         model.crop = _checked_crop(crop)  # type: ignore[assignment]
     return model
@@ -479,7 +486,7 @@ def _built(net: object, kind: str, options: Collection[str]) -> nn.Module | None
         return None
     if not isinstance(net, nn.Module):
         inner = isinstance(getattr(net, "model", None), nn.Module)
-        advice = ": pass its .model, as of a descriptor of spandrel's" if inner else ""
+        advice = ": pass its .model, or 'spandrel:FILE' if spandrel loaded it" if inner else ""
         raise TypeError(f"{kind} must be a name or a torch.nn.Module, got {what}{advice}")
     if options:
         raise TypeError(

@@ -509,7 +509,7 @@ def build_model(
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     name = f"{variant}.{cfg.tag}" if cfg.tag else variant
     ours = _is_ours(cfg, name)
-    tensors = _find_tensors(cfg, name, ours, cache_dir) if pretrained else None
+    tensors = find_tensors(cfg, name, ours, cache_dir) if pretrained else None
     published = ours or cfg.source in ("hf-hub", "local-dir")
     told = {
         key: value
@@ -539,7 +539,7 @@ def _is_ours(cfg: PretrainedCfg, name: str) -> bool:
     return name in _registered and cfg.url == _registered[name].source.pieces[0].url
 
 
-def _find_tensors(
+def find_tensors(
     cfg: PretrainedCfg, name: str, ours: bool, cache_dir: CacheDir
 ) -> Mapping[str, Tensor]:
     """The state dict that a `PretrainedCfg` leads to."""
