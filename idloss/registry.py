@@ -401,8 +401,9 @@ def create_srnet(
         else:
             model = _timm_create(_known(name, "SRNet", _srnet_crops), pretrained, kwargs)
     if crop == "auto" and isinstance(srnet, str):
-        said = told.get("crop")  # by whoever published it
-        crop = said if isinstance(said, str) else srnet_crop(model)
+        said = told.get("crop", getattr(model, "crop", None))
+        named = isinstance(said, str | Template)
+        crop = said if named else srnet_crop(told.get("architecture", srnet))
     if crop != "auto":
         model.crop = _checked_crop(crop)  # type: ignore[assignment]
     return model
@@ -413,6 +414,8 @@ def srnet_crop(srnet: str | nn.Module) -> str | Template:
     own = getattr(srnet, "crop", None)  # a stranger's may be anything
     if isinstance(own, str | Template):
         return _checked_crop(own)
+    if isinstance(srnet, str):
+        load_plugins()
     name = srnet if isinstance(srnet, str) else str(_cfg_of(srnet).get("architecture"))
     return _srnet_crops.get(split_model_name_tag(_timms_name(name))[0], SRNET_CROP)
 
@@ -597,7 +600,7 @@ def _open_published(
 ) -> tuple[nn.Module, Mapping[str, Any]]:
     """Build what a folder or a Hub repository holds; the model, and what idloss tells of it."""
     config = published_config(name, kwargs.get("cache_dir")) or {}
-    arch, told = config["architecture"], config["idloss"]
+    arch, told = config["architecture"], config["idloss"] | {"architecture": config["architecture"]}
     source, _, place = name.partition(":")
     _check_kind(name, kind, arch, told)
     if not pretrained or arch in _fnet_crops or arch in _srnet_crops:

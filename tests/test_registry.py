@@ -429,7 +429,7 @@ def tiny_plugin_fnet(pretrained=False, **kwargs):
     }
     return model
 
-@register_srnet
+@register_srnet(crop="arcface")
 def tiny_plugin_srnet(pretrained=False, **kwargs):
     return nn.Upsample(scale_factor=2)
 """
@@ -457,7 +457,8 @@ def test_plugins(site):
         """
         import idloss, sys
         print("good_plugin" in sys.modules)
-        idloss.create_srnet("tiny_plugin_srnet")
+        crop = idloss.registry.srnet_crop("tiny_plugin_srnet")  # as a recipe does
+        print(crop, idloss.create_srnet("tiny_plugin_srnet").crop)
         print(idloss.list_fnets("tiny*"), idloss.list_srnets("tiny*"))
         fnet = idloss.create_fnet("tiny_plugin_fnet")
         print(fnet.crop, fnet.num_features, idloss.FaceEncoder(fnet).num_features)
@@ -469,6 +470,7 @@ def test_plugins(site):
     assert lines == [
         "False",
         "imported",
+        "arcface arcface",
         "['tiny_plugin_fnet'] ['tiny_plugin_srnet']",
         "arcface 12 12",
     ]

@@ -178,7 +178,8 @@ class Networks:
             encoder = FaceEncoder(net, crop=SR_CROP, interpolation=self.protocol.up_mode)
             encoder.to(self.device)
             # SR comes as its SRNet's crop, HR as the FNet's own; all go to the same network
-            shown = {HR: encoder.fnet_crop or SR_CROP, **{c: c for c in self.crops.values()}}
+            shown: dict[str | Template, Template] = {crop: crop for crop in self.crops.values()}
+            shown[HR] = encoder.fnet_crop or SR_CROP
             for key, crop in shown.items():
                 self.encoders[name, key] = copy.copy(encoder)
                 self.encoders[name, key].crop = crop

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from timm.models import is_model
 
 from idloss.degradation import get_degradation, sizes_of
 from idloss.errors import did_you_mean
@@ -218,7 +219,7 @@ class Recipe(RunOptions):
         """The recipe with the crop of the SRNet given, or saved under its name, if it says none."""
         if "crop" in self.model_fields_set:
             return self
-        if srnet is None and ":" in self.srnet:
+        if srnet is None and not is_model(self.srnet):  # but a network that was published
             srnet = create_srnet(self.srnet, pretrained=self.pretrained, **self.srnet_options)
         crop = self.crop if srnet is None else get_template(srnet_crop(srnet)).name
         return Recipe.model_validate({**self.model_dump(), "crop": crop})

@@ -25,6 +25,7 @@ from idloss.evaluation import (
     evaluate,
     get_protocol,
     paper_table,
+    write_sheets,
 )
 from idloss.evaluation.cache import EmbeddingCache
 from idloss.evaluation.embedding import SR_CROP, ready
@@ -108,7 +109,7 @@ def test_grid_equals_the_slow_way(crop, width, data, srnets):
             np.testing.assert_allclose(scores(found, "f", method, size), expected, atol=1e-5)
 
 
-def test_an_srnet_and_an_fnet_of_112x112_meet_without_a_cut():
+def test_an_srnet_and_an_fnet_of_112x112_meet_without_a_cut(tmp_path):
     """Not over 112x96 with edges repeated; both crops stand in the table under their names."""
     faces = SyntheticFaces(5, 4, seed=2, size=(112, 112), crop="arcface").render(progress=False)
     data = replace(drawn_pairs(), faces=faces)
@@ -130,6 +131,8 @@ def test_an_srnet_and_an_fnet_of_112x112_meet_without_a_cut():
     sizes = {cell.srnet: cell.size for cell in found.cells() if cell.srnet != HR}
     assert sizes == {"bicubic": "14x12", **dict.fromkeys(wide, "14x14")}
     assert all(f"| {name} " in paper_table(found, "verification") for name in srnets)
+    sheets = write_sheets(tmp_path, data, {"f": net}, srnets, [(14, 12)], count=1, device="cpu")
+    assert [path.name for path in sheets] == ["faces-14x12.png", "faces-14x12.pdf"]
 
 
 def test_second_run_computes_what_is_new_only(data, fnet, srnets, calls):
