@@ -23,7 +23,14 @@ from idloss.evaluation import Cell, Results, paper_table
 from idloss.evaluation.results import Record, markdown_table, metric_title
 from idloss.evaluation.statistics import Estimate
 from idloss.geometry import get_template
-from idloss.registry import create_fnet, create_srnet, list_fnets, list_srnets, published_config
+from idloss.registry import (
+    create_fnet,
+    create_srnet,
+    list_fnets,
+    list_srnets,
+    published_config,
+    timms_name,
+)
 from idloss.weights.files import NotFoundError, written_whole
 from idloss.weights.loading import fetch, find_kept, get_weights
 from idloss.weights.sources import zoo_folder, zoo_models
@@ -306,7 +313,6 @@ def _linked(name: str) -> str:
 def _is_ours(name: str) -> bool:
     """Whether a model is the package's, not a plug-in's."""
     arch = split_model_name_tag(name)[0]
-    timms = {"bicubic": "interpolation_bicubic", "bilinear": "interpolation_bilinear"}
     if name in zoo_models():
         return True
-    return bool(model_entrypoint(timms.get(arch, arch)).__module__.startswith("idloss."))
+    return bool(model_entrypoint(timms_name(arch)).__module__.startswith("idloss."))

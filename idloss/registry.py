@@ -417,10 +417,11 @@ def srnet_crop(srnet: str | nn.Module) -> str | Template:
     if isinstance(srnet, str):
         load_plugins()
     name = srnet if isinstance(srnet, str) else str(_cfg_of(srnet).get("architecture"))
-    return _srnet_crops.get(split_model_name_tag(_timms_name(name))[0], SRNET_CROP)
+    return _srnet_crops.get(split_model_name_tag(timms_name(name))[0], SRNET_CROP)
 
 
-def _timms_name(name: str) -> str:
+def timms_name(name: str) -> str:
+    """What timm calls an SRNet that has a shorter name here."""
     return {ours: timms for timms, ours in _BASELINES.items()}.get(name, name)
 
 
@@ -501,7 +502,7 @@ def _built(net: object, kind: str, options: Collection[str]) -> nn.Module | None
 
 def _known(name: str, kind: str, registered: Collection[str]) -> str:
     """A registered name as timm has it; did-you-mean for unknown architectures and tags."""
-    name = _timms_name(name)
+    name = timms_name(name)
     arch, tag = split_model_name_tag(name)
     if arch not in registered:
         # weights with the word in their names help more than names that are spelt alike

@@ -53,7 +53,6 @@ class Interpolation(nn.Module):
 
 _CFG = {
     "num_classes": 0,
-    "input_size": (3, 28, 24),
     "crop_pct": 1.0,
     "mean": (0.0, 0.0, 0.0),
     "std": (1.0, 1.0, 1.0),
@@ -61,9 +60,9 @@ _CFG = {
 
 default_cfgs = generate_default_cfgs(
     {
-        f"interpolation_{mode}{crop}": dict(_CFG)
+        f"interpolation_{mode}{crop}": {**_CFG, "input_size": (3, 28, width)}
         for mode in ("bicubic", "bilinear")
-        for crop in ("", "_arcface")
+        for crop, width in (("", 24), ("_arcface", 28))
     }
 )
 
