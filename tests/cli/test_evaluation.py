@@ -17,7 +17,6 @@ from PIL import Image
 
 from idloss.data import SyntheticFaces
 from idloss.evaluation import Results
-from idloss.weights.files import written_whole
 
 
 def test_evaluate_from_end_to_end(lfw, networks, command, tmp_path, capsys):
@@ -47,14 +46,12 @@ def test_evaluate_from_end_to_end(lfw, networks, command, tmp_path, capsys):
     for stem in ("table1-by-size", "roc-f-7x6", "similarity-f-14x12", "cmc-f-7x6", "faces-7x6"):
         assert {f"{stem}.png", f"{stem}.pdf"} <= made, made
         assert (out / "figures" / f"{stem}.png").stat().st_size > 5_000
-    assert command("compare", out / "results.json", tmp_path / "no.json") == (
-        f"idloss: no result file at {tmp_path / 'no.json'}; give the .json of a run"
-    )
-    assert not command("compare", out / "results.json", out / "results.json", "--srnets", "bicubic",
-                       "ours")  # fmt: skip
-    told = command("compare", out / "results.json", out / "results.json", "--srnets", "x", "ours")
-    assert "share no cell for x against ours" in told
+    main = out / "results.json"
+    told = command("compare", main, tmp_path / "no.json")
+    assert told == f"idloss: no result file at {tmp_path / 'no.json'}; give the .json of a run"
+    told = command("compare", main, main, "--srnets", "x", "ours")
     assert told.endswith("Name two SRNets to compare with srnets= or --srnets A B")
+    assert not command("compare", main, main, "--srnets", "bicubic", "ours")
     compared = capsys.readouterr().out
     assert compared.count("→ ours") == 6
     assert "McNemar" in compared
@@ -70,62 +67,24 @@ def test_standard_protocol_and_single_sizes(lfw, networks, command, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
-def edited(lfw, folder, change):
-    """A copy of the miniature with its lists changed."""
-    shutil.copytree(lfw, folder)
-    change(folder)
-    return folder
-
-
-def replaced(name, old, new):
-    """A change of the first occurrence of a text in a file."""
-
-    def change(folder):
-        text = (folder / name).read_text()
-        assert old in text
-        (folder / name).write_text(text.replace(old, new, 1))
-
-    return change
-
-
 def half_a_photo(folder):
     photo = folder / "lfw/Person_1/Person_1_0002.jpg"
     photo.write_bytes(photo.read_bytes()[:700])
 
 
-def half_an_archive(name):
-    def change(folder):
-        with tarfile.open(folder / name, "w:gz" if name.endswith("gz") else "w") as archive:
-            archive.add(folder / "lfw", "lfw")
-        shutil.rmtree(folder / "lfw")
-        whole = (folder / name).read_bytes()
-        (folder / name).write_bytes(whole[: len(whole) // 2])
-
-    return change
-
-
-def one_person_only(folder):
-    rows = "".join(f"Person_0\t{a}\t{b}\n" for a, b in ((1, 2), (1, 3), (1, 4)))
-    others = "".join(f"Person_0\t{a}\tPerson_0\t{b}\n" for a, b in ((2, 3), (2, 4), (3, 4)))
-    (folder / "pairs.txt").write_text(f"1\t3\n{rows}{others}")
+def half_an_archive(folder):
+    with tarfile.open(folder / "lfw.tgz", "w:gz") as archive:
+        archive.add(folder / "lfw", "lfw")
+    shutil.rmtree(folder / "lfw")
+    whole = (folder / "lfw.tgz").read_bytes()
+    (folder / "lfw.tgz").write_bytes(whole[: len(whole) // 2])
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (replaced("pairs.txt", "\n", "\nPerson_0\t1\t2\n"), r"pairs\.txt:1: announces"),
-        (
-            replaced("pairs.txt", "Person_0\t1\t2", "Person_0\t1\t9"),
-            r"pairs\.txt:2: there is no image Person_0/Person_0_0009\.jpg",
-        ),
-        (
-            replaced("lfw_landmarks.csv", "0_0004.jpg,", "0_0004.jpg,nan,"),
-            r"lfw_landmarks\.csv:4: Person_0/Person_0_0004\.jpg: expected ten finite",
-        ),
         (half_a_photo, r"Person_1_0002\.jpg: unreadable image"),
-        (half_an_archive("lfw.tar"), r"lfw\.tar: .*cut short.* after lfw/Person_\d/"),
-        (half_an_archive("lfw.tgz"), r"lfw\.tgz: the gzip stream is damaged or cut short"),
-        (one_person_only, r"lfw: 6 pairs in 1 folds; .* give two folds or more"),
+        (half_an_archive, r"lfw\.tgz: the gzip stream is damaged or cut short"),
         (
             lambda folder: (folder / "pairs.txt").write_text("\n\n"),
             r"pairs\.txt: the file is empty",
@@ -133,10 +92,8 @@ def one_person_only(folder):
         (lambda folder: (folder / "lfw_landmarks.csv").unlink(), r"no landmarks .* --landmarks"),
     ],
 )
-def test_data_errors_are_a_few_lines_with_file_and_line(
-    change, said, lfw, networks, command, tmp_path
-):
-    place = edited(lfw, tmp_path / "edited", change)
+def test_data_errors_are_a_few_lines(change, said, lfw, networks, command, tmp_path):
+    change(shutil.copytree(lfw, place := tmp_path / "edited"))
     words = ["--fnet", networks[0], "--size", "7x6", "--no-figures", "--out", tmp_path / "out"]
     error = command("evaluate", place, *words)
     assert re.search(said, error)
@@ -146,25 +103,16 @@ def test_data_errors_are_a_few_lines_with_file_and_line(
 
 
 def test_skip_missing_goes_on_and_is_recorded(lfw, networks, command, tmp_path, capsys):
-    place = edited(lfw, tmp_path / "edited", half_a_photo)
+    half_a_photo(shutil.copytree(lfw, place := tmp_path / "edited"))
     words = ["--fnet", networks[0], "--srnet", "bilinear", "--size", "7x6", "--no-figures"]
+    words += ["--cache-folder", tmp_path / "mine"]
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         assert not command("evaluate", place, *words, "--skip-missing", "--out", tmp_path / "out")
     assert "idloss: warning: left out:" in capsys.readouterr().err
     run_data = Results.load(tmp_path / "out/results.json").run["data"]
     assert [fault for fault in run_data["skipped"] if "Person_1_0002.jpg" in fault]
-
-
-def test_pickle_with_code_is_refused(command, tmp_path):
-    class Code:
-        def __reduce__(self):
-            return (print, ("run",))
-
-    (tmp_path / "evil.bin").write_bytes(pickle.dumps(([Code()], [True])))
-    error = command("evaluate", tmp_path / "evil.bin", "--out", tmp_path / "out")
-    assert "evil.bin" in error
-    assert "print" in error
+    assert [*(tmp_path / "mine").rglob("*.safetensors")]
 
 
 def test_pairs_csv_and_bin(networks, command, tmp_path):
@@ -214,69 +162,33 @@ def test_wrong_words_are_one_line(words, said, lfw, networks, command, tmp_path)
     assert "\n" not in error
 
 
-def test_results_that_cannot_be_written_are_told_first(lfw, networks, command, tmp_path):
+def test_results_that_cannot_be_written_are_told_first(command, tmp_path):
     (tmp_path / "file").write_text("")
-    places = [(tmp_path / "file", "file is a file"), (tmp_path / "file" / "x", "file is a file")]
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
-    if not os.access(closed, os.W_OK):  # root writes anywhere
-        places.append((closed / "out", "closed may not be written to"))
-    for place, said in places:
-        error = command("evaluate", tmp_path / "no data", "--out", place)
-        assert re.search(rf"--out .*{said}; name another folder", error), error
-
-
-def test_results_outlive_a_disk_that_filled_up(lfw, networks, command, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-
-    def full(target):
-        if out in target.parents:
-            raise OSError(28, "No space left on device")
-        return written_whole(target)
-
-    monkeypatch.setattr("idloss.evaluation.results.written_whole", full)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    words = ["--fnet", networks[0], "--srnet", "bicubic", "--size", "7x6", "--no-figures"]
-    folder = tmp_path / "mine"
-    told = command("evaluate", lfw, *words, "--out", out, "--cache-folder", folder)
-    other = re.search(r"No space left on device\); .*another folder; .* kept in (\S+)", told)
-    assert len(Results.load(f"{other[1]}/results.json").cells()) == 2
-    assert [*folder.rglob("*.safetensors")]
-
-
-def test_photos_without_points_say_what_to_give(networks, command, tmp_path):
-    for shade, name in enumerate("abcd"):
-        picture = Image.fromarray(np.full((20, 20, 3), shade, np.uint8))
-        picture.save(tmp_path / f"{name}.png")
-    (tmp_path / "pairs.csv").write_text("a.png,b.png,1\nc.png,d.png,0\n")
-    words = ["--fnet", networks[0], "--out", tmp_path / "out"]
-    error = command("evaluate", tmp_path / "pairs.csv", *words)
-    assert "put landmarks.csv beside it" in error
-    assert "--crop arcface" in error
-    error = command("evaluate", tmp_path / "pairs.csv", *words, "--crop", "arcface")
-    assert "pairs: 2 pairs in 1 folds" in error
+    for place, said in (("file", "file is a file"), ("file/x", "file is a file"),
+                        ("closed/out", "closed may not be written to")):  # fmt: skip
+        if said.startswith("file") or not os.access(closed, os.W_OK):  # root writes anywhere
+            error = command("evaluate", tmp_path / "no data", "--out", tmp_path / place)
+            assert re.search(rf"--out .*{said}; name another folder", error), error
 
 
 def test_cache_is_found_by_another_process(networks):
     """Keys hold no address and no hash that differs from one process to the next."""
-    code = (
-        "from idloss import create_fnet, create_srnet\n"
-        "import torch\n"
-        "from idloss.evaluation import Cell, get_protocol\n"
-        "from idloss.evaluation.embedding import cell_keys, ready\n"
-        f"f = create_fnet({networks[0][2:]!r}, pretrained=True)\n"
-        f"s = create_srnet({networks[1][5:]!r}, pretrained=True)\n"
-        "cells = [Cell('verification', 'f', one, 7, 6) for one in ('hr', 's')]\n"
-        "with ready({'f': f}, {'s': s}, get_protocol('paper'), torch.device('cpu')) as networks:\n"
-        "    keys = list(cell_keys(networks, cells).values())\n"
-    )
+    code = f"""
+import torch
+from idloss import create_fnet, create_srnet
+from idloss.evaluation import Cell, get_protocol
+from idloss.evaluation.embedding import cell_keys, ready
+f = create_fnet({networks[0][2:]!r}, pretrained=True)
+s = create_srnet({networks[1][5:]!r}, pretrained=True)
+cells = [Cell("verification", "f", one, 7, 6) for one in ("hr", "s")]
+with ready({{"f": f}}, {{"s": s}}, get_protocol("paper"), torch.device("cpu")) as networks:
+    keys = list(cell_keys(networks, cells).values())
+"""
     here: dict[str, object] = {}
     exec(code, here)
-    there = subprocess.run(
-        [sys.executable, "-c", f"{code}print('keys', *keys)"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    words = [sys.executable, "-c", f"{code}print('keys', *keys)"]
+    there = subprocess.run(words, capture_output=True, text=True, check=True)
     assert there.stdout.split("keys ")[1].split() == here["keys"]
     assert len(set(here["keys"])) == 2

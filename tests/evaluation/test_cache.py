@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -28,6 +27,10 @@ def put_beside(shard, content):
     shard.with_name(f"{hashlib.sha256(content).hexdigest()}.safetensors").write_bytes(content)
 
 
+def put_rows(shard, rows):
+    put_beside(shard, save({"faces": np.zeros((2, 32), np.uint8), "rows": rows}))
+
+
 def flip_a_bit(shard):
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1  # of an embedding
@@ -35,16 +38,13 @@ def flip_a_bit(shard):
 
 
 HUGE = b'{"rows":{"dtype":"F32","shape":[1000000000,512],"data_offsets":[0,2048000000000]}}'
-OTHER = {"faces": np.zeros((2, 32), np.uint8), "rows": np.zeros((2, 3), np.float32)}
 DAMAGES = {
     "cut short": lambda shard: os.truncate(shard, shard.stat().st_size - 100),
     "a bit": flip_a_bit,
     "claims much": lambda shard: put_beside(shard, len(HUGE).to_bytes(8, "little") + HUGE),
-    "other rows": lambda shard: put_beside(shard, save(OTHER)),
-    "no rows": lambda shard: put_beside(shard, save({**OTHER, "rows": np.zeros((), np.float32)})),
-    "not finite": lambda shard: put_beside(
-        shard, save({**OTHER, "rows": np.full((2, 16), np.nan, "f4")})
-    ),
+    "other rows": lambda shard: put_rows(shard, np.zeros((2, 3), np.float32)),
+    "no rows": lambda shard: put_rows(shard, np.zeros((), np.float32)),
+    "not finite": lambda shard: put_rows(shard, np.full((2, 16), np.nan, np.float32)),
     "grown": lambda shard: os.truncate(shard, 300 * 2**20),
 }
 
@@ -130,12 +130,6 @@ def test_digest_sees_what_repr_does_not():
     assert before != digest_network(weak)
 
 
-def session(seed):
-    """Another runtime's."""
-    weights = np.random.default_rng(seed).normal(size=(16, 3 * 28 * 24)).astype("f4")
-    return lambda x: torch.from_numpy(x.flatten(1).numpy() @ weights.T)
-
-
 class Wrapped(nn.Module):
     """An FNet around something that is no module."""
 
@@ -154,22 +148,27 @@ class Wrapped(nn.Module):
 def quantised(seed):
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 24, 16))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
+    return torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
 
 
-UNSEEN = {
-    "session": lambda seed: Wrapped(session(seed)),
-    "descriptor": lambda seed: Wrapped(partial(tiny_fnet(seed).eval())),  # as spandrel's
-    "callable": lambda seed: Wrapped(tiny_fnet(seed).eval().forward),
-    "int8": lambda seed: Wrapped(quantised(seed)),
-}
+def session(seed):
+    """Another runtime's."""
+    weights = np.random.default_rng(seed).normal(size=(16, 3 * 28 * 24)).astype("f4")
+    return lambda x: torch.from_numpy(x.flatten(1).numpy() @ weights.T)
 
 
-@pytest.mark.parametrize("kind", UNSEEN)
+def callable_of(seed):
+    return tiny_fnet(seed).eval().forward
+
+
+def descriptor(seed):
+    return partial(tiny_fnet(seed).eval())  # as spandrel's
+
+
+@pytest.mark.filterwarnings("ignore:.*quant:DeprecationWarning", "ignore:.*quant:UserWarning")
+@pytest.mark.parametrize("kind", [quantised, session, callable_of, descriptor])
 def test_weights_that_torch_does_not_see_are_told_apart(kind, data):
-    one, two = UNSEEN[kind](0), UNSEEN[kind](1)
+    one, two = Wrapped(kind(0)), Wrapped(kind(1))
     assert digest_weights(one) == digest_weights(two)  # the old key saw no more
     with torch.no_grad():
         expected = [scores(run(data, {"f": net}, {}, cache=False), *FULL) for net in (one, two)]
@@ -178,42 +177,35 @@ def test_weights_that_torch_does_not_see_are_told_apart(kind, data):
     assert not np.allclose(*found)
 
 
-class Noisy(nn.Module):
-    """A sampler: another answer each time."""
+class Untold(nn.Module):
+    """An SRNet whose answer to noise says nothing."""
 
-    def forward(self, x):
-        return x + 0.1 * torch.rand_like(x)
-
-
-class Refusing(nn.Module):
-    """Takes no batch of two."""
-
-    def forward(self, x):
-        assert len(x) > 2
-        return x
+    def __init__(self, forward):
+        super().__init__()
+        self.forward = forward
 
 
-class NotFinite(nn.Module):
-    """Knows faces only, and has its weights where torch does not look."""
-
-    def forward(self, x):
-        return torch.where(x.std() > 0.28, torch.nan, x)
+def refuse_two(x):
+    assert len(x) > 2
+    return x
 
 
-class Deaf(nn.Module):
-    """The same answer to whatever it is shown that is no face."""
-
-    def forward(self, x):
-        return torch.where(x.std() > 0.28, 0.0, x)
-
-
-@pytest.mark.parametrize("kind", [Noisy, Refusing, NotFinite, Deaf])
-def test_what_cannot_be_told_apart_is_not_kept(kind, data, fnet, home):
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x: x + 0.1 * torch.rand_like(x),  # a sampler
+        refuse_two,
+        lambda x: torch.where(x.std() > 0.28, torch.nan, x),  # knows faces only
+        lambda x: torch.where(x.std() > 0.28, 0.0, x),
+    ],
+    ids=["noisy", "refusing", "not finite", "deaf"],
+)
+def test_what_cannot_be_told_apart_is_not_kept(forward, data, fnet, home):
     stream = torch.get_rng_state()
-    assert digest_network(kind()) is None
+    assert digest_network(Untold(forward)) is None
     assert torch.equal(torch.get_rng_state(), stream)
     with pytest.warns(UserWarning, match="made with 'n' are not kept: it cannot be told"):
-        run(data, {"f": fnet}, {"n": kind()}, batch_size=8)
+        run(data, {"f": fnet}, {"n": Untold(forward)}, batch_size=8)
     (key,) = home.iterdir()  # of HR
     assert not key.name.startswith(ONCE)
 
