@@ -41,7 +41,6 @@ _DPI = 200
 _FAR_FLOOR = 1e-4
 _FONT, _TITLE = 9.0, 10.0
 
-
 # The colours of Okabe and Ito (jfly.uni-koeln.de/color), told apart by colour-blind readers;
 # markers and line styles repeat the distinction for print in grey. A network and its
 # identity-preserving twin share a family: light and dark blue, orange and vermilion.
@@ -75,12 +74,9 @@ def method_styles(methods: Iterable[str]) -> Styles:
     return styles
 
 
-def accuracy_figure(
-    results: Results, task: str, metric: str | None = None, styles: Styles | None = None
-) -> Figure:
+def accuracy_figure(results: Results, task: str, styles: Styles) -> Figure:
     """Accuracy against probe resolution (Fig. 1), a panel for each FNet; HR is a line across."""
-    records = results.select(task, metric)
-    styles = styles or method_styles(cell.srnet for cell in results.cells())
+    records = results.select(task)
     fnets = list(dict.fromkeys(record.cell.fnet for record in records))
     figure, panels = _panels(len(fnets), width=3.6, height=3.3)
     for fnet, axes in zip(fnets, panels, strict=True):
@@ -97,13 +93,10 @@ def _accuracy_panel(axes: Axes, records: Sequence[Record], styles: Styles) -> No
     names = list(dict.fromkeys(record.cell.srnet for record in degraded))
     apart = min(0.08, 0.5 / max(1, len(names)))
     for number, name in enumerate(names):
-        estimates = {
-            sizes.index((record.cell.height, record.cell.width)): record.estimate
-            for record in degraded
-            if record.cell.srnet == name
-        }
-        places = sorted(estimates)
-        found = [estimates[place] for place in places]
+        own = [record for record in degraded if record.cell.srnet == name]
+        own.sort(key=lambda record: sizes.index((record.cell.height, record.cell.width)))
+        places = [sizes.index((record.cell.height, record.cell.width)) for record in own]
+        found = [record.estimate for record in own]
         values = 100 * np.array([one.value for one in found])
         # the interval is round the mean of the folds, which need not be the figure of all pairs
         reach = 100 * np.array([[one.mean - one.low, one.high - one.mean] for one in found]).T
@@ -124,9 +117,8 @@ def _accuracy_panel(axes: Axes, records: Sequence[Record], styles: Styles) -> No
     axes.set_xlabel("Probe resolution (pixels, height \N{MULTIPLICATION SIGN} width)")
 
 
-def roc_figure(curves: Mapping[str, Roc], title: str = "", styles: Styles | None = None) -> Figure:
+def roc_figure(curves: Mapping[str, Roc], title: str, styles: Styles) -> Figure:
     """ROC curves of each method over a logarithmic FAR."""
-    styles = styles or method_styles(_require_some(curves))
     figure, (axes,) = _panels(1, width=4.8, height=3.9)
     for name, curve in curves.items():
         label = f"{_shown(name)} (AUC {curve.auc:.4f})"
@@ -139,11 +131,8 @@ def roc_figure(curves: Mapping[str, Roc], title: str = "", styles: Styles | None
     return figure
 
 
-def cmc_figure(
-    curves: Mapping[str, ArrayLike], title: str = "", styles: Styles | None = None
-) -> Figure:
+def cmc_figure(curves: Mapping[str, ArrayLike], title: str, styles: Styles) -> Figure:
     """CMC curves `[draws, R]` of each method: the mean, one deviation either side as a band."""
-    styles = styles or method_styles(_require_some(curves))
     figure, (axes,) = _panels(1, width=4.8, height=3.9)
     longest = 1
     for name, draws in curves.items():
@@ -165,11 +154,10 @@ def cmc_figure(
 def similarity_figure(
     scores: Mapping[str, ArrayLike],
     same: ArrayLike,
-    thresholds: Mapping[str, float] | None = None,
-    title: str = "",
+    thresholds: Mapping[str, float],
+    title: str,
 ) -> Figure:
     """Histograms of the cosines `[N]` of same-person and different-person pairs, by method."""
-    _require_some(scores)
     truth = np.asarray(same).astype(bool)
     values = {name: np.asarray(row, dtype=np.float64) for name, row in scores.items()}
     everything = np.concatenate([*values.values()])
@@ -188,7 +176,7 @@ def similarity_figure(
             }
             look |= {"histtype": "stepfilled", "linewidth": 1.0, "label": label}
             axes.hist(row[members], edges, weights=shares, **look)
-        if thresholds and name in thresholds:
+        if name in thresholds:
             line: dict[str, Any] = {"color": _BLACK, "linestyle": "--", "linewidth": 1}
             axes.axvline(thresholds[name], label="threshold", **line)
         axes.set_title(_wrapped(_shown(name), 32), fontsize=_TITLE)
@@ -196,8 +184,7 @@ def similarity_figure(
             axes.set_xlabel("Cosine similarity")
         if place % columns == 0:
             axes.set_ylabel("Pairs (% of class)")
-    if title:
-        figure.suptitle(_title(figure, title), fontsize=_TITLE)
+    figure.suptitle(_title(figure, title), fontsize=_TITLE)
     _add_legend(figure, panels[:1])
     return figure
 
@@ -227,10 +214,9 @@ def picture_sheet(
         ModuleNotFoundError: matplotlib is missing.
         ValueError: There are no columns, or they differ in how many faces they hold.
     """
-    _require_some(columns)
     counts = {name: len(images) for name, images in columns.items()}
-    if len(set(counts.values())) > 1:
-        raise ValueError(f"columns hold different numbers of faces: {counts}")
+    if len(set(counts.values())) != 1:
+        raise ValueError(f"columns must hold one number of faces each, got {counts}")
     rows = next(iter(counts.values()))
     marks = {name: np.asarray(row, dtype=np.float64) for name, row in (cosines or {}).items()}
     rated = [row for name, row in marks.items() if name in columns and name != HR]
@@ -375,10 +361,10 @@ def _add_fonts(figure: Figure) -> None:
     lacking = letters - get_font(findfont(FontProperties())).get_charmap().keys()
     families: list[str] = []
     for font in fontManager.ttflist if lacking else ():
-        # its glyphs are boxes themselves
-        if "Last Resort" not in font.name and lacking & get_font(font.fname).get_charmap().keys():
+        held = lacking & get_font(font.fname).get_charmap().keys()
+        if held and "Last Resort" not in font.name:  # whose glyphs are boxes themselves
             families.append(font.name)
-            lacking -= get_font(font.fname).get_charmap().keys()
+            lacking -= held
     for text in texts if families else ():
         text.set_fontfamily([*text.get_fontfamily(), *families])
     if lacking:
@@ -387,9 +373,3 @@ def _add_fonts(figure: Figure) -> None:
             "install one that does, such as Noto Sans",
             stacklevel=3,
         )
-
-
-def _require_some(curves: Mapping[str, Any]) -> list[str]:
-    if not curves:
-        raise ValueError("nothing to draw: give at least one method")
-    return list(curves)

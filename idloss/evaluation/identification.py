@@ -7,8 +7,7 @@ the gallery that a data set comes with.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +23,7 @@ MIN_IMAGES = 4
 DRAWS = 10
 MAX_RANK = 20
 FPIR_TARGETS = (1e-1, 1e-2, 1e-3)
+ENROLLED_SHARE = 0.5
 # QMUL-SurvFace reports TPIR within rank 20 at these rates (Cheng, Zhu, Gong 2018, section 5).
 SURVFACE_FPIR_TARGETS = (0.3, 0.2, 0.1, 0.01)
 TPIR_RANKS = (1, 20)
@@ -51,27 +51,22 @@ class GalleryDraws(NamedTuple):
         return hashlib.sha256(parts).hexdigest()
 
 
-def draw_galleries(
-    subjects: ArrayLike, *, min_images: int = MIN_IMAGES, draws: int = DRAWS, seed: int = 0
-) -> GalleryDraws:
+def draw_galleries(subjects: ArrayLike, *, draws: int = DRAWS, seed: int = 0) -> GalleryDraws:
     """Draw one gallery image for each of the subjects `[N]` with enough images, several times.
 
     Draw number d depends on the seed, on d and on the list alone, not on how many there are.
     """
-    if min_images < 2 or draws < 1:
-        raise ValueError(
-            f"min_images must be >= 2 and draws >= 1, got {min_images} and {draws}: a subject "
-            "needs a gallery image and a probe"
-        )
+    if draws < 1:
+        raise ValueError(f"draws must be >= 1, got {draws}")
     labels = np.asarray(subjects)
     if labels.ndim != 1:
         raise ValueError(f"subjects must be [N], got shape {list(labels.shape)}")
     _, subject_of, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    enough = counts >= min_images
+    enough = counts >= MIN_IMAGES
     if enough.sum() < 2:
         raise ValueError(
-            f"{int(enough.sum())} of {counts.size} subjects have {min_images} images or more, "
-            "identification needs two; lower min_images or give more images"
+            f"{int(enough.sum())} of {counts.size} subjects have {MIN_IMAGES} images or more, "
+            "identification needs two; give more images"
         )
     number = np.cumsum(enough) - 1
     images = np.flatnonzero(enough[subject_of])
@@ -84,30 +79,14 @@ def draw_galleries(
     return GalleryDraws(images, number[subject_of[images]], np.stack(gallery).astype(np.int64))
 
 
-@dataclass(frozen=True)
-class Identification:
-    """Closed-set identification over several draws of the gallery."""
-
-    cmc: Floats  # [draws, R], share of probes found among the first r
-    draws: GalleryDraws
-
-    @property
-    def rank1(self) -> Floats:
-        """Rank-1 rate of each draw, `[draws]`."""
-        return self.cmc[:, 0]
-
-    def summarise(self) -> dict[str, Estimate]:
-        """Rates named `rank1` and the like, at those of the ranks that the curve reaches."""
-        within = [rank for rank in (1, 5, 10) if rank <= self.cmc.shape[1]]
-        return {f"rank{rank}": estimate(self.cmc[:, rank - 1]) for rank in within}
-
-
 def identify(
     gallery: Array, probes: Array, subjects: ArrayLike, *, draws: int = DRAWS, seed: int = 0
-) -> Identification:
+) -> tuple[dict[str, Estimate], dict[str, Floats]]:
     """Rank-1 and CMC of images `[N, D]`, as gallery and as probes, after the paper's Table 2.
 
     In each draw one image of each subject is enrolled, and all others are searched for by cosine.
+    Gives rates named `rank1` and the like, `rank1` `[draws]`, and `cmc` `[draws, R]`: the shares of
+    probes found among the first r.
     """
     drawn = draw_galleries(subjects, draws=draws, seed=seed)
     enrolled, searched = _both(gallery, probes, len(np.asarray(subjects)), drawn.images)
@@ -122,50 +101,25 @@ def identify(
         rank = torch.count_nonzero(scores >= own, dim=1).numpy()[is_probe[draw, part]]
         counts[draw] += np.bincount(rank, minlength=n_subjects + 1)
     cmc = counts.cumsum(1)[:, 1 : MAX_RANK + 1] / counts.sum(1, keepdims=True)
-    return Identification(cmc, drawn)
-
-
-@dataclass(frozen=True)
-class OpenSet:
-    """Open-set identification over several draws of who is enrolled."""
-
-    fpir: Floats  # [T], aimed at
-    tpir: Floats  # [draws, T]
-    thresholds: Floats  # [draws, T], to be exceeded
-    n_mated: Ints  # [draws]
-    n_non_mated: Ints  # [draws]; no FPIR below one over it can be measured
-
-    def summarise(self) -> dict[str, Estimate]:
-        """TPIR at each FPIR, named `tpir@fpir=0.01` and the like."""
-        rates = zip(self.fpir, self.tpir.T, strict=True)
-        return {f"tpir@fpir={target:g}": estimate(tpir) for target, tpir in rates}
+    rates = {f"rank{r}": estimate(cmc[:, r - 1]) for r in (1, 5, 10) if r <= cmc.shape[1]}
+    return rates, {"rank1": cmc[:, 0], "cmc": cmc}
 
 
 def identify_open_set(
-    gallery: Array,
-    probes: Array,
-    subjects: ArrayLike,
-    *,
-    fpir: Sequence[float] = FPIR_TARGETS,
-    enrolled_share: float = 0.5,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> OpenSet:
+    gallery: Array, probes: Array, subjects: ArrayLike, *, draws: int = DRAWS, seed: int = 0
+) -> tuple[dict[str, Estimate], dict[str, Floats]]:
     """TPIR at FPIR: a watch list that holds some of the people who pass.
 
-    In each draw a share of the subjects with enough images is enrolled with one image each. Their
+    In each draw half of the subjects with enough images are enrolled with one image each. Their
     other images are mated probes, all of everybody else non-mated ones, whose best scores give the
-    threshold. A mated probe counts where its own subject is the best and exceeds it.
+    threshold. A mated probe counts where its own subject is the best and exceeds it. With n
+    non-mated probes no FPIR below 1/n can be measured. Gives rates named `tpir@fpir=0.01` and the
+    like, and `tpir` and `thresholds`, `[draws, T]` each.
     """
     labels = np.asarray(subjects)
     drawn = draw_galleries(labels, draws=draws, seed=seed)
     n_able = drawn.gallery.shape[1]
-    n_enrolled = round(enrolled_share * n_able)
-    if not 0 < n_enrolled < n_able:
-        raise ValueError(
-            f"enrolled_share {enrolled_share} of {n_able} subjects enrols {n_enrolled}; somebody "
-            "must be enrolled and somebody left out"
-        )
+    n_enrolled = round(ENROLLED_SHARE * n_able)
     # those who can be enrolled keep their places, everybody else comes after them
     others = np.setdiff1d(np.arange(labels.size), drawn.images)
     order = np.concatenate((drawn.images, others))
@@ -191,13 +145,15 @@ def identify_open_set(
     non_mated = column_of < 0
     mated = ~non_mated
     np.put_along_axis(mated, watched, values=False, axis=1)
+    strangers = [best[draw][non_mated[draw]] for draw in range(draws)]
     thresholds = np.array(
-        [[rejecting_threshold(best[d][non_mated[d]], t) for t in fpir] for d in range(draws)]
+        [[rejecting_threshold(one, t) for t in FPIR_TARGETS] for one in strangers]
     )
-    n_mated, n_non_mated = mated.sum(1), non_mated.sum(1)
     passed = (mated & found)[:, None] & (best[:, None] > thresholds[:, :, None])
-    tpir = passed.sum(2) / n_mated[:, None]
-    return OpenSet(np.asarray(fpir, dtype=np.float64), tpir, thresholds, n_mated, n_non_mated)
+    tpir = passed.sum(2) / mated.sum(1)[:, None]
+    rates = zip(FPIR_TARGETS, tpir.T, strict=True)
+    named = {f"tpir@fpir={target:g}": estimate(shares) for target, shares in rates}
+    return named, {"tpir": tpir, "thresholds": thresholds}
 
 
 def _both(gallery: Array, probes: Array, count: int, places: Ints) -> tuple[Tensor, Tensor]:
@@ -297,12 +253,12 @@ class Matches(NamedTuple):
     places: Tensor  # rows of the gallery, [P, k]
 
 
-def search(gallery: Array, probes: Array, k: int = 1, *, block_bytes: int = BLOCK_BYTES) -> Matches:
+def search(gallery: Array, probes: Array, k: int = 1) -> Matches:
     """Find the k nearest of a gallery `[G, D]` of any size by cosine, exactly, in blocks.
 
     The gallery may be a memory-mapped array, is read once for each block of probes, and need not be
     normalised; the search runs where the probes `[P, D]` are. Beyond arguments and answer it takes
-    `block_bytes`, but never less than one row against one probe. Of equal scores any may be given.
+    `BLOCK_BYTES`, but never less than one row against one probe. Of equal scores any may be given.
     """
     source = gallery if isinstance(gallery, Tensor) else np.asanyarray(gallery)
     searched = _as_tensor(probes)
@@ -314,14 +270,12 @@ def search(gallery: Array, probes: Array, k: int = 1, *, block_bytes: int = BLOC
     size, width = int(source.shape[0]), int(source.shape[1])
     if not 1 <= k <= size:
         raise ValueError(f"k must lie in 1..{size}, the size of the gallery, got {k}")
-    if block_bytes < 1:
-        raise ValueError(f"block_bytes must be positive, got {block_bytes}")
     # In float32 a probe takes its features, and k scores with their rows (twice as wide) both old
     # and new; a row of the gallery its features, its norm and a score with each probe, which is
     # copied for those probes that are better.
     per_probe = 4 * (width + 6 * k)
-    n_probes = max(1, min(len(searched), block_bytes // 4 // per_probe))
-    rows = (block_bytes - n_probes * per_probe) // (4 * (width + 1 + 2 * n_probes))
+    n_probes = max(1, min(len(searched), BLOCK_BYTES // 4 // per_probe))
+    rows = (BLOCK_BYTES - n_probes * per_probe) // (4 * (width + 1 + 2 * n_probes))
     if rows > _ALIGNED_ROWS:
         rows -= rows % _ALIGNED_ROWS
     rows = max(1, min(size, rows))

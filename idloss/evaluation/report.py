@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub.utils.tqdm import tqdm
-from torch import Tensor, nn
+from torch import nn
 
 from idloss.data import EvaluationSet, Fault
 from idloss.encoder import resolve_device
@@ -201,39 +202,31 @@ def _figures(results: Results) -> Iterator[tuple[str, Callable[[], Figure]]]:
     for task, name in _FILES.items():
         cells = results.cells(task)
         if any(cell.srnet != HR for cell in cells):
-            yield f"{name}-by-size", partial(accuracy_figure, results, task, styles=styles)
+            yield f"{name}-by-size", partial(accuracy_figure, results, task, styles)
         degraded = (cell for cell in cells if cell.srnet != HR)
         for fnet, *size in dict.fromkeys((cell.fnet, cell.height, cell.width) for cell in degraded):
             own = [cell for cell in cells if cell.fnet == fnet]
             row = [cell for cell in own if cell.srnet != HR and [cell.height, cell.width] == size]
             row += [cell for cell in own if cell.srnet == HR]
             arrays = {cell.srnet: results.arrays.get(cell, {}) for cell in row}
-            scores = {
-                method: a["scores"]
-                for method, a in arrays.items()
-                if {"scores", "same"} <= a.keys()
-            }
-            curves = {
-                method: a["cmc"] for method, a in arrays.items() if "cmc" in a and a["cmc"].size
-            }
+            pairs = {method: a for method, a in arrays.items() if {"scores", "same"} <= a.keys()}
+            scores = {method: a["scores"] for method, a in pairs.items()}
+            curves = {method: a["cmc"] for method, a in arrays.items() if np.size(a.get("cmc", ()))}
             title = f"{fnet}, probes {pretty_size(size)}"
             # names from the Hub hold colons and slashes
             end = re.sub(r"[^\w.-]+", "_", fnet)[:100] + f"-{size[0]}x{size[1]}"
             if scores:
-                same = next(a["same"] for a in arrays.values() if "same" in a)
+                same = next(a["same"] for a in pairs.values())
                 rocs = {method: roc(one, same) for method, one in scores.items()}
-                yield f"roc-{end}", partial(roc_figure, rocs, title=title, styles=styles)
+                yield f"roc-{end}", partial(roc_figure, rocs, title, styles)
                 marks = {
                     method: float(a["thresholds"].mean())
                     for method, a in arrays.items()
                     if _get(rule, "measure") == "cosine" and "thresholds" in a
                 }
-                yield (
-                    f"similarity-{end}",
-                    partial(similarity_figure, scores, same, thresholds=marks, title=title),
-                )
+                yield f"similarity-{end}", partial(similarity_figure, scores, same, marks, title)
             if curves:
-                yield f"cmc-{end}", partial(cmc_figure, curves, title=title, styles=styles)
+                yield f"cmc-{end}", partial(cmc_figure, curves, title, styles)
 
 
 def write_sheets(
@@ -267,8 +260,14 @@ def write_sheets(
     Raises:
         ModuleNotFoundError: matplotlib is missing.
     """
+    if data.pairs is not None:
+        places = data.pairs.second.unique()
+    elif data.probes:
+        places = torch.cat([*data.probes.values()])
+    else:
+        places = torch.arange(len(data.faces))
+    places = places[torch.linspace(0, len(places) - 1, min(count, len(places))).long()]
     faults: dict[int, Fault] = {}
-    places = _some_probes(data, count)
     name = next(iter(fnets))
     files = []
     bar = tqdm(dict.fromkeys(sizes), desc="drawing", unit="sheet", delay=2, disable=not progress)
@@ -300,15 +299,3 @@ def write_sheets(
 def _get(values: object, key: str) -> object:
     """What a run says under a key; files of others may hold anything there."""
     return values.get(key) if isinstance(values, Mapping) else None
-
-
-def _some_probes(data: EvaluationSet, count: int) -> Tensor:
-    if data.pairs is not None:
-        places = data.pairs.second.unique()
-    elif data.probes:
-        places = torch.cat([*data.probes.values()])
-    else:
-        places = torch.arange(len(data.faces))
-    chosen = torch.linspace(0, len(places) - 1, min(count, len(places))).long()
-    shown: Tensor = places[chosen]
-    return shown

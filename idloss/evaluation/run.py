@@ -277,14 +277,8 @@ class _Run:
         self._note("draws", task, drawn.digest)
         self._note("judged", task, {**counts, "draws": self.draws})
 
-        def judge(gallery: Embeddings, probes: Embeddings) -> Figures:
-            if task == "identification":
-                closed = identify(gallery[kept], probes[kept], labels, **options)
-                return closed.summarise(), {"rank1": closed.rank1, "cmc": closed.cmc}
-            found = identify_open_set(gallery[kept], probes[kept], labels, **options)
-            return found.summarise(), {"tpir": found.tpir, "thresholds": found.thresholds}
-
-        return judge
+        found = identify if task == "identification" else identify_open_set
+        return lambda gallery, probes: found(gallery[kept], probes[kept], labels, **options)
 
     def _own_gallery(self, task: Task, enrolled: NDArray[np.int64], lost: Tensor) -> Judge:
         """Search the set's own gallery for each of its probe sets; turn strangers away."""

@@ -17,6 +17,7 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 
+LEVEL = 0.95  # of all intervals
 NOT_FINITE = "look for a network that overflowed (fp16?) or an image that failed to load"
 
 
@@ -42,7 +43,6 @@ def estimate(
     repeats: Sequence[float] | NDArray[Any],
     value: float | None = None,
     *,
-    level: float = 0.95,
     resampled: NDArray[Any] | None = None,
 ) -> Estimate:
     """Sum up a figure `[R]` of folds or draws, on all the data (`value`), on B resampled sets.
@@ -51,33 +51,23 @@ def estimate(
     """
     figures = np.asarray(repeats, dtype=np.float64)
     if figures.ndim != 1 or not figures.size:
-        raise ValueError(f"repeats must be [R] with R >= 1, got shape {list(figures.shape)}")
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie in (0, 1), got {level}; 0.95 is usual")
+        raise ValueError(f"repeats must be [R] with R >= 1, got {list(figures.shape)}")
     mean = float(figures.mean())
     reach = math.nan
     if figures.size > 1:
         error = float(figures.std(ddof=1)) / math.sqrt(figures.size)
-        reach = float(require_scipy().t.ppf((1 + level) / 2, figures.size - 1)) * error
+        reach = float(require_scipy().t.ppf((1 + LEVEL) / 2, figures.size - 1)) * error
     boot_low = boot_high = None
     if resampled is not None:
-        boot_low, boot_high = np.quantile(resampled, ((1 - level) / 2, (1 + level) / 2)).tolist()
-    return Estimate(
-        value=mean if value is None else float(value),
-        mean=mean,
-        std=float(figures.std()),
-        low=mean - reach,
-        high=mean + reach,
-        repeats=figures.size,
-        boot_low=boot_low,
-        boot_high=boot_high,
-    )
+        boot_low, boot_high = np.quantile(resampled, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)).tolist()
+    whole = mean if value is None else float(value)
+    interval = (mean - reach, mean + reach)
+    std = float(figures.std())
+    return Estimate(whole, mean, std, *interval, figures.size, boot_low, boot_high)
 
 
 def sign_test(wins: int, losses: int) -> float:
     """Exact two-sided p-value that wins and losses are equally likely; ties are left out."""
-    if min(wins, losses) < 0:
-        raise ValueError(f"counts must not be negative, got {wins} wins and {losses} losses")
     if not wins + losses:
         return 1.0
     return float(require_scipy().binomtest(wins, wins + losses).pvalue)

@@ -161,12 +161,9 @@ def kfold(
     grid = rule.grid()
     training = np.arange(n)[:, None] != fold_of
     right = _right_answers(rows, truth, training, grid, rule)
+    picks: dict[str, Callable[[Floats], Any]] = {"first": np.min, "last": np.max, "mean": np.mean}
     best = right == right.max(1, keepdims=True)
-    if rule.pick == "mean":
-        thresholds = np.array([grid[places].mean() for places in best])
-    else:
-        end = 0 if rule.pick == "first" else -1
-        thresholds = np.array([grid[places][end] for places in best])
+    thresholds = np.array([picks[rule.pick](grid[places]) for places in best])
 
     own = rows[fold_of, np.arange(truth.size)] if len(rows) > 1 else rows[0]
     limits = thresholds[fold_of]
@@ -224,7 +221,6 @@ class Roc:
 
     far: Floats
     tar: Floats
-    thresholds: Floats  # a pair is accepted at this score or above; the first is infinite
 
     @property
     def auc(self) -> float:
@@ -244,9 +240,9 @@ class Roc:
 def roc(scores: ArrayLike, same: ArrayLike) -> Roc:
     """The receiver operating characteristic of similarities `[N]`: a point for each of them."""
     ranked = _Ranked(*_scored(scores, same))
-    far = np.concatenate(([0], np.cumsum(ranked.different)[ranked.ends])) / ranked.n_different
-    tar = np.concatenate(([0], np.cumsum(ranked.same)[ranked.ends])) / ranked.n_same
-    return Roc(far, tar, np.concatenate(([np.inf], ranked.scores[ranked.ends])))
+    far = np.concatenate(([0], np.cumsum(ranked.different)[ranked.ends])) / ranked.different.sum()
+    tar = np.concatenate(([0], np.cumsum(ranked.same)[ranked.ends])) / ranked.same.sum()
+    return Roc(far, tar)
 
 
 def rejecting_threshold(scores: NDArray[Any], share: float) -> float:
@@ -263,12 +259,9 @@ class _Ranked:
 
     def __init__(self, scores: Floats, same: Bools) -> None:
         order = np.argsort(-scores, kind="stable")
-        self.scores = scores[order]
         self.same = same[order]
         self.different = ~self.same
-        self.ends = np.flatnonzero(np.append(np.diff(self.scores) != 0, True))
-        self.n_same = int(self.same.sum())
-        self.n_different = int(self.different.sum())
+        self.ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
 
     def accepted(self, members: Bools, draws: int, rng: np.random.Generator) -> Ints:
         """Members accepted at each operating point in each bootstrap sample, `[draws, G + 1]`."""
@@ -311,8 +304,8 @@ def bootstrap(
     for start in range(0, draws, block):
         part = slice(start, min(start + block, draws))
         size = part.stop - part.start
-        tar = ranked.accepted(ranked.same, size, genuine) / ranked.n_same
-        far = ranked.accepted(ranked.different, size, strangers) / ranked.n_different
+        tar = ranked.accepted(ranked.same, size, genuine) / ranked.same.sum()
+        far = ranked.accepted(ranked.different, size, strangers) / ranked.different.sum()
         figures["auc"][part] = _area(far, tar)
         figures["eer"][part] = _equal_error(far, tar)
         for target in FAR_TARGETS:

@@ -28,6 +28,7 @@ from idloss.evaluation.verification import roc
 METHODS = ("bilinear", "bicubic", "edsr16_64", "edsr16_64_id", "edsr32_256", "edsr32_256_id")
 SIZES = ((7, 6), (14, 12), (16, 16), (28, 24))
 LONG = "timm/vit_tiny_patch8_112.arcface_ms1mv3"
+STYLES = method_styles([*METHODS, LONG])
 ODD = ("_hidden", "$\\frac{1}", "100 % \x1b[2J", "\u0416\u03bb", "local-dir:/" + "very_long/" * 12)
 
 
@@ -62,6 +63,11 @@ def scores():
     return {name: 0.2 * same + 0.15 * rng.standard_normal(600) for name in methods}, same
 
 
+def rocs(scores, methods):
+    values, same = scores
+    return {name: roc(row, same) for name, row in zip(methods, values.values(), strict=False)}
+
+
 def sheet(count=3):
     generator = torch.Generator().manual_seed(0)
     hr = torch.rand(count, 3, 112, 96, generator=generator)
@@ -71,40 +77,20 @@ def sheet(count=3):
     return picture_sheet(columns, cosines, names=["A", "B", "C"], title="LFW at 14x12")
 
 
-def figures(run, scores):
-    values, same = scores
-    curves = {name: roc(row, same) for name, row in values.items()}
-    cmc = {name: np.linspace(0.2, 0.9, 20) + np.zeros((10, 1)) for name in values}
-    yield "accuracy", accuracy_figure(run, "verification")
-    yield "roc", roc_figure(curves, title="LFW, sface, 14x12")
-    yield "cmc", cmc_figure(cmc, title="LFW, sface, 14x12")
-    marks = dict.fromkeys(values, 0.1)
-    yield "similarity", similarity_figure(values, same, thresholds=marks, title="LFW")
-    yield "sheet", sheet()
-
-
-def texts_of(figure):
-    """All that is written; the labels of ticks beyond an axis' limits exist, but are not drawn."""
-    beyond = set()
-    for axes in figure.axes:
-        for axis in (axes.xaxis, axes.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            for tick in axis.get_major_ticks():
-                if not low <= tick.get_loc() <= high:
-                    beyond |= {tick.label1, tick.label2}
-    return [
-        text
-        for text in figure.findobj(Text)
-        if text.get_visible() and text.get_text().strip() and text not in beyond
-    ]
-
-
 def require_readable(name, figure):
     """Nothing is cut off, nothing overlaps."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     width, height = canvas.get_width_height()
-    drawn = [(text.get_text(), text.get_window_extent()) for text in texts_of(figure)]
+    beyond = set()  # labels of ticks beyond an axis' limits exist, but are not drawn
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        for tick in axis.get_major_ticks():
+            if not low <= tick.get_loc() <= high:
+                beyond |= {tick.label1, tick.label2}
+    texts = (text for text in figure.findobj(Text) if text.get_visible() and text not in beyond)
+    drawn = [(text.get_text(), text.get_window_extent()) for text in texts]
+    drawn = [(text, box) for text, box in drawn if text.strip()]
     assert len(drawn) > 10
     for place, (text, box) in enumerate(drawn):
         assert min(box.x0, box.y0) >= -1, (name, text)
@@ -116,7 +102,16 @@ def require_readable(name, figure):
 
 
 def test_figures_are_saved_and_nothing_is_cut_off_or_overlaps(run, scores, tmp_path):
-    for name, figure in figures(run, scores):
+    values, same = scores
+    title = "LFW, sface, 14x12"
+    cmc = {name: np.linspace(0.2, 0.9, 20) + np.zeros((10, 1)) for name in values}
+    for name, figure in {
+        "accuracy": accuracy_figure(run, "verification", STYLES),
+        "roc": roc_figure(rocs(scores, values), title, STYLES),
+        "cmc": cmc_figure(cmc, title, STYLES),
+        "similarity": similarity_figure(values, same, dict.fromkeys(values, 0.1), title),
+        "sheet": sheet(),
+    }.items():
         png, pdf = save_figure(figure, tmp_path / "figures" / f"{name}.png")
         assert png.read_bytes().startswith(b"\x89PNG")
         assert pdf.read_bytes().startswith(b"%PDF")
@@ -127,11 +122,11 @@ def test_figures_are_saved_and_nothing_is_cut_off_or_overlaps(run, scores, tmp_p
 @pytest.mark.parametrize("title", ["LFW", ", ".join(ODD)], ids=["short", "odd"])
 def test_odd_names_are_shown_as_they_are(scores, title, tmp_path):
     values, same = scores
-    named = dict(zip(ODD, values.values(), strict=False))
+    styles = method_styles(ODD)
     for figure in (
-        roc_figure({name: roc(row, same) for name, row in named.items()}, title=title),
-        similarity_figure(dict([*named.items()][:1]), same, title=title),
-        cmc_figure({name: [0.1, 0.2] for name in named}, title=title),
+        roc_figure(rocs(scores, ODD), title, styles),
+        similarity_figure({ODD[0]: values["bicubic"]}, same, {}, title),
+        cmc_figure({name: [0.1, 0.2] for name in ODD}, title, styles),
     ):
         require_readable(title, figure)
         shown = " ".join(text.get_text() for text in figure.findobj(Text))
@@ -142,10 +137,12 @@ def test_odd_names_are_shown_as_they_are(scores, title, tmp_path):
 
 def test_letters_come_from_another_font_or_are_named(scores, monkeypatch, tmp_path):
     """A font that matplotlib brings beside its first one stands for one that holds the letter."""
-    values, same = scores
-    curve = roc(values["bicubic"], same)
+
+    def drawn(name):
+        return roc_figure(rocs(scores, [name]), "", method_styles([name]))
+
     with pytest.warns(UserWarning, match="no installed font holds .*drawn as boxes; install one"):
-        assert save_figure(roc_figure({"\u6c49\uf8f8": curve}), tmp_path / "boxes")
+        assert save_figure(drawn("\u6c49\uf8f8"), tmp_path / "boxes")
     other = next(f for f in font_manager.fontManager.ttflist if f.name == "STIXGeneral")
     first = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
     theirs = font_manager.get_font(other.fname).get_charmap()
@@ -153,7 +150,7 @@ def test_letters_come_from_another_font_or_are_named(scores, monkeypatch, tmp_pa
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [other])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        save_figure(figure := roc_figure({letter: curve}), tmp_path / "another")
+        save_figure(figure := drawn(letter), tmp_path / "another")
     families = {tuple(t.get_fontfamily()) for t in figure.findobj(Text) if letter in t.get_text()}
     assert families == {("sans-serif", "STIXGeneral")}
 
@@ -162,8 +159,8 @@ def test_letters_come_from_another_font_or_are_named(scores, monkeypatch, tmp_pa
 def test_runs_of_any_kind_are_drawn_and_no_file_is_written_twice(circumstances, tmp_path):
     """Names that fall together in file names, and circumstances that say nothing."""
     results = Results(run=circumstances)
+    found = {"scores": np.arange(20.0), "same": np.arange(20) < 9, "thresholds": np.ones(2)}
     for fnet in ("a:b", "a/b"):
-        found = {"scores": np.arange(20.0), "same": np.arange(20) < 9, "thresholds": np.ones(2)}
         cell = Cell("verification", fnet, "bicubic", 7, 6)
         results.add(cell, {"accuracy": estimate([0.5, 0.6])}, found)
     cell = Cell("verification", fnet, "nothing to draw", 7, 6)
@@ -177,7 +174,7 @@ def drawn_bars(axes):
 
 
 def test_accuracy_figure_shows_the_figures(run):
-    figure = accuracy_figure(run, "verification")
+    figure = accuracy_figure(run, "verification", STYLES)
     assert len(figure.axes) == 2
     first = figure.axes[0]
     ticks = [label.get_text() for label in first.get_xticklabels()]
@@ -193,21 +190,17 @@ def test_accuracy_figure_shows_the_figures(run):
     assert len(set(places)) == len(METHODS)  # side by side
     assert "%" in first.get_ylabel()
     assert "pixels" in first.get_xlabel()
-    with pytest.raises(ValueError, match="no 'eer' for verification; it has accuracy"):
-        accuracy_figure(run, "verification", metric="eer")
 
 
 def test_methods_look_the_same_in_every_figure(run, scores):
-    styles = method_styles([*METHODS, LONG])
-    assert styles == method_styles([LONG, *METHODS[::-1]])
-    assert len({(style["color"], style["linestyle"]) for style in styles.values()}) == len(styles)
-    values, same = scores
-    curves = {name: roc(values[name], same) for name in METHODS}
-    lines = roc_figure(curves).axes[0].lines
-    bars = drawn_bars(accuracy_figure(run, "verification").axes[0])
+    assert method_styles([LONG, *METHODS[::-1]]) == STYLES
+    assert len({(style["color"], style["linestyle"]) for style in STYLES.values()}) == len(STYLES)
+    curves = rocs(scores, METHODS)
+    lines = roc_figure(curves, "", STYLES).axes[0].lines
+    bars = drawn_bars(accuracy_figure(run, "verification", STYLES).axes[0])
     for (name, curve), line in zip(curves.items(), lines, strict=True):
         assert line.get_label().startswith(name)
-        assert line.get_color() == bars[name].lines[0].get_color() == styles[name]["color"]
+        assert line.get_color() == bars[name].lines[0].get_color() == STYLES[name]["color"]
         np.testing.assert_allclose(line.get_ydata(), 100 * curve.tar)
         shown = curve.far > 1e-4
         np.testing.assert_allclose(line.get_xdata()[shown], curve.far[shown])
@@ -239,10 +232,9 @@ def test_picture_sheet_marks_the_best_of_each_row():
     picture = figure.axes[3].images[0].get_array()
     assert picture.shape == (112, 96, 3)
     assert figure.axes[0].images[0].get_array().shape == (14, 12, 3)
-    with pytest.raises(ValueError, match="different numbers of faces"):
-        picture_sheet({"lr": torch.rand(2, 3, 4, 4), HR: torch.rand(3, 3, 4, 4)})
-    with pytest.raises(ValueError, match="nothing to draw"):
-        roc_figure({})
+    for columns in ({"lr": torch.rand(2, 3, 4, 4), HR: torch.rand(3, 3, 4, 4)}, {}):
+        with pytest.raises(ValueError, match="columns must hold one number of faces each"):
+            picture_sheet(columns)
 
 
 def test_matplotlib_is_imported_only_when_a_figure_is_drawn(monkeypatch, scores):
@@ -252,6 +244,5 @@ def test_matplotlib_is_imported_only_when_a_figure_is_drawn(monkeypatch, scores)
     fresh = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "fresh_figures", fresh)
     spec.loader.exec_module(fresh)
-    values, same = scores
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'idloss\[eval\]'"):
-        fresh.roc_figure({"bicubic": roc(values["bicubic"], same)})
+        fresh.roc_figure(rocs(scores, METHODS), "", STYLES)
