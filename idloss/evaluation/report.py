@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub.utils.tqdm import tqdm
-from torch import nn
+from torch import Tensor, nn
 
 from idloss.data import EvaluationSet, Fault
 from idloss.encoder import resolve_device

@@ -126,10 +126,10 @@ def test_one_network_that_keeps_its_input_is_not_mixed_up(data, fnet, threads):
                 torch.sort(torch.rand(2000))
             return self.kept
 
-    alone = run(data, {"f": fnet}, {"n": Forgetful()}, cache=False, batch_size=1)
+    nets = ({"f": fnet}, {"n": Forgetful()})
+    alone = run(data, *nets, cache=False, batch_size=1)
     threads(4)
-    crowd = run(data, {"f": fnet}, {"n": Forgetful()}, cache=False, batch_size=1)
-    assert_same_scores(crowd, alone)
+    assert_same_scores(run(data, *nets, cache=False, batch_size=1), alone)
 
 
 def kept_output(net=None):
@@ -148,30 +148,37 @@ def weight_normed():
     return net
 
 
-def table_made_late():
+class Late(TinySRNet):
     """Makes a table when it is first called, and trains with it later."""
 
-    class Late(TinySRNet):
-        table = None
+    table = None
 
-        def forward(self, x):
-            if self.table is None:
-                self.table = torch.ones(3, 1, 1)
-            return super().forward(x * self.table)
-
-    return Late()
+    def forward(self, x):
+        if self.table is None:
+            self.table = torch.ones(3, 1, 1)
+        return super().forward(x * self.table)
 
 
-@pytest.mark.parametrize("make", [TinySRNet, kept_output, weight_normed, table_made_late])
+@pytest.mark.filterwarnings("ignore:.* cannot be copied:UserWarning")
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(TinySRNet, kept_output, weight_normed, Late),
+        *(lambda: tiny_fnet(size=CROP), lambda: kept_output(tiny_fnet(size=CROP))),
+    ],
+)
 def test_live_networks_are_judged_and_left_as_they_were(make, data, fnet, threads):
     torch.manual_seed(0)
-    net = make()
-    before = copied(net)
-    expected = run(data, {"f": fnet}, {"n": net}, cache=False)
+    net = make().train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    nets = ({"f": net}, {}) if hasattr(net, "num_features") else ({"f": fnet}, {"n": net})
+    expected = run(data, *nets, cache=False)
     threads(3)
-    found = run(data, {"f": fnet}, {"n": net}, cache=False, batch_size=2)
+    found = run(data, *nets, cache=False, batch_size=2)
     assert_same_scores(found, expected)
-    assert_live(net, before)
+    assert all(module.training for module in net.modules())
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]), name
     net(torch.rand(2, 3, 8, 8, requires_grad=True)).sum().backward()
     assert all(parameter.grad is not None for parameter in net.parameters())
 
@@ -204,43 +211,18 @@ class Odd(nn.Module):
         (lambda x: x[:, :1], r"Odd gave \[\d+, 1, 14, 12\]"),
         (lambda x: x * 2 - 1, r"SR of Odd spans \[-\d.*\], not \[0, 1\]: rescale it in forward"),
         (lambda x: x * 255, r"SR of Odd spans \["),
+        (lambda x: {"embedding": x}, r"TinyFNet gave .*embedding.* wrap it"),
+        (lambda x: x * torch.nan, r"FNet 'f' .* not finite for 0/0"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:embeddings made with:UserWarning")
-def test_srnets_that_give_no_rgb_in_0_1_are_told(change, says, data, fnet):
+def test_what_is_no_rgb_in_0_1_and_no_embedding_is_told(change, says, data, fnet):
     srnet = Odd()
-    srnet.register_forward_hook(lambda module, images, output: change(output))
-    warned = says.startswith("SR")
-    with pytest.warns(UserWarning, match=says) if warned else pytest.raises(TypeError, match=says):
+    changed = fnet if "FNet" in says else srnet
+    changed.register_forward_hook(lambda module, images, output: change(output))
+    told = pytest.raises((TypeError, ValueError), match=says)
+    with pytest.warns(UserWarning, match=says) if says.startswith("SR") else told:
         run(data, {"f": fnet}, {"n": srnet}, cache=False)
-
-
-@pytest.mark.filterwarnings("ignore:embeddings made with:UserWarning")
-def test_fnets_that_give_no_embeddings_are_told(data, fnet):
-    fnet.register_forward_hook(lambda module, images, output: {"embedding": output})
-    with pytest.raises(ValueError, match=r"TinyFNet gave .*embedding.* wrap it"):
-        run(data, {"f": fnet}, {}, cache=False)
-
-
-@pytest.mark.filterwarnings("ignore:.* cannot be copied:UserWarning")
-@pytest.mark.parametrize("change", [nn.Module.train, kept_output])
-def test_live_fnet_goes_on_training(change, data, threads):
-    fnet = change(tiny_fnet(size=(112, 96)).train())
-    before = copied(fnet)
-    threads(2)
-    run(data, {"f": fnet}, {}, cache=False)
-    assert_live(fnet, before)
-
-
-def copied(net):
-    return {name: value.clone() for name, value in net.state_dict().items()}
-
-
-def assert_live(net, before):
-    assert all(module.training for module in net.modules())
-    assert all(parameter.requires_grad for parameter in net.parameters())
-    for name, value in net.state_dict().items():
-        assert torch.equal(value, before[name]), name
 
 
 def test_folding_is_exact_and_gives_up_where_it_is_not():

@@ -68,7 +68,7 @@ RULES = [protocol.rule for protocol in PROTOCOLS.values()]
 
 
 def test_paper_protocol_equals_released_code(golden):
-    result = kfold(golden["kfold_scores"], golden["kfold_labels"], PAPER_RULE)
+    result = kfold(golden["kfold_scores"], golden["kfold_labels"])
     np.testing.assert_array_equal(result.accuracies, golden["kfold_acc"])
     np.testing.assert_array_equal(result.thresholds, golden["kfold_thresholds"])
     assert result.correct.mean() == pytest.approx(golden["kfold_acc"].mean())
@@ -115,11 +115,10 @@ def test_scores_that_tie_with_thresholds(rule):
 
 def test_sphereface_survives_embeddings_that_lie_close_together():
     left, right, _ = random_pairs(200, noise=0.5)
-    shift = np.random.default_rng(3).standard_normal(24)
+    shift = 1e5 * np.random.default_rng(3).standard_normal(24)
     folds = contiguous_folds(200)
-    plain = centred_scores(left, right, folds)
-    shifted = centred_scores(left + 1e5 * shift, right + 1e5 * shift, folds)
-    np.testing.assert_allclose(shifted, plain, atol=1e-8)
+    shifted = centred_scores(left + shift, right + shift, folds)
+    np.testing.assert_allclose(shifted, centred_scores(left, right, folds), atol=1e-8)
 
 
 def test_folds_may_be_given_in_any_order():
@@ -133,11 +132,9 @@ def test_folds_may_be_given_in_any_order():
 
 
 def test_zero_embedding_has_cosine_zero():
-    left = np.array([[0.0, 0.0], [3.0, 4.0]])
-    right = np.array([[1.0, 0.0], [3.0, 4.0]])
+    left, right = torch.tensor([[[0.0, 0.0], [3.0, 4.0]], [[1.0, 0.0], [3.0, 4.0]]])
     np.testing.assert_allclose(pair_scores(left, right), [0, 1])
-    reference = torch.nn.CosineSimilarity()(torch.tensor(left), torch.tensor(right))
-    np.testing.assert_allclose(pair_scores(left, right), reference.numpy())
+    np.testing.assert_allclose(pair_scores(left, right), torch.cosine_similarity(left, right))
 
 
 def test_summary_names_and_orders_everything():
@@ -217,8 +214,10 @@ def test_roc_ends(scores, auc, eer, tar):
     assert (curve.auc, curve.eer, curve.tar_at(1e-4)) == (auc, eer, tar)
 
 
-def test_bootstrap_equals_resampling_one_by_one():
+@pytest.mark.parametrize("block_bytes", [1, verification.BLOCK_BYTES])
+def test_bootstrap_equals_resampling_one_by_one(monkeypatch, block_bytes):
     """Samples rebuilt from the same seed and judged by scikit-learn."""
+    monkeypatch.setattr(verification, "BLOCK_BYTES", block_bytes)
     rng = np.random.default_rng(0)
     same = rng.random(200) < 0.5
     scores = same * 1.0 + rng.standard_normal(200)
@@ -237,18 +236,6 @@ def test_bootstrap_equals_resampling_one_by_one():
         assert found["eer"][draw] == pytest.approx(expected.eer)
         for target in FAR_TARGETS:
             assert found[f"tar@far={target:g}"][draw] == pytest.approx(expected.tar_at(target))
-
-
-def test_bootstrap_is_seeded_and_independent_of_block_size(monkeypatch):
-    same = np.arange(300) % 2 == 0
-    scores = same + np.random.default_rng(0).standard_normal(300)
-    whole = bootstrap(scores, same, draws=30, seed=1)
-    other = bootstrap(scores, same, draws=30, seed=2)
-    monkeypatch.setattr(verification, "BLOCK_BYTES", 1)
-    blocks = bootstrap(scores, same, draws=30, seed=1)
-    for name, figures in whole.items():
-        np.testing.assert_allclose(blocks[name], figures, rtol=1e-12)
-    assert not np.array_equal(whole["auc"], other["auc"])
 
 
 def test_bootstrap_agrees_with_theory():
