@@ -37,11 +37,7 @@ SHARD_BYTES = 256 * 2**20
 
 
 class EmbeddingCache:
-    """Embeddings by the way they were made (a key) and by face (a digest); a context manager.
-
-    They are kept in a folder or for one run (None). What cannot be written there goes to a
-    temporary folder: a cache that is full or read-only costs nobody a run.
-    """
+    """Embeddings by how they were made (a key) and by face (a digest), in a folder or one run."""
 
     def __init__(self, folder: Path | None) -> None:
         self._lasting = folder
@@ -64,7 +60,7 @@ class EmbeddingCache:
         digests = np.frombuffer(b"".join(faces), np.uint8).reshape(len(rows), 32)
         shard = safetensors.numpy.save({"faces": digests, "rows": rows})
         if self._lasting is not None and not key.startswith(ONCE):
-            try:
+            try:  # a cache that is full or read-only costs nobody a run
                 return _write(self._lasting / key, shard)
             except OSError as error:
                 warnings.warn(
@@ -163,16 +159,9 @@ def digest_weights(net: nn.Module) -> str:
 
 
 def digest_network(net: nn.Module, shape: tuple[int, int, int] | None = None) -> str | None:
-    """SHA-256 of what a network computes: its modules, settings, code, weights, and an answer.
-
-    None where it cannot be told from another, for its answer to one batch is not always the same,
-    not finite, the same for two images, or none; what it made must not be kept. The answer is to
-    noise, `[2, *shape]` or of the network's own input size, and stands for all that the rest does
-    not see: weights outside parameters (quantised ones, a session of another runtime, an attribute
-    that is a function) and functions that are called from elsewhere. Plain attributes count,
-    because `repr` leaves out the likes of a residual's factor; so does the source of classes that
-    are not torch's.
-    """
+    """SHA-256 of what a network computes; None where it cannot be told from another network."""
+    # the answer stands for weights that torch does not see: quantised ones, a session of another
+    # runtime, an attribute that is a function
     answer = _answer(net, shape)
     if answer is None:
         return None
@@ -182,6 +171,7 @@ def digest_network(net: nn.Module, shape: tuple[int, int, int] | None = None) ->
     if isinstance(crop, (str, Template)):  # an SRNet's may be a number of pixels
         parts.append(TEMPLATES.get(crop, crop) if isinstance(crop, str) else crop)
     for name, module in net.named_modules():
+        # repr leaves out the likes of a residual's factor
         settings = {k: v for k, v in vars(module).items() if k != "training" and _is_plain(v)}
         kind = type(module)
         parts += [name, kind.__qualname__, sorted(settings.items()), module.extra_repr()]
@@ -193,10 +183,7 @@ def digest_network(net: nn.Module, shape: tuple[int, int, int] | None = None) ->
 
 @contextmanager
 def as_tested(*nets: nn.Module) -> Iterator[None]:
-    """Networks in eval mode, without gradients and TF32; afterwards as before.
-
-    TF32 keeps 10 bits: answers would depend on the device in the third digit.
-    """
+    """Networks in eval mode, without gradients and TF32 (of 10 bits); afterwards as before."""
     cudnn = torch.backends.cudnn  # whose flags() turns it off if not told otherwise
     # a frozen ScriptModule's parts have no mode
     modules = (module for net in nets for module in net.modules() if hasattr(module, "training"))

@@ -77,13 +77,9 @@ def prepare_probe(crops: Tensor, size: Sequence[int], protocol: Protocol) -> Ten
 def show_probe(
     srnet: nn.Module, probes: Tensor, protocol: Protocol, watch: ImageWatch | None = None
 ) -> Tensor:
-    """What the FNet is shown of LR probes: uint8 `[B, 3, h, w]` to RGB [0, 1] of the SRNet's crop.
-
-    An `Interpolation` enlarges 8-bit images in one step: the rows `bilinear` (the paper's
-    "Bicubic") and `bicubic`.
-    """
+    """What FNets are shown of LR probes: uint8 `[B, 3, h, w]` to RGB [0, 1] of the SRNet's crop."""
     size = get_template(srnet_crop(srnet)).size
-    if isinstance(srnet, Interpolation):
+    if isinstance(srnet, Interpolation):  # the rows bilinear (the paper's "Bicubic") and bicubic
         return to_float(resize(probes, size, mode=srnet.mode, convention=protocol.convention))
     images = to_float(probes).to(next((p.dtype for p in srnet.parameters()), None))
     if not images.is_cuda:  # a tenth quicker for EDSR on a CPU; not so on a GPU without TF32
@@ -103,11 +99,7 @@ def show_probe(
 
 
 def to_fnet_input(sr: Tensor, size: Sequence[int], protocol: Protocol) -> Tensor:
-    """Bring SR `[B, 3, h, w]` in [0, 1] to the FNet's crop size as the protocol does at test.
-
-    The paper's code lets values outside the range wrap round, which its tanh keeps from happening;
-    here they are clamped.
-    """
+    """Bring SR `[B, 3, h, w]`, clamped to [0, 1], to the FNet's crop size as the protocol does."""
     if protocol.keep_exact_size and tuple(sr.shape[-2:]) == tuple(size):
         return sr
     levels = to_uint8(sr, rounding=protocol.rounding)

@@ -62,10 +62,7 @@ _SPARE = (
 
 
 def method_styles(methods: Iterable[str]) -> Styles:
-    """A colour, a marker and a line for each method; those of the paper always look alike.
-
-    Others take what is left in the order of their names: hand all figures of a set the same styles.
-    """
+    """A colour, a marker and a line for each method; what is not the paper's takes what is left."""
     styles = {}
     spare = itertools.cycle(_SPARE)
     for name in sorted(set(methods)):

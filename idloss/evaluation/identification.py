@@ -52,10 +52,7 @@ class GalleryDraws(NamedTuple):
 
 
 def draw_galleries(subjects: ArrayLike, *, draws: int = DRAWS, seed: int = 0) -> GalleryDraws:
-    """Draw one gallery image for each of the subjects `[N]` with enough images, several times.
-
-    Draw number d depends on the seed, on d and on the list alone, not on how many there are.
-    """
+    """Draw one gallery image for each of the subjects `[N]` with enough images, several times."""
     if draws < 1:
         raise ValueError(f"draws must be >= 1, got {draws}")
     labels = np.asarray(subjects)
@@ -82,12 +79,7 @@ def draw_galleries(subjects: ArrayLike, *, draws: int = DRAWS, seed: int = 0) ->
 def identify(
     gallery: Array, probes: Array, subjects: ArrayLike, *, draws: int = DRAWS, seed: int = 0
 ) -> tuple[dict[str, Estimate], dict[str, Floats]]:
-    """Rank-1 and CMC of images `[N, D]`, as gallery and as probes, after the paper's Table 2.
-
-    In each draw one image of each subject is enrolled, and all others are searched for by cosine.
-    Gives rates named `rank1` and the like, `rank1` `[draws]`, and `cmc` `[draws, R]`: the shares of
-    probes found among the first r.
-    """
+    """Rates, `rank1` `[draws]` and `cmc` `[draws, R]` of `[N, D]`, as in the paper's Table 2."""
     drawn = draw_galleries(subjects, draws=draws, seed=seed)
     enrolled, searched = _both(gallery, probes, len(np.asarray(subjects)), drawn.images)
     subject_of = torch.from_numpy(drawn.subjects)
@@ -108,13 +100,10 @@ def identify(
 def identify_open_set(
     gallery: Array, probes: Array, subjects: ArrayLike, *, draws: int = DRAWS, seed: int = 0
 ) -> tuple[dict[str, Estimate], dict[str, Floats]]:
-    """TPIR at FPIR: a watch list that holds some of the people who pass.
+    """TPIR at FPIR, `tpir` and `thresholds` `[draws, T]`: some of those who pass are enrolled.
 
-    In each draw half of the subjects with enough images are enrolled with one image each. Their
-    other images are mated probes, all of everybody else non-mated ones, whose best scores give the
-    threshold. A mated probe counts where its own subject is the best and exceeds it. With n
-    non-mated probes no FPIR below 1/n can be measured. Gives rates named `tpir@fpir=0.01` and the
-    like, and `tpir` and `thresholds`, `[draws, T]` each.
+    Their other images are mated probes, all of everybody else non-mated ones, whose best scores
+    give the threshold. A mated probe counts where its own subject is the best and exceeds it.
     """
     labels = np.asarray(subjects)
     drawn = draw_galleries(labels, draws=draws, seed=seed)
@@ -178,10 +167,8 @@ def _both(gallery: Array, probes: Array, count: int, places: Ints) -> tuple[Tens
 def _score_blocks(
     probes: Tensor, images: Tensor, galleries: Ints
 ) -> Iterator[tuple[slice, int, Tensor]]:
-    """Cosines of blocks of probes with each draw's gallery: the block, the draw, the scores.
-
-    Draws share many of their images, so each image that is ever in a gallery is compared once.
-    """
+    """Cosines of blocks of probes with each draw's gallery: the block, the draw, the scores."""
+    # draws share many of their images: each that is ever in a gallery is compared once
     ever, columns = np.unique(galleries, return_inverse=True)
     enrolled = images[ever].T
     picks = torch.from_numpy(columns.reshape(galleries.shape))
@@ -218,11 +205,10 @@ def open_set(
     *,
     seed: int = 0,
 ) -> tuple[dict[str, Estimate], Bools]:
-    """TPIR at FPIR: how many of the enrolled people are found when strangers are turned away.
+    """TPIR at FPIR by rank, and whether each mated probe counts at the first and rank 1, `[P]`.
 
-    A mated probe counts where an image of its person is among the first r of the gallery and its
-    score exceeds what no more than the wanted share of strangers do. Gives rates by name, and
-    whether each mated probe counts at the first of them and rank 1, `[P]`.
+    A probe counts where an image of its person is among the first r of the gallery and its score
+    exceeds what no more than the wanted share of strangers do.
     """
     best = search(gallery, strangers, 1).scores[:, 0].numpy()
     thresholds = {target: rejecting_threshold(best, target) for target in SURVFACE_FPIR_TARGETS}

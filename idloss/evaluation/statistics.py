@@ -23,16 +23,12 @@ NOT_FINITE = "look for a network that overflowed (fp16?) or an image that failed
 
 @dataclass(frozen=True)
 class Estimate:
-    """One figure and how sure it is.
-
-    `std` is that of the population, as the released code prints it; Student's interval of the mean,
-    from `low` to `high`, may pass the range of the figure.
-    """
+    """One figure and how sure it is."""
 
     value: float  # on all the data
     mean: float  # over folds or draws
-    std: float
-    low: float
+    std: float  # of the population, as the released code prints it
+    low: float  # Student's interval of the mean, which may pass the range of the figure
     high: float
     repeats: int
     boot_low: float | None = None  # bootstrap interval of `value`
@@ -45,15 +41,13 @@ def estimate(
     *,
     resampled: NDArray[Any] | None = None,
 ) -> Estimate:
-    """Sum up a figure `[R]` of folds or draws, on all the data (`value`), on B resampled sets.
-
-    Folds share their training pairs and draws their images: Student's interval is a bit too narrow.
-    """
+    """Sum up a figure `[R]` of folds or draws, on all the data (`value`), on B resampled sets."""
     figures = np.asarray(repeats, dtype=np.float64)
     if figures.ndim != 1 or not figures.size:
         raise ValueError(f"repeats must be [R] with R >= 1, got {list(figures.shape)}")
     mean = float(figures.mean())
     reach = math.nan
+    # folds share their training pairs and draws their images: a bit too narrow
     if figures.size > 1:
         error = float(figures.std(ddof=1)) / math.sqrt(figures.size)
         reach = float(require_scipy().t.ppf((1 + LEVEL) / 2, figures.size - 1)) * error

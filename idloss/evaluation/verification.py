@@ -177,11 +177,8 @@ def kfold(
 def _right_answers(
     rows: Floats, truth: Bools, training: Bools, grid: Floats, rule: ThresholdRule
 ) -> Ints:
-    """Right answers among each fold's training pairs at each threshold, `[F, T]`.
-
-    Each pair's place among the thresholds says from where on, or up to where, it is answered
-    rightly; a histogram of the places and one cumulative sum count them at every threshold.
-    """
+    """Right answers among each fold's training pairs at each threshold, `[F, T]`."""
+    # a pair's place among the thresholds says from where on, or up to where, it is answered rightly
     under = np.searchsorted(grid, rows, side="left")  # thresholds below the score
     up_to = np.searchsorted(grid, rows, side="right")  # thresholds below it or equal
     if rule.same == "above":  # same where the threshold is below the score
@@ -331,12 +328,7 @@ def summarise(
     draws: int = BOOTSTRAP_DRAWS,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """Accuracy, AUC, EER and TAR@FAR by name, with intervals over folds and from the bootstrap.
-
-    TAR@FAR over folds takes its threshold from the other folds; AUC and EER are each fold's own.
-    With n different-person pairs no FAR below 1/n can be measured: there TAR is that of no false
-    accept at all, and its bootstrap interval shows how little that says.
-    """
+    """Accuracy, AUC, EER and TAR@FAR by name, with intervals over folds and from the bootstrap."""
     values, truth = _scored(scores, same)
     if result.folds.shape != truth.shape:
         raise ValueError(f"the result is of {result.folds.size} pairs, the scores of {truth.size}")
@@ -350,7 +342,7 @@ def summarise(
         own = roc(values[held_out], truth[held_out])
         folds["auc"].append(own.auc)
         folds["eer"].append(own.eer)
-        strangers = values[~held_out & ~truth]
+        strangers = values[~held_out & ~truth]  # thresholds are those of the other folds
         for target in FAR_TARGETS:
             passed = values[held_out & truth] > rejecting_threshold(strangers, target)
             folds[_tar_name(target)].append(float(passed.mean()))
