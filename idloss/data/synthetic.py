@@ -13,7 +13,7 @@ from torch import Tensor
 
 from idloss.data.faces import AlignedCrops, AlignedFaces, map_ahead, positions, select_labels
 from idloss.data.files import Fault
-from idloss.data.portrait import IDENTITY, MARKS, PHOTO, Factors, draw_portraits, place_points
+from idloss.data.portrait import IDENTITY, PHOTO, Factors, draw_portraits, place_points
 from idloss.geometry import fit_similarity, get_template
 from idloss.resample import to_uint8
 
@@ -49,10 +49,10 @@ class SyntheticFaces(AlignedCrops):
         crop: str = "sphereface",
         first_identity: int = 0,
     ) -> None:
-        least = {"identities": 1, "per_identity": 1, "seed": 0, "height": 1, "width": 1}
-        values = (identities, per_identity, seed, *size, first_identity)
-        for (name, low), value in zip({**least, "first_identity": 0}.items(), values, strict=True):
-            if value < low:
+        sizes = {"identities": identities, "per_identity": per_identity}
+        sizes |= {"height": size[0], "width": size[1]}
+        for name, value in (sizes | {"seed": seed, "first_identity": first_identity}).items():
+            if value < (low := int(name in sizes)):
                 raise ValueError(f"{name} must be at least {low}, got {value}")
         self.per_identity = per_identity
         self.seed = seed
@@ -68,17 +68,15 @@ class SyntheticFaces(AlignedCrops):
     @property
     def landmarks(self) -> Tensor:
         """Five points of every picture as a detector would report them, float64 `[N, 5, 2]`."""
-        found = []
-        for part in torch.arange(len(self)).split(BATCH):
-            face, _, normal = self._factors(part.tolist())
-            found.append(place_points(face, normal)[1])
+        batches = torch.arange(len(self)).split(BATCH)
+        found = [place_points(*self._factors(batch.tolist()))[1] for batch in batches]
         return torch.cat(found) @ self._back[:, :2].T + self._back[:, 2]
 
     @cached_property
     def content(self) -> str:
         """Hash of what the faces are drawn from."""
         numbers = (self.per_identity, self.seed, self.size, self.crop, self.identities)
-        return hashlib.sha256(repr(numbers).encode()).hexdigest()
+        return hashlib.sha256(repr((IDENTITY, PHOTO, numbers)).encode()).hexdigest()
 
     def digest(self, index: int) -> bytes:
         """SHA-256 of what a face is drawn from."""
@@ -86,8 +84,8 @@ class SyntheticFaces(AlignedCrops):
 
     def _copies(self, indices: Tensor) -> Tensor:
         wanted = indices.tolist()
-        face, marks, normal = self._factors(wanted)
-        image = draw_portraits(face, marks, place_points(face, normal)[0], self._grid)
+        face, jitter = self._factors(wanted)
+        image = draw_portraits(face, place_points(face, jitter)[0], self._grid)
         # uniform noise of the deviation asked for: bytes are the cheapest random numbers there are
         shape = image[0].shape
         grain = np.stack([self._photo_rng(i, 1).integers(0, 256, shape, "uint8") for i in wanted])
@@ -121,41 +119,34 @@ class SyntheticFaces(AlignedCrops):
         labels, identities = select_labels(self.labels, self.identities, kept)
         return AlignedFaces(crops, names, labels, identities, self.crop)
 
-    def _person(self, index: int) -> int:
-        return int(self.identities[index // self.per_identity])
-
     def _photo_rng(self, index: int, stream: int) -> np.random.Generator:
-        photo = index % self.per_identity
-        return np.random.default_rng([self.seed, self._person(index), photo, stream])
+        person, photo = self.identities[index // self.per_identity], index % self.per_identity
+        return np.random.default_rng([self.seed, int(person), photo, stream])
 
-    def _factors(self, indices: Sequence[int]) -> tuple[Factors, Tensor, Tensor]:
-        """What faces are drawn from, places of their freckles, and errors of the points."""
-        persons, marks, photos, normals = [], [], [], []
+    def _factors(self, indices: Sequence[int]) -> tuple[Factors, Tensor]:
+        """What faces are drawn from, and errors of their points."""
+        uniform, jitter = [], []
         for index in indices:
-            rng = np.random.default_rng([self.seed, self._person(index)])
-            persons.append(rng.random(len(IDENTITY)))
-            marks.append(rng.random((MARKS, 2)))
+            person = int(self.identities[index // self.per_identity])
+            kept = np.random.default_rng([self.seed, person]).random(len(IDENTITY))
             rng = self._photo_rng(index, 0)
-            photos.append(rng.random(len(PHOTO)))
-            normals.append(rng.standard_normal((5, 2)))
-        uniform = torch.from_numpy(np.hstack([persons, photos])).float()[:, :, None, None]
-        ranges = zip((IDENTITY | PHOTO).items(), uniform.unbind(1), strict=True)
+            uniform.append(np.concatenate([kept, rng.random(len(PHOTO))]))
+            jitter.append(rng.standard_normal((5, 2)))
+        values = torch.from_numpy(np.stack(uniform)).float()[:, :, None, None].unbind(1)
+        ranges = zip((IDENTITY | PHOTO).items(), values, strict=True)
         face = Factors({name: low + (high - low) * one for (name, (low, high)), one in ranges})
-        return face, torch.from_numpy(np.stack(marks)).float(), torch.from_numpy(np.stack(normals))
+        return face, torch.from_numpy(np.stack(jitter))
 
 
 def _geometry(size: tuple[int, int], crop: str) -> tuple[Tensor, Tensor]:
     """Pixel centres in 112x96 coordinates `[2, H, W]`, and the map `[2, 3]` back to pixels."""
     template = get_template(crop)
-    ratios = (template.size[1] / size[1], template.size[0] / size[0])
-    per_pixel = torch.tensor(ratios, dtype=torch.float64)
+    y, x = template.size[0] / size[0], template.size[1] / size[1]
+    to_crop = torch.tensor([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1]]).double()
     points = torch.as_tensor(template.points, dtype=torch.float64)
-    to_face = fit_similarity(points[None], "sphereface")[0]
-    y, x = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
-    pixels = torch.stack([x, y], -1).double()
-    grid = ((pixels + 0.5) * per_pixel - 0.5) @ to_face[:, :2].T + to_face[:, 2]
-    turn = torch.linalg.inv(to_face[:, :2])
-    shift = -turn @ to_face[:, 2]
-    to_pixels = torch.cat([turn, (shift + 0.5)[:, None]], 1) / per_pixel[:, None]
-    to_pixels[:, 2] -= 0.5
-    return grid.permute(2, 0, 1).float(), to_pixels
+    matrix = fit_similarity(points[None], "sphereface")[0] @ to_crop
+    rows, columns = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
+    pixels = torch.stack([columns, rows, torch.ones_like(rows)]).double()
+    turn = torch.linalg.inv(matrix[:, :2])
+    back = torch.cat([turn, -turn @ matrix[:, 2:]], 1)
+    return torch.einsum("ij,jhw->ihw", matrix, pixels).float(), back
