@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from idloss.data import SyntheticFaces
-from idloss.data.landmarks import MEAN_FACE
+from idloss.data.landmarks import MEAN_FACE, POINT_COLUMNS
 from idloss.data.pairs import lfw_name
 
 
@@ -58,8 +58,7 @@ def photo_folder(root, people=4, photos=3):
     """The same photos as a folder with a `landmarks.csv`, as `open_faces` takes it."""
     mini_lfw(root, people, photos)
     rows = (root / "lfw_landmarks.csv").read_text().splitlines()
-    points = ("lefteye", "righteye", "nose", "leftmouth", "rightmouth")
-    header = ["image_id", *(f"{point}_{axis}" for point in points for axis in "xy"), "identity"]
     rows = [f"{row},{row.split('/')[0]}" for row in rows]
-    (root / "lfw" / "landmarks.csv").write_text("\n".join([",".join(header), *rows]) + "\n")
+    header = ",".join(["image_id", *POINT_COLUMNS, "identity"])
+    (root / "lfw" / "landmarks.csv").write_text("\n".join([header, *rows]) + "\n")
     return root / "lfw"

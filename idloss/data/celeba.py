@@ -73,7 +73,6 @@ def celeba_faces(
         warnings.warn(
             f"{files.location} holds the aligned CelebA (img_align_celeba); the paper was trained "
             "on the photos in the wild (img_celeba), which have not been resampled once already",
-            UserWarning,
             stacklevel=2,
         )
     name = _required(files, layout.landmarks)

@@ -209,10 +209,8 @@ class MemoryFiles(_Members):
 class TarFiles(_Members):
     """The files inside a `.tar`, `.tar.gz` or `.tgz`, indexed once, read through a memory map.
 
-    A memory map needs no seek, so threads and forked workers share it without a lock; an unpickled
-    copy maps the archive anew. A compressed tar cannot be read in place: it is unpacked once into
-    an unnamed temporary file, which goes when the object does. Links are followed within the
-    archive. A DataError says that it is damaged, or cut short after its last whole member.
+    A memory map needs no seek, so threads and forked workers share it without a lock. A compressed
+    tar is unpacked once into an unnamed temporary file, which goes when the object does.
     """
 
     def __init__(self, path: Path) -> None:

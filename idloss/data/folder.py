@@ -71,7 +71,6 @@ def folder_faces(path: str | os.PathLike[str] | Files, *, skip_missing: bool = F
         warnings.warn(
             f"{table.where} has no line of {len(unlisted)} pictures, which are not taken, such as "
             f"{unlisted[0]!a}",
-            UserWarning,
             stacklevel=2,
         )
     taken = dict(zip(identities, had, strict=True))

@@ -67,10 +67,7 @@ class Points:
 
 
 def read_points(table: Table) -> Points:
-    """Rows of an image name and ten numbers; further fields are left alone.
-
-    A row that is short, not finite, or of an image had before is a fault.
-    """
+    """Rows of an image name and ten numbers, each but once; further fields are left alone."""
     points = Points()
     for line, cells in table.rows:
         try:
@@ -89,11 +86,7 @@ def read_points(table: Table) -> Points:
 
 
 def read_clean_list(path: Path, names: Sequence[str]) -> tuple[list[str], Points]:
-    """The images of a clean list, and their points if it has some.
-
-    Rows are an image and what follows it after commas or blanks; a header is allowed. Faults are
-    those of the points, whose images are not given then, and of images that are not among `names`.
-    """
+    """The images of a clean list without those of faulty points, and its points if it has some."""
     table = read_own_table(path)
     if all(len(cells) == 1 for _, cells in table.rows):
         table = read_own_table(path, None)
@@ -169,7 +162,6 @@ def warn_of_unaligned(faces: Faces, where: str) -> None:
         warnings.warn(
             f"{where}: the mean of its pictures is like an aligned face by {likeness:.2f} (0.9 and "
             f"more for true crops). Are they {faces.crop} crops?",
-            UserWarning,
             stacklevel=3,
         )
 
@@ -186,7 +178,6 @@ def _check_order(faces: FileFaces, points: Tensor, where: str) -> None:
             warnings.warn(
                 f"{where}: the points of {len(wrong)} of {len(faces)} faces form no face, or are "
                 f"in another order, such as those of {faces.names[wrong[0]]!a}",
-                UserWarning,
                 stacklevel=4,
             )
         return

@@ -105,10 +105,7 @@ class Exclusion:
         threads: int | None,
         progress: bool,
     ) -> tuple[list[Match], tuple[Fault, ...]]:
-        """Matches, most similar first, and the evaluation photos that could not be compared.
-
-        What is embedded is kept in the folder: a search that was stopped goes on.
-        """
+        """Matches, most similar first, and the evaluation photos that could not be compared."""
         embed = partial(
             embed_faces,
             encoder=self.encoder,
@@ -152,12 +149,7 @@ def embed_faces(
     threads: int | None = None,
     progress: bool = True,
 ) -> tuple[Tensor, dict[int, Fault]]:
-    """Embeddings of length one, `[N, D]` on the CPU, of faces that are brought to a template.
-
-    They are made by the device that the encoder is on; faces that cannot be read or aligned have
-    zeros, and are told by index. What is embedded is kept in a folder, for a run that was stopped
-    to go on.
-    """
+    """Embeddings of length one, `[N, D]`, zeros for faces that fail, and these by index."""
     module = encoder if isinstance(encoder, nn.Module) else nn.Module()
     tensors = chain(module.parameters(), module.buffers())
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
@@ -173,6 +165,7 @@ def embed_faces(
     width = embed(torch.zeros(1, 3, *get_template(crop).size, dtype=torch.uint8)).shape[1]
     found = np.zeros((len(faces), width), dtype=np.float32)
     if keep_in is not None:
+        # a search that was stopped goes on from what is here
         path = keep_in / f"embeddings-{faces.content[:16]}.npy"
         found = kept_array(path, found.shape, np.float32)
     batches = [range(i, min(i + BATCH, len(faces))) for i in range(0, len(faces), BATCH)]

@@ -97,11 +97,7 @@ class PairList:
         self._seen.setdefault(pair, where)
 
     def finish(self, *, refold: bool = False) -> Pairs:
-        """The pairs taken, in the list's order.
-
-        `refold` cuts them into balanced folds, fewer where there are fewer than ten pairs of a
-        kind; else they keep the folds given. It is a DataError that not one is left.
-        """
+        """The pairs taken, in the folds given, or `refold`: in ten, or as many as a kind has."""
         if not self.rows:
             raise DataError(self.faults or [Fault(self.where, "there are no pairs")])
         first, second, same, fold = torch.tensor(self.rows, dtype=torch.int64).unbind(1)
@@ -114,15 +110,9 @@ class PairList:
 
 
 def read_lfw_pairs(table: Table, index: Mapping[str, int]) -> PairList:
-    """Read LFW's `pairs.txt` (View 2) or `pairsDevTrain.txt` (View 1).
-
-    The first line is the number of folds (View 1 leaves it out) and that of the same, and of the
-    different, pairs in each; then `Name 1 4` is images 1 and 4 of a person and `Name 1 Other 2` is
-    one image each of two.
-
-    Faults of single lines are collected; a DataError says that the number of pairs is not the one
-    announced, or that a line cannot be read.
-    """
+    """Read LFW's `pairs.txt` (View 2) or `pairsDevTrain.txt` (View 1); collects faults of pairs."""
+    # the first line is the number of folds, which View 1 leaves out, and of pairs of each kind in
+    # one; then `Name 1 4` is two images of a person, and `Name 1 Other 2` is one each of two
     if not table.rows:
         raise DataError([Fault(table.where, "the file is empty")])
     line, head = table.rows[0]
@@ -171,12 +161,8 @@ def index_of(names: Sequence[str]) -> dict[str, int]:
 
 
 def contiguous_folds(count: int, folds: int = FOLDS, remainder: Remainder = "first") -> Tensor:
-    """Cut a list of `count` pairs, in its order, into folds: int64 `[count]`, rising from 0.
-
-    Where it does not go evenly, `"first"` makes each of the first folds a pair longer
-    (scikit-learn's `KFold`, insightface), `"spread"` cuts at `i * count // folds` (the paper's
-    code).
-    """
+    """Cut a list of `count` pairs, in its order, into folds: int64 `[count]`, rising from 0."""
+    # the first folds are a pair longer in scikit-learn and insightface; "spread": the paper's code
     places = torch.arange(folds + 1)
     if remainder == "spread":
         cuts = places * count // folds
@@ -186,10 +172,7 @@ def contiguous_folds(count: int, folds: int = FOLDS, remainder: Remainder = "fir
 
 
 def balanced_folds(same: Tensor, folds: int = FOLDS) -> Tensor:
-    """Cut the pairs of each kind, bool `[P]`, into contiguous folds, in whatever order they come.
-
-    Gives the fold of each pair, int64 `[P]`; LFW's own on LFW's list.
-    """
+    """Cut the pairs of each kind, bool `[P]`, into contiguous folds, int64 `[P]`; LFW's on LFW."""
     fold = torch.empty(len(same), dtype=torch.int64)
     for kind in (same, ~same):
         fold[kind] = contiguous_folds(int(kind.sum()), folds)
@@ -237,6 +220,5 @@ def warn_of_doubles(data: EvaluationSet, where: str) -> None:
         warnings.warn(
             f"{len(doubles)} pairs of {where} are of one and the same picture under two names, "
             f"such as {first} and {second}",
-            UserWarning,
             stacklevel=3,
         )

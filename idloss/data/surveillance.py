@@ -188,7 +188,6 @@ class _Parts:
             warnings.warn(
                 f"{self.where(folder)} holds {len(members):,} images and the published set "
                 f"{count:,}: figures do not compare with those of others",
-                UserWarning,
                 stacklevel=3,
             )
         self.add(part, [(member, None) for member in members])

@@ -14,10 +14,7 @@ from idloss.data.files import DataError, Fault, Files, FolderFiles
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a text file.
-
-    `where` is the file, for messages; a row is the line's number, from 1, and its fields.
-    """
+    """Rows of the text file `where`: the number of the line, from 1, and its fields."""
 
     where: str
     rows: list[tuple[int, list[str]]]

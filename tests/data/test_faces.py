@@ -50,25 +50,30 @@ def test_tar_with_a_top_folder_equals_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "line", "what"),
+    ("row", "what"),
     [
-        (f"none.jpg,{NUMBERS},1", 3, "none.jpg is not in"),
-        ("b.jpg,1,2,3,4,5,6,7,8,9", 3, "expected ten finite coordinates"),
-        ("b.jpg,1,2,3,4,5,6,7,8,9,nan,1", 3, "expected ten finite coordinates"),
-        ("b.jpg,1,2,3,4,5,6,7,8,9,ten,1", 3, "could not convert string to float: 'ten'"),
-        (f"a.jpg,{NUMBERS},1", 3, "its points are given twice"),
-        (f"b.jpg,{NUMBERS}", 3, "expected 12 filled fields"),
-        (f"b.jpg,{NUMBERS},", 3, "expected 12 filled fields"),
+        (f"none.jpg,{NUMBERS},1", "none.jpg is not in"),
+        (f"../out.jpg,{NUMBERS},1", "../out.jpg is not in"),
+        (f"/etc/hostname,{NUMBERS},1", "/etc/hostname is not in"),
+        (f"./a.jpg,{NUMBERS},1", r"\./a\.jpg is the photo of a\.jpg once more"),
+        ("b.jpg,1,2,3,4,5,6,7,8,9", "expected ten finite coordinates"),
+        ("b.jpg,1,2,3,4,5,6,7,8,9,nan,1", "expected ten finite coordinates"),
+        ("b.jpg,1,2,3,4,5,6,7,8,9,ten,1", "could not convert string to float: 'ten'"),
+        (f"a.jpg,{NUMBERS},1", "its points are given twice"),
+        (f"b.jpg,{NUMBERS}", "expected 12 filled fields"),
+        (f"b.jpg,{NUMBERS},", "expected 12 filled fields"),
     ],
 )
-def test_faulty_rows_are_named_with_their_line(tmp_path, row, line, what):
-    path = folder(tmp_path, [f"a.jpg,{NUMBERS},1", row, f"c.jpg,{NUMBERS},2"])
-    with pytest.raises(DataError, match=rf"landmarks\.csv:{line}: .*{what}"):
+@pytest.mark.filterwarnings("ignore:.*has no line of 1 pictures")
+def test_faulty_rows_are_named_with_their_line(tmp_path, row, what):
+    write(tmp_path, {"out.jpg": jpeg()})
+    path = folder(tmp_path / "in", [f"a.jpg,{NUMBERS},1", row, f"c.jpg,{NUMBERS},2"])
+    with pytest.raises(DataError, match=rf"landmarks\.csv:3: .*{what}"):
         folder_faces(path)
     with pytest.warns(UserWarning, match="left out"):
         faces = folder_faces(path, skip_missing=True)
     assert faces.names == ("a.jpg", "c.jpg")
-    assert [fault.where.rpartition(":")[2] for fault in faces.skipped] == [str(line)]
+    assert [fault.where.rpartition(":")[2] for fault in faces.skipped] == ["3"]
 
 
 def test_headers_and_layouts_that_are_unknown(tmp_path):
@@ -188,15 +193,9 @@ def test_kaggles_celeba_says_what_is_missing(tmp_path):
         celeba_faces(write(tmp_path, files))
 
 
-def test_one_photo_under_two_names_and_pictures_without_a_line(tmp_path):
-    path = folder(tmp_path, [f"a.jpg,{NUMBERS},1", f"./a.jpg,{NUMBERS},1"])
-    with pytest.raises(DataError, match=r"csv:3: \./a\.jpg is the photo of a\.jpg once more"):
-        folder_faces(path)
+def test_pictures_without_a_line_and_second_tables_are_told(tmp_path):
     with pytest.warns(UserWarning, match=r"no line of 2 pictures, which are not taken.*'b\.jpg'"):
-        folder_faces(folder(tmp_path, [f"a.jpg,{NUMBERS},1"]))
-
-
-def test_pictures_beside_the_tables_folder_and_second_tables_are_told(tmp_path):
+        folder_faces(folder(tmp_path / "one", [f"a.jpg,{NUMBERS},1"]))
     folder(tmp_path / "one", [f"{n}.jpg,{NUMBERS},{n}" for n in "abc"])
     write(tmp_path, {"two/d.JFIF": jpeg()})
     with pytest.warns(UserWarning, match=r"no line of 1 pictures, .*'two/d\.JFIF'"):
@@ -212,14 +211,6 @@ def test_a_persons_number_in_two_spellings_is_told(tmp_path, other):
     rows = [f"{n}.jpg,{NUMBERS},{person}" for n, person in zip("abc", people, strict=True)]
     with pytest.raises(DataError, match=r"is the identity \S+ in another spelling"):
         open_faces(folder(tmp_path, rows))
-
-
-@pytest.mark.parametrize("other", ["../out.jpg", "/etc/hostname"])
-def test_rows_stay_in_their_folder(tmp_path, other):
-    write(tmp_path, {"out.jpg": jpeg()})
-    path = folder(tmp_path / "in", [f"a.jpg,{NUMBERS},1", f"{other},{NUMBERS},1"])
-    with pytest.raises(DataError, match=rf"csv:3: {other} is not in"):
-        folder_faces(path)
 
 
 def test_names_that_are_not_utf8_and_tables_that_are_not(tmp_path):

@@ -7,10 +7,10 @@ import os
 import pickle
 import struct
 import tarfile
-import threading
 import tracemalloc
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -49,11 +49,17 @@ def archive(request, folder, tmp_path):
     return path
 
 
+def encoded(picture, kind="PNG", **options):
+    """The file of an array `[H, W]` or `[H, W, 3]` or of a Pillow image."""
+    buffer = io.BytesIO()
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
 def jpeg(size=(100, 110), seed=0, **options):
     noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).resize(size).save(buffer, "JPEG", **options)
-    return buffer.getvalue()
+    return encoded(noise, "JPEG", **options)
 
 
 def packed(path, *members):
@@ -100,32 +106,19 @@ def test_folder_tar_and_memory_hold_the_same_files(folder, archive):
 
 def test_tar_is_shared_by_threads(archive):
     files = open_files(archive)
-    wrong = []
-
-    def read():
-        wrong.extend(
-            name for _ in range(20) for name in CONTENTS if files.read(name) != CONTENTS[name]
-        )
-
-    threads = [threading.Thread(target=read) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
-def _read_in_child(files, queue):
-    queue.put({name: files.read(name) for name in CONTENTS})
+    names = [*CONTENTS] * 160
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(files.read, names))
+    assert read == [CONTENTS[name] for name in names]
 
 
 def test_tar_goes_to_forked_workers(archive):
+    files = open_files(archive)
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
-    files = open_files(archive)
-    worker = context.Process(target=_read_in_child, args=(files, queue))
+    worker = context.Process(target=lambda: queue.put([files.read(name) for name in CONTENTS]))
     worker.start()
-    assert queue.get() == CONTENTS
+    assert queue.get() == [*CONTENTS.values()]
     worker.join()
     assert files.read("top/sub1/001.bin") == CONTENTS["top/sub1/001.bin"]
 
@@ -146,26 +139,22 @@ def test_cut_archives_are_refused_wherever_they_were_cut(archive, keep):
             TarFiles(archive)
 
 
-def test_cut_between_members_is_refused_too(tmp_path):
-    path = tmp_path / "cut.tar"
-    packed(path, ("a", b"x" * 512), ("b", b"x" * 512))
-    path.write_bytes(path.read_bytes()[:1024])
-    with pytest.raises(DataError, match=r"after a: no end-of-archive"):
-        TarFiles(path)
-
-
-@pytest.mark.parametrize("content", [b"", b"no tar at all" * 100])
-def test_what_is_no_tar_is_refused(tmp_path, content):
+def test_what_is_no_tar_and_cuts_between_members_are_refused(tmp_path):
     path = tmp_path / "odd.tar"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"odd\.tar: not a tar"):
-        TarFiles(path)
+    packed(path, ("a", b"x" * 512), ("b", b"x" * 512))
+    cut = path.read_bytes()[:1024]
+    for content, what in (
+        (b"", "not a tar"),
+        (b"no tar at all" * 100, "not a tar"),
+        (cut, "cut short or damaged after a: no end-of-archive"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"odd\.tar: {what}"):
+            TarFiles(path)
 
 
 def saved(mode, kind, **options):
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(jpeg())).convert(mode).save(buffer, kind, **options)
-    return buffer.getvalue()
+    return encoded(Image.open(io.BytesIO(jpeg())).convert(mode), kind, **options)
 
 
 @pytest.mark.parametrize(
@@ -193,10 +182,8 @@ def test_damaged_image_is_named(data):
 
 
 def test_deep_image_is_refused_rather_than_clipped():
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(buffer, "PNG")
     with pytest.raises(DataError, match="expected 8 bits a channel"):
-        decode_image(buffer.getvalue(), "deep.png")
+        decode_image(encoded(np.full((4, 4), 40000, np.uint16)), "deep.png")
 
 
 def test_golden_faces_decode_exactly(golden, shared):

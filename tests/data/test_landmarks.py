@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from data.test_faces import celeba, write
-from data.test_files import jpeg
+from data.test_files import encoded, jpeg
 from PIL import Image
 
 from idloss.data import (
@@ -34,12 +34,9 @@ def true_points(count=COUNT, seed=3):
     """Faces in photos of 100x110, as people's detectors give them: turned, and a little off."""
     rng = np.random.default_rng(seed)
     points = np.array(get_template("sphereface").points) - (48, 72)
-    turns = [
-        np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
-        for a in rng.normal(0, 0.3, count)
-    ]
-    points = np.stack([points @ turn for turn in turns]) + rng.normal(0, 1.5, (count, 5, 2))
-    return points + np.array([50, 60])
+    cos, sin = np.cos(angles := rng.normal(0, 0.3, count)), np.sin(angles)
+    turns = np.array([[cos, sin], [-sin, cos]]).transpose(2, 0, 1)
+    return points @ turns + rng.normal(0, 1.5, (count, 5, 2)) + (50, 60)
 
 
 def rows_of(points):
@@ -125,10 +122,8 @@ def scaled(faces, scale):
     contents = {}
     for member in faces.members:
         picture = Image.open(io.BytesIO(faces.files.read(member))).convert("RGB")
-        buffer = io.BytesIO()
         size = round(picture.width * scale), round(picture.height * scale)
-        picture.resize(size).save(buffer, "JPEG", quality=95)
-        contents[member] = buffer.getvalue()
+        contents[member] = encoded(picture.resize(size), "JPEG", quality=95)
     return replace(faces, files=MemoryFiles("scaled", contents))
 
 
@@ -139,13 +134,9 @@ def plain_faces(count=40):
     for index in range(count):
         cells = np.array(MEAN_FACE) + rng.normal(0, 3, (8, 6)) + 120
         photo = np.pad(cells.repeat(8, 0).repeat(8, 1), 84, mode="edge").clip(0, 255)
-        buffer = io.BytesIO()
-        Image.fromarray(photo.astype(np.uint8)).save(buffer, "PNG")
-        contents[f"{index}.png"] = buffer.getvalue()
+        contents[f"{index}.png"] = encoded(photo.astype(np.uint8))
     names = tuple(contents)
-    points = torch.tensor(get_template("sphereface").points, dtype=torch.float64) + torch.tensor(
-        [60, 52]
-    )
+    points = torch.tensor(get_template("sphereface").points).double() + torch.tensor([60, 52])
     files = MemoryFiles("plain", contents)
     return FileFaces(files, names, names, landmarks=points.repeat(count, 1, 1))
 
@@ -176,12 +167,8 @@ def test_points_of_the_photos_before_they_were_scaled(kind, scale, request, tmp_
 
 def test_points_of_photos_given_with_their_crops():
     faces = plain_faces()
-    crops = align_all(faces, progress=False).crops
-    contents = {}
-    for name, crop in zip(faces.names, crops, strict=True):
-        buffer = io.BytesIO()
-        Image.fromarray(crop.permute(1, 2, 0).numpy()).save(buffer, "PNG")
-        contents[name] = buffer.getvalue()
+    crops = align_all(faces, progress=False).crops.permute(0, 2, 3, 1).numpy()
+    contents = dict(zip(faces.names, map(encoded, crops), strict=True))
     aligned = replace(faces, files=MemoryFiles("crops", contents))
     with pytest.raises(DataError, match=r"^points\.csv: .*(is like a face by|lie outside)"):
         check_landmarks(aligned, "points.csv")

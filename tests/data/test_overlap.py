@@ -1,14 +1,13 @@
 """People in both training and evaluation data: against brute force, and on planted twins."""
 
-import io
 import pickle
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from data.test_files import encoded
 from data.test_preparation import thumbnail
-from PIL import Image
 
 from idloss.data import AlignedFaces, Exclusion, SyntheticFaces
 from idloss.data import overlap as overlap_module
@@ -142,11 +141,7 @@ def test_photos_of_nobody_known_are_compared_one_by_one(planted):
 def test_crops_of_a_bin_may_have_any_size(side, tmp_path):
     """Verification sets come as 112x112 crops, and as 128x128 or 160x160 ones."""
     crops = SyntheticFaces(4, 1, size=(side, side), crop="arcface").render(progress=False).crops
-    files = []
-    for crop in crops:
-        stream = io.BytesIO()
-        Image.fromarray(crop.permute(1, 2, 0).numpy()).save(stream, "PNG")
-        files.append(stream.getvalue())
+    files = [encoded(crop.permute(1, 2, 0).numpy()) for crop in crops]
     (tmp_path / "set.bin").write_bytes(pickle.dumps((files, [False, False])))
     evaluation = insightface_bin(tmp_path / "set.bin")
 

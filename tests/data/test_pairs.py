@@ -94,22 +94,6 @@ def test_what_a_pickle_sets_does_not_outlive_it(tmp_path):
     assert empty == b""
 
 
-def test_dotted_names_do_not_slip_through(tmp_path):
-    # STACK_GLOBAL lets a pickle ask for an attribute of an attribute
-    data = b"\x80\x04\x8c\x08builtins\x8c\x0fbytes.__class__\x93."
-    with pytest.raises(DataError, match=r"it asks for builtins\.bytes\.__class__"):
-        insightface_bin(bin_file(tmp_path, data))
-
-
-def test_arrays_of_objects_are_refused(tmp_path):
-    content = (IMAGES, np.array([Run(os.system, "true"), None], dtype=object))
-    with pytest.raises(DataError, match=r"tiny\.bin: .*(it asks for|not allowed)"):
-        insightface_bin(bin_file(tmp_path, content))
-    content = (np.array(IMAGES, dtype=object), SAME)
-    with pytest.raises(DataError, match=r"arrays of 'O8' are not allowed"):
-        insightface_bin(bin_file(tmp_path, content))
-
-
 @pytest.mark.parametrize(
     ("content", "what"),
     [
@@ -122,6 +106,10 @@ def test_arrays_of_objects_are_refused(tmp_path):
         (([], []), "0 images for 0 pairs"),
         (b"", "pickle exhausted before seeing STOP"),
         (b"garbage", ""),
+        # STACK_GLOBAL lets a pickle ask for an attribute of an attribute
+        (b"\x80\x04\x8c\x08builtins\x8c\x0fbytes.__class__\x93.", r"it asks for .*__class__"),
+        ((IMAGES, np.array([Run(os.system, "true"), None], object)), "(it asks for|.*not allowed)"),
+        ((np.array(IMAGES, dtype=object), SAME), "arrays of 'O8' are not allowed"),
         *((pickle.dumps((IMAGES, SAME))[:size], "") for size in (3000, 15000, 29000)),
     ],
 )

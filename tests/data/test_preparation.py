@@ -298,8 +298,9 @@ def test_people_of_the_evaluation_set_are_removed_and_listed(drawn, out, tmp_pat
     report.faces.verify(progress=False)
     # no pixel of them is left
     assert not np.load(out / "crops.npy")[[8, 9, 10, 11, 21]].any()
-    found = [(match.identity, match.photo, match.other) for match in report.matches]
-    assert found == [("2", None, "x"), ("5", "5/1", "y")]
+    found = {(match.identity, match.photo, match.other) for match in report.matches}
+    assert found == {("2", None, "x"), ("5", "5/1", "y")}  # equal but for the last digit
+    assert len(report.matches) == 2
     dropped = table(out / "dropped.csv")[1:]
     assert [row[0] for row in dropped] == gone
     assert dropped[0][1] == "also in bench: 2 is x there, cosine 1.00"
