@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import NamedTuple
 
 from idloss.data.faces import FileFaces, is_picture
 from idloss.data.files import DataError, Fault, Files, open_files, skip_or_raise
@@ -21,19 +20,10 @@ TEXT_FOLDERS = ("", "Anno/", "Eval/", "celeba/", "celeba/Anno/", "celeba/Eval/")
 IMAGE_FOLDERS = ("", "Img/", "celeba/", "celeba/Img/")
 
 
-class Layout(NamedTuple):
-    """An edition of CelebA: its landmark table, and the folders its photos are found in."""
-
-    landmarks: str
-    images: tuple[str, ...]
-
-
-def _layout(landmarks: str, images: str) -> Layout:
-    return Layout(landmarks, tuple(f"{above}{images}/" for above in IMAGE_FOLDERS))
-
-
-IN_THE_WILD = _layout("list_landmarks_celeba.txt", "img_celeba")
-ALIGNED = _layout("list_landmarks_align_celeba.txt", "img_align_celeba")
+WILD = "list_landmarks_celeba.txt"
+ALIGNED = "list_landmarks_align_celeba.txt"
+EDITIONS = {WILD: "img_celeba/", ALIGNED: "img_align_celeba/"}
+"""The folder of the photos by the table of their landmarks, the edition to prefer first."""
 
 
 def celeba_faces(
@@ -60,25 +50,25 @@ def celeba_faces(
     if split != "all" and split not in SPLITS:
         raise ValueError(did_you_mean("split", split, ["all", *SPLITS]))
     files = open_files(path)
-    layout = find_layout(files)
-    if layout is None:
+    if not (edition := find_layout(files)):
         if first_file(files, TEXT_FOLDERS, KAGGLE):
             remedy = (
-                f"Put {IDENTITIES} and {ALIGNED.landmarks} of the authors' Anno folder beside "
+                f"Put {IDENTITIES} and {ALIGNED} of the authors' Anno folder beside "
                 "img_align_celeba."
             )
             raise DataError([Fault(files.location, "Kaggle's tables have no identities")], remedy)
         raise FileNotFoundError(f"no CelebA in {files.location}; looked for {looked_for()}")
-    if layout is ALIGNED:
+    landmarks, folder = edition
+    if landmarks == ALIGNED:
         warnings.warn(
             f"{files.location} holds the aligned CelebA (img_align_celeba); the paper was trained "
             "on the photos in the wild (img_celeba), which have not been resampled once already",
             stacklevel=2,
         )
-    name = _required(files, layout.landmarks)
+    name = _required(files, landmarks)
     body = _body(read_table(files, name, separator=None))
     points = read_points(body)
-    members, faults = _photos(files, _images(files, layout))
+    members, faults = _photos(files, folder)
     faults += points.faults
     identities = _by_image(files, _required(files, IDENTITIES))
     parts = None if split == "all" else _by_image(files, _required(files, PARTITION))
@@ -99,7 +89,7 @@ def celeba_faces(
             names.append(image)
     listed = {cells[0] for _, cells in body.rows}
     faults += [
-        Fault(files.where(member), f"a photo that {layout.landmarks} has no line of")
+        Fault(files.where(member), f"a photo that {landmarks} has no line of")
         for image, member in members.items()
         if image not in listed
     ]
@@ -124,21 +114,18 @@ def _photos(files: Files, folder: str) -> tuple[dict[str, str], list[Fault]]:
     return members, faults
 
 
-def find_layout(files: Files) -> Layout | None:
-    """Which edition of CelebA is there, the one in the wild first."""
-    for layout in (IN_THE_WILD, ALIGNED):
-        if first_file(files, TEXT_FOLDERS, layout.landmarks) and _images(files, layout):
-            return layout
+def find_layout(files: Files) -> tuple[str, str] | None:
+    """The landmark table and the folder of photos of the edition of CelebA that is there."""
+    for landmarks, images in EDITIONS.items():
+        folders = (above + images for above in IMAGE_FOLDERS if any(files.names(above + images)))
+        if first_file(files, TEXT_FOLDERS, landmarks) and (folder := next(folders, None)):
+            return landmarks, folder
     return None
 
 
 def looked_for() -> str:
     """What makes a folder or an archive a CelebA, for messages."""
-    return " or ".join(f"{each.images[0]} with {each.landmarks}" for each in (IN_THE_WILD, ALIGNED))
-
-
-def _images(files: Files, layout: Layout) -> str:
-    return next((each for each in layout.images if next(iter(files.names(each)), None)), "")
+    return " or ".join(f"{images} with {landmarks}" for landmarks, images in EDITIONS.items())
 
 
 def _required(files: Files, name: str) -> str:

@@ -127,7 +127,7 @@ def scface(
     for subject in wanted:
         if subject not in gallery:
             parts.fault(f"subject {subject} has no mugshot", mugshots)
-    parts.add("gallery", [(gallery[subject], subject) for subject in people])
+    parts.parts["gallery"] = [(gallery[subject], subject) for subject in people]
     # the distances' folders and `surveillance_cameras_all` hold the same pictures
     pictures = {
         PurePosixPath(member).stem: member for member in parts.images("surveillance_cameras_")
@@ -137,7 +137,7 @@ def scface(
         for shot in shots.keys() - pictures.keys():
             parts.fault(f"there is no {shot}.jpg")
         found = sorted(shots.keys() & pictures.keys())
-        parts.add(f"d{distance}", [(pictures[shot], shots[shot]) for shot in found])
+        parts.parts[f"d{distance}"] = [(pictures[shot], shots[shot]) for shot in found]
     return parts.finish("scface", landmarks, crop, skip_missing=skip_missing)
 
 
@@ -175,10 +175,6 @@ class _Parts:
         inside = self.files.names(start if prefix.endswith("/") else self.base)
         return [name for name in inside if name.startswith(start) and is_picture(name)]
 
-    def add(self, part: str, members: Sequence[tuple[str, str | None]]) -> None:
-        """Take files with their identities."""
-        self.parts[part] = members
-
     def take_folder(self, part: str, folder: str, count: int | None = None) -> None:
         """Take all images of a folder, of nobody known; say if they are not `count`."""
         members = self.images(folder)
@@ -190,7 +186,7 @@ class _Parts:
                 f"{count:,}: figures do not compare with those of others",
                 stacklevel=3,
             )
-        self.add(part, [(member, None) for member in members])
+        self.parts[part] = [(member, None) for member in members]
 
     def take_list(self, part: str, folder: str, mat: str, key: str = "") -> None:
         """Take the images that a `.mat` lists (`KEY_set` and `KEY_ids`) from a folder."""
@@ -210,10 +206,9 @@ class _Parts:
         for name in sorted(there - set(names)):
             self.fault(f"{mat} does not list it", folder + name)
         listed = zip(names, identities, strict=True)
-        self.add(
-            part,
-            [(self.base + folder + n, _identity(number)) for n, number in listed if n in there],
-        )
+        self.parts[part] = [
+            (self.base + folder + n, _identity(number)) for n, number in listed if n in there
+        ]
 
     def require_mates(self, probes: str) -> None:
         """Probes said to be of somebody in the gallery must be."""
