@@ -69,8 +69,8 @@ def test_fits_equal_scikit_image(photos, template):
     wanted = np.array(TEMPLATES[template].points)
     forward, released = [], []
     for points in photos[1].numpy():
-        forward.append(transform.SimilarityTransform.from_estimate(points, wanted).params[:2])
-        back = transform.SimilarityTransform.from_estimate(wanted, points).params
+        forward.append(transform.estimate_transform("similarity", points, wanted).params[:2])
+        back = transform.estimate_transform("similarity", wanted, points).params
         released.append(np.linalg.inv(back)[:2])
     for fit, params in ((fit_similarity_forward, forward), (fit_similarity, released)):
         torch.testing.assert_close(

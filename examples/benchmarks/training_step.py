@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from idloss import HallucinationLoss, create_srnet
-from idloss.data import Faces, align_all, open_faces
+from idloss.data import FileFaces, align_all, open_faces
 from idloss.degradation import BicubicDegradation, draw_batch
 from idloss.geometry import get_template
 from idloss.resample import Size
@@ -58,9 +58,11 @@ class Case(NamedTuple):
         """Steps in all: a step is over when the next one begins."""
         return self.warmup + self.steps + 1
 
-    def photos(self) -> Faces:
+    def photos(self) -> FileFaces:
         """The faces."""
         found = open_faces(self.data)
+        if not isinstance(found, FileFaces):
+            raise TypeError(f"{self.data} holds crops, and the released way reads photos")
         return found.select(torch.arange(min(self.faces, len(found))))
 
     def networks(self) -> tuple[nn.Module, HallucinationLoss]:
@@ -153,7 +155,7 @@ def released_way(case: Case) -> Measured:
 class _ReleasedPhotos(Dataset[dict[int, Tensor]]):
     """Its `CelebADataset`: a photo at a time, aligned and made small with OpenCV."""
 
-    def __init__(self, faces: Faces) -> None:
+    def __init__(self, faces: FileFaces) -> None:
         self.faces = faces
 
     def __len__(self) -> int:

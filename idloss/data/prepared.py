@@ -44,9 +44,9 @@ COLUMNS = {
 HASH_BYTES = 16
 """128 bits: a hash tells damage and copies apart, nobody forges a training face."""
 UNREADABLE = (
-    OSError, EOFError, LookupError, TypeError, ValueError, OverflowError, RecursionError, csv.Error
+    OSError, EOFError, LookupError, TypeError, ValueError, RuntimeError, OverflowError, csv.Error
 )  # fmt: skip
-"""What reading a damaged file raises."""
+"""What reading a damaged file raises; RuntimeError: torch 2.8, for a number too large."""
 
 Bytes = NDArray[np.uint8]
 
