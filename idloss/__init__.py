@@ -1,5 +1,7 @@
 """idloss: face super-resolution that keeps the person."""
 
+__version__ = "0.1.0"  # first: those imported below have it too
+
 from idloss import fnets, srnets  # registers their models with timm
 from idloss.detection import create_detector
 from idloss.encoder import FaceEncoder
@@ -11,6 +13,7 @@ from idloss.losses import (
     register_image_loss,
 )
 from idloss.metrics import IdentitySimilarity, identity_similarity
+from idloss.pipeline import FacePipeline
 from idloss.registry import (
     create_fnet,
     create_srnet,
@@ -20,10 +23,9 @@ from idloss.registry import (
     register_srnet,
 )
 
-__version__ = "0.1.0"
-
 __all__ = [
     "FaceEncoder",
+    "FacePipeline",
     "HallucinationLoss",
     "IdentityPreservedLoss",
     "IdentitySimilarity",

@@ -1,0 +1,124 @@
+import pytest
+import torch
+from nets import TinySRNet, tiny_fnet
+from PIL import Image
+
+from idloss import FacePipeline, create_detector, weights
+from idloss.data.faces import decode_image
+from idloss.data.files import DataError, open_files
+from idloss.detection import Detections
+from idloss.geometry import align, get_template
+from idloss.pipeline import cut_face
+from idloss.resample import resize
+
+TEMPLATE = torch.tensor(get_template("sphereface").points)
+
+
+def photo(height=300, width=260):
+    """Smooth and nowhere alike."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([(x / 40).sin(), (y / 30).cos(), ((x + y) / 50).sin()]) * 0.4 + 0.5
+
+
+class Pointing:
+    """A detector that says what it is told, of every photo."""
+
+    def __init__(self, *faces):
+        self.points = torch.stack(faces) if faces else torch.zeros(0, 5, 2)
+
+    def __call__(self, images):
+        boxes = (
+            torch.cat((self.points.amin(1), self.points.amax(1)), 1)
+            if len(self.points)
+            else (torch.zeros(0, 4))
+        )
+        return [Detections(boxes, torch.ones(len(boxes)), self.points) for _ in images]
+
+
+def pipeline(*faces, **options):
+    return FacePipeline(Pointing(*faces), TinySRNet(), tiny_fnet(), device="cpu", **options)
+
+
+@pytest.mark.parametrize(
+    ("zoom", "size"),
+    [(1.0, (112, 96)), (0.6, (112, 96)), (0.49, (56, 48)), (0.24, (28, 24)), (0.03, (7, 6))],
+)
+def test_crops_have_the_pixels_of_the_face(zoom, size):
+    image, points = photo(), TEMPLATE * zoom + 40
+    crop = cut_face(image, points, "sphereface")
+    assert crop.shape == (3, *size)
+    whole = align(image[None], points[None], "sphereface")
+    shrunk = resize(whole, size, convention="antialias")[0]
+    torch.testing.assert_close(crop, shrunk, atol=0.01, rtol=0)
+
+
+def test_large_faces_are_antialiased():
+    fine = torch.rand(1, 3, 600, 500, generator=torch.Generator().manual_seed(0))
+    plain = align(fine, (TEMPLATE * 5)[None])[0]
+    crop = cut_face(fine[0], TEMPLATE * 5, "sphereface")
+    assert crop.std() < 0.4 * plain.std()
+    smooth = photo(600, 500)
+    wanted = align(smooth[None], (TEMPLATE * 5 + 2)[None])[0]
+    inner = (slice(None), slice(2, -2), slice(2, -2))
+    crop = cut_face(smooth, TEMPLATE * 5 + 2, "sphereface")
+    torch.testing.assert_close(crop[inner], wanted[inner], atol=0.02, rtol=0)
+
+
+def test_from_photo_to_picture_and_embedding():
+    faces = [TEMPLATE * zoom + place for zoom, place in ((1.1, 20), (0.2, 150), (0.15, 200))]
+    run = pipeline(*faces)
+    one, other = run([photo(), (photo() * 255).byte()])
+    assert [crop.shape[1] for crop in one.crops] == [112, 28, 28]
+    assert one.pictures.shape == (3, 3, 448, 384)
+    assert one.embeddings.shape == (3, 16)
+    torch.testing.assert_close(one.embeddings, other.embeddings, atol=0.05, rtol=0)
+    crop = cut_face(photo(), faces[0], "sphereface")[None]
+    torch.testing.assert_close(one.embeddings[0], run.encoder(crop)[0])
+    small = run.srnet(cut_face(photo(), faces[2], "sphereface")[None])
+    torch.testing.assert_close(one.embeddings[2], run.encoder(small)[0])
+    assert pipeline(*faces, size=(56, 48))(photo())[0].pictures.shape == (3, 3, 56, 48)
+
+
+def test_no_face_and_what_is_no_face():
+    (nothing,) = pipeline()(photo())
+    assert len(nothing) == 0
+    assert nothing.embeddings.shape == (0, 16)
+    line = torch.stack([torch.arange(5.0), torch.arange(5.0)], 1) * 9
+    with pytest.warns(UserWarning, match="a face is left out: .* lie on one line"):
+        (kept,) = pipeline(line, TEMPLATE + 30)(photo())
+    assert len(kept) == len(kept.found) == 1
+
+
+def test_files(tmp_path):
+    """Grey, alpha, turned by its EXIF; 16 bits and damaged ones are refused by name."""
+    pixels = (photo() * 255).byte().permute(1, 2, 0).numpy()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
+    Image.fromarray(pixels).convert("RGBA").save(tmp_path / "alpha.png")
+    run = pipeline(TEMPLATE + 30)
+    turned, grey, alpha, plain = run(
+        [*(tmp_path / f"{name}.png" for name in ("turned", "grey", "alpha")), photo()]
+    )
+    sideways = photo().flip(1).transpose(1, 2)
+    torch.testing.assert_close(turned.crops, run(sideways)[0].crops, atol=1, rtol=0)
+    torch.testing.assert_close(alpha.crops, plain.crops, atol=1, rtol=0)
+    assert (grey.crops[0][0] == grey.crops[0][2]).all()
+    Image.fromarray(pixels[..., 0].astype("uint16")).save(tmp_path / "deep.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "grey.png").read_bytes()[:300])
+    for name, said in (("deep", "expected 8 bits"), ("cut", "unreadable"), ("gone", "No such")):
+        with pytest.raises(DataError, match=rf"{name}\.png: {said}"):
+            run(tmp_path / f"{name}.png")
+
+
+def test_real_photos(shared, tmp_path):
+    for part in ("pnet", "rnet", "onet"):
+        path = shared(f"weights/mtcnn/{part}.pt")
+        weights.add(f"mtcnn_{part}.widerface", path, cache_dir=tmp_path)
+    files, name = open_files(shared("data/lfw.tar")), "lfw/Aaron_Peirsol/Aaron_Peirsol_0001.jpg"
+    image = resize(decode_image(files.read(name), name), (56, 56), convention="antialias")
+    detector = create_detector("mtcnn", cache_dir=tmp_path)
+    (faces,) = FacePipeline(detector, "edsr16_64_id", tiny_fnet(), device="cpu")(image)
+    assert [crop.shape for crop in faces.crops] == [(3, 28, 24)]
+    assert faces.pictures.float().std() > 30
