@@ -57,7 +57,8 @@ class FacePipeline:
     Args:
         detector: Name of a detector, or one.
         srnet: Name of an SRNet, or a module from RGB [0, 1] to enlarged RGB.
-        fnet: Name of an FNet, a module, or a `FaceEncoder`, which is used as it is.
+        fnet: Name of an FNet, a module, or a `FaceEncoder`, which is used as it is; None for
+            pictures alone, and embeddings `[N, 0]`.
         crop: Template that faces are aligned to; None for the SRNet's own, or sphereface.
         size: Rows and columns of the pictures; None for four times the template's.
         device: `"auto"`, `"cpu"`, `"cuda"`, ...
@@ -71,7 +72,7 @@ class FacePipeline:
         self,
         detector: str | Detector = "mtcnn",
         srnet: str | nn.Module = "edsr16_64_id",
-        fnet: str | nn.Module = "mobilefacenet",
+        fnet: str | nn.Module | None = "mobilefacenet",
         *,
         crop: str | Template | None = None,
         size: tuple[int, int] | None = None,
@@ -85,9 +86,9 @@ class FacePipeline:
         own: str | Template | None = getattr(self.srnet, "crop", None)
         self.template = get_template(crop or own or "sphereface")
         encoder = fnet
-        if not isinstance(encoder, FaceEncoder):
+        if encoder is not None and not isinstance(encoder, FaceEncoder):
             encoder = FaceEncoder(encoder, crop=self.template, interpolation="bicubic")
-        self.encoder = encoder.to(self.device).eval()
+        self.encoder = None if encoder is None else encoder.to(self.device).eval()
         rows, columns = self.template.size
         self.size = (rows * _SCALE, columns * _SCALE) if size is None else size
 
@@ -127,14 +128,16 @@ class FacePipeline:
             except ValueError as error:  # noqa: PERF203 -- each face may be none
                 warnings.warn(f"a face is left out: {error}", UserWarning, stacklevel=4)
         pictures = torch.zeros(len(kept), 3, *self.size, dtype=torch.uint8)
-        embeddings = torch.zeros(len(kept), self.encoder.num_features)
+        width = 0 if self.encoder is None else self.encoder.num_features
+        embeddings = torch.zeros(len(kept), width)
         for size in {crop.shape for crop in crops}:
             alike = [place for place, crop in enumerate(crops) if crop.shape == size]
             for part in (alike[at : at + _BATCH] for at in range(0, len(alike), _BATCH)):
                 lr = torch.stack([crops[place] for place in part]).to(self.device)
                 sr = self.srnet(lr).clamp(0, 1)
-                full = tuple(size[1:]) == self.template.size
-                embeddings[part] = self.encoder(lr if full else sr).float().cpu()
+                if self.encoder is not None:
+                    full = tuple(size[1:]) == self.template.size
+                    embeddings[part] = self.encoder(lr if full else sr).float().cpu()
                 shrinks = sr.shape[-2] > self.size[0] or sr.shape[-1] > self.size[1]
                 shown = resize(sr, self.size, convention="antialias" if shrinks else "cv2")
                 pictures[part] = to_uint8(shown).cpu()
