@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +28,9 @@ NO_PART = "Copy it from the published set; TinyFace can do with distractors=Fals
 MUGSHOTS = ("mugshot_frontal_cropped_all/", "mugshot_frontal_original_all/")
 CAMERAS = range(1, 6)
 """Those by daylight; 6, 7 and 8 are infrared (Grgic et al. 2011)."""
+
+MOST_CELLS = 10_000_000
+"""Of a Matlab list: far more than any published one has."""
 
 StrPath = str | os.PathLike[str]
 
@@ -258,11 +262,13 @@ class _Parts:
     def read_mat(self, name: str, key: str) -> Any:
         """One variable of a Matlab file, an array."""
         try:
-            from scipy.io import loadmat
+            from scipy.io import loadmat, whosmat
         except ImportError as error:
             raise ImportError("the lists are Matlab files: pip install 'idloss[eval]'") from error
         data = io.BytesIO(self.files.read(self.base + name))
         try:
+            if any(math.prod(shape) > MOST_CELLS for _, shape, _ in whosmat(data)):
+                raise ValueError(f"over {MOST_CELLS:,} cells")  # noqa: TRY301
             content: Mapping[str, Any] = loadmat(data, variable_names=[key])
         except Exception as error:  # what a damaged file makes scipy raise is not told
             what = f"no readable Matlab file ({error})"

@@ -92,12 +92,14 @@ def test_tinyface_with_points(tiny, tmp_path):
             tinyface(tiny, landmarks=table)
 
 
-@pytest.mark.parametrize("damage", ["cut", "garbage", "other", "count"])
+@pytest.mark.parametrize("damage", ["cut", "garbage", "other", "count", "bomb"])
 def test_damaged_list_is_named(tiny, damage):
     path = tiny / "probe_img_ID_pairs.mat"
     data = path.read_bytes()
     if damage == "other":
         save(path, something=np.ones(3))
+    elif damage == "bomb":
+        save(path, probe_set=np.zeros(10_000_001, dtype=np.uint8))
     elif damage == "count":
         column = np.array([["12_7.jpg"], ["1_9.jpg"]], dtype=object)
         save(path, probe_set=column, probe_ids=np.array([[12]]))

@@ -1,5 +1,6 @@
 import csv
 import io
+import itertools
 import json
 import os
 import zipfile
@@ -203,6 +204,7 @@ def claiming(shape):
         (claiming(f"({10**12},)"), ""),
         (claiming(f"({10**30},)"), ""),
     ],
+    ids=itertools.count(),  # the bytes hold the time
 )
 def test_hostile_arrays_are_refused(saved, monkeypatch, sidecar, says):
     monkeypatch.setattr(results_module, "_MOST_BYTES", 1 << 20)
