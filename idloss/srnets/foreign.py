@@ -163,7 +163,7 @@ def spandrel(
         if cfg.file and Path(cfg.file).is_file():
             descriptor = loader.load_from_file(cfg.file)
         else:
-            descriptor = loader.load_from_state_dict(find_tensors(cfg, place, False, cache_dir))
+            descriptor = loader.load_from_state_dict(find_tensors(cfg, place, cache_dir))
     except OSError:
         raise
     except Exception as error:  # whatever a damaged file makes it raise

@@ -101,10 +101,7 @@ class Weights:
     size: int | None = None
 
     def pretrained_cfg(self, **shared: Any) -> dict[str, Any]:
-        """What timm's `PretrainedCfg` has a place for.
-
-        The `url` makes `list_models(pretrained=True)` list the model. Loading never follows it.
-        """
+        """What timm's `PretrainedCfg` has a place for; `url` is for its lists, never followed."""
         about = (self.description, f"Trained on {self.training_data}.", self.trained_by)
         return {
             **shared,
@@ -240,8 +237,7 @@ def fetch(name: str, *, cache_dir: CacheDir = None, force: bool = False) -> Path
                 checkpoint = weights.source.assemble(paths, scratch, name)
                 about = {"idloss.key": key, "source": weights.source.pieces[0].url}
                 about["source_hash"] = weights.source.fingerprint(cache, name)
-                tensors = _adapted(checkpoint, weights, name)
-                save_tensors(tensors, target, _about(name, weights) | about)
+                _save_adapted(checkpoint, target, weights, name, about)
     return target
 
 
@@ -262,13 +258,13 @@ def _is_made(target: Path, key: str) -> bool:
     return (verified_metadata(target) or {}).get("idloss.key") == key
 
 
-def _about(name: str, weights: Weights) -> dict[str, str]:
-    return {
-        "idloss.name": name,
-        "licence": weights.licence,
-        "training_data": weights.training_data,
-        "adapter": _adapter_name(weights),
-    }
+def _save_adapted(
+    checkpoint: Path, target: Path, weights: Weights, name: str, about: Mapping[str, str]
+) -> None:
+    """Write what a checkpoint in the released layout holds in ours, with what is known of it."""
+    told = {"idloss.name": name, "licence": weights.licence}
+    told |= {"training_data": weights.training_data, "adapter": _adapter_name(weights)}
+    save_tensors(_adapted(checkpoint, weights, name), target, {**told, **about})
 
 
 def _adapter_name(weights: Weights) -> str:
@@ -329,8 +325,7 @@ def convert(name: str, path: str | os.PathLike[str], target: str | os.PathLike[s
         NotAsPromisedError: If the checkpoint has another layout, or wants to run code.
     """
     name, weights, _ = _look_up(name, None)
-    tensors = _adapted(Path(path), weights, name)
-    save_tensors(tensors, Path(target), _about(name, weights) | {"source": str(path)})
+    _save_adapted(Path(path), Path(target), weights, name, {"source": str(path)})
     return Path(target)
 
 
@@ -414,10 +409,9 @@ def _renamed(state_dict: StateDict, prefixes: Mapping[str, str | None]) -> _Stat
 
 
 # --- adapters ------------------------------------------------------------------------------------
-# Every adapter is a pure function of a state dict. It lists the keys that a checkpoint of its kind
-# has; a key too many or too few is an error that names it, so that a wrong file is never half
-# loaded. BGR ends here: networks that took BGR get the input channels of their first convolution
-# reversed, and an SR network the output channels of its last one too.
+# Pure functions of a state dict, which list the keys that a checkpoint of their kind has: one too
+# many or too few is an error that names it, so that a wrong file is never half loaded. BGR ends
+# here, on the way in and (of an SRNet) on the way out.
 
 
 def layer_keys(theirs: str, ours: str, entries: Iterable[str] = CONV) -> dict[str, str]:
@@ -453,8 +447,7 @@ def with_counters(state_dict: StateDict) -> _StateDict:
 def reverse_input(state_dict: _StateDict, layer: str) -> _StateDict:
     """Make a first convolution that takes BGR take RGB."""
     weight = f"{layer}.weight"
-    if state_dict[weight].shape[1] != 3:
-        taken = state_dict[weight].shape[1]
+    if (taken := state_dict[weight].shape[1]) != 3:
         raise ValueError(f"{weight} takes {taken} channels, where the order of 3 was to be changed")
     return {**state_dict, weight: state_dict[weight].flip(1)}
 
@@ -508,9 +501,8 @@ def build_model(
         kwargs["img_size"] = (size, size)
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     name = f"{variant}.{cfg.tag}" if cfg.tag else variant
-    ours = _is_ours(cfg, name)
-    tensors = find_tensors(cfg, name, ours, cache_dir) if pretrained else None
-    published = ours or cfg.source in ("hf-hub", "local-dir")
+    tensors = find_tensors(cfg, name, cache_dir) if pretrained else None
+    published = _is_ours(cfg, name) or cfg.source in ("hf-hub", "local-dir")
     told = {
         key: value
         for key, value in vars(cfg).items()
@@ -539,11 +531,9 @@ def _is_ours(cfg: PretrainedCfg, name: str) -> bool:
     return name in _registered and cfg.url == _registered[name].source.pieces[0].url
 
 
-def find_tensors(
-    cfg: PretrainedCfg, name: str, ours: bool, cache_dir: CacheDir
-) -> Mapping[str, Tensor]:
+def find_tensors(cfg: PretrainedCfg, name: str, cache_dir: CacheDir) -> StateDict:
     """The state dict that a `PretrainedCfg` leads to."""
-    if ours:
+    if _is_ours(cfg, name):
         return load_checkpoint(fetch(name, cache_dir=cache_dir), name)
     if cfg.state_dict:
         return dict(cfg.state_dict)
