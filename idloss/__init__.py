@@ -3,6 +3,7 @@
 __version__ = "0.1.0"  # first: those imported below have it too
 
 from idloss import fnets, srnets  # registers their models with timm
+from idloss.create import create_fnet, create_srnet
 from idloss.detection import create_detector
 from idloss.encoder import FaceEncoder
 from idloss.geometry import Template, register_template
@@ -14,14 +15,7 @@ from idloss.losses import (
 )
 from idloss.metrics import IdentitySimilarity, identity_similarity
 from idloss.pipeline import FacePipeline
-from idloss.registry import (
-    create_fnet,
-    create_srnet,
-    list_fnets,
-    list_srnets,
-    register_fnet,
-    register_srnet,
-)
+from idloss.registry import list_fnets, list_srnets, register_fnet, register_srnet
 
 __all__ = [
     "FaceEncoder",

@@ -18,19 +18,13 @@ from huggingface_hub.utils.tqdm import tqdm
 from timm.models import get_pretrained_cfg, model_entrypoint, split_model_name_tag
 from torch.utils.flop_counter import FlopCounterMode
 
+from idloss.create import create_fnet, create_srnet, published_config
 from idloss.errors import did_you_mean
 from idloss.evaluation import Cell, Results, paper_table
 from idloss.evaluation.results import Record, markdown_table, metric_title
 from idloss.evaluation.statistics import Estimate
 from idloss.geometry import get_template
-from idloss.registry import (
-    create_fnet,
-    create_srnet,
-    list_fnets,
-    list_srnets,
-    published_config,
-    timms_name,
-)
+from idloss.registry import list_fnets, list_srnets, timms_name
 from idloss.weights.files import NotFoundError, written_whole
 from idloss.weights.loading import fetch, find_kept, get_weights
 from idloss.weights.sources import zoo_folder, zoo_models

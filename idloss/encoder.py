@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from idloss.create import create_fnet, describe_output
 from idloss.geometry import Template, convert_crop, get_template
-from idloss.registry import create_fnet, describe_output
 from idloss.resample import ImageWatch, check_images, has_values, resize
 
 Interpolation = Literal["bicubic", "bilinear", "nearest"]

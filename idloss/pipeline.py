@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from idloss.create import create_srnet
 from idloss.data.faces import decode_image
 from idloss.data.files import read_file
 from idloss.detection import Detections, Detector, create_detector
 from idloss.encoder import FaceEncoder, resolve_device
 from idloss.geometry import Template, fit_similarity, get_template, warp
-from idloss.registry import create_srnet
 from idloss.resample import resize, to_float, to_uint8
 
 _SCALE = 4  # of pictures over templates, and of most SRNets: 448x384 for sphereface

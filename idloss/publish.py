@@ -24,8 +24,9 @@ from idloss.catalogue import (
     result_tables,
     zoo_results,
 )
+from idloss.create import create_fnet, create_srnet, published_config
 from idloss.evaluation import HR, Results
-from idloss.registry import create_fnet, create_srnet, list_fnets, list_srnets, published_config
+from idloss.registry import list_fnets, list_srnets
 from idloss.weights.files import NotAllowedError, TryAgain, UnreachableError
 from idloss.weights.sources import hub_errors, offline
 

@@ -1,25 +1,18 @@
-"""Which of timm's models are FNets and which are SRNets, and how to make one from its name.
+"""Which of timm's models are FNets and which are SRNets, and the crops that they take.
 
 Models live in timm's registry. This module remembers only what timm has no place for: a model's
-kind and the face template that its crops are aligned to.
+kind and the face template that its crops are aligned to. `idloss.create` makes networks of them.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatch
-from numbers import Real
-from pathlib import Path
 from typing import Any, TypeVar, overload
 
-import timm
 import torch
 from timm.models import (
-    get_pretrained_cfg,
     is_model,
     list_models,
     model_entrypoint,
@@ -31,46 +24,30 @@ from torch import nn
 from idloss.errors import did_you_mean, some_of
 from idloss.geometry import TEMPLATES, Template, get_template
 from idloss.plugins import load_plugins
-from idloss.weights.files import (
-    NotAsPromisedError,
-    NotFoundError,
-    TryAgain,
-    WeightsError,
-    checkpoint_in,
-    load_checkpoint,
-    without_prefixes,
-)
-from idloss.weights.loading import ChannelOrder, Keys, build_model, load_own, reverse_input
-from idloss.weights.sources import (
-    ask_hub,
-    hub_errors,
-    hub_file,
-    reach_hub,
-    zoo_folder,
-    zoo_models,
-)
+from idloss.weights.files import NotFoundError
+from idloss.weights.loading import ChannelOrder, build_model, reverse_input
 
 _EntryPoint = TypeVar("_EntryPoint", bound=Callable[..., nn.Module])
-
-_HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
-_SPANDREL = "spandrel:"  # a file follows, without which nothing can be built
-_NORMALISATION = ("input_size", "mean", "std")
-_INPUT_EXAMPLE = "input_size=(3, 112, 112), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)"
 
 # What timm.create_model hands on of its own, if only to say that there is none.
 _TIMMS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_model_args")
 
-_fnet_crops: dict[str, str | Template | None] = {}  # architecture -> template, None: stretched
+fnet_crops: dict[str, str | Template | None] = {}
+"""Templates of the FNets by architecture; None if crops are stretched."""
+
+srnet_crops: dict[str, str | Template] = {}
+"""Templates of the SRNets by architecture."""
+
 _bgr: set[str] = set()  # architectures of FNets whose own weights take BGR
-_srnet_crops: dict[str, str | Template] = {}
 
 SRNET_CROP = "sphereface"
 """The crop of an SRNet that says nothing: 112x96 (paper, section 4.1)."""
 
-_BRING_YOUR_OWN = (
+YOUR_OWN = (
     "\nYour own: a module, 'local-dir:FOLDER', 'hf-hub:OWNER/NAME', 'timm/BACKBONE', or "
     "create_fnet(KNOWN, checkpoint=FILE)"
 )
+"""The end of an error about an FNet whose name is not known."""
 
 # What create_srnet calls them, which are no names to claim among all models of timm.
 _BASELINES = {
@@ -107,12 +84,12 @@ def register_fnet(
     Raises:
         ValueError: If no template is called `crop`, or another model has the name.
     """
-    template = _checked_crop(crop) if crop is not None else None
-    _check_order(channel_order)
+    template = checked_crop(crop) if crop is not None else None
+    check_order(channel_order)
 
     def register(entry_point: _EntryPoint) -> _EntryPoint:
         _register(entry_point, channel_order)
-        _fnet_crops[entry_point.__name__] = template
+        fnet_crops[entry_point.__name__] = template
         return entry_point
 
     return register if fn is None else register(fn)
@@ -141,11 +118,11 @@ def register_srnet(
     Raises:
         ValueError: If no template is called `crop`, or another model has the name.
     """
-    template = _checked_crop(crop)
+    template = checked_crop(crop)
 
     def register(entry_point: _EntryPoint) -> _EntryPoint:
         _register(entry_point)
-        _srnet_crops[entry_point.__name__] = template
+        srnet_crops[entry_point.__name__] = template
         return entry_point
 
     return register if fn is None else register(fn)
@@ -177,7 +154,7 @@ def _forgiving(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
                 if pretrained and source is None:
                     return _trained(fn, {**handed, **kwargs})
                 model = fn(pretrained=pretrained, **handed, **kwargs)
-                if not pretrained or source == _cfg_of(model).get("source"):
+                if not pretrained or source == cfg_of(model).get("source"):
                     return model
             except TypeError as error:
                 if not any(repr(key) in str(error) for key in handed):
@@ -200,7 +177,7 @@ def _reversing(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         # what was saved from here, or given in place of its own, takes RGB
         saved = isinstance(cfg, dict) and cfg.get("source") in ("hf-hub", "local-dir")
         if pretrained and not saved and not overlay.keys() & {"file", "state_dict"}:
-            _reverse_first(model, fn.__name__)
+            reverse_first(model, fn.__name__)
         return model
 
     return entry_point
@@ -250,7 +227,7 @@ def list_fnets(
     Returns:
         Their names, in timm's order.
     """
-    return _listed(_fnet_crops, filter, pretrained)
+    return _listed(fnet_crops, filter, pretrained)
 
 
 def list_srnets(
@@ -267,157 +244,34 @@ def list_srnets(
     Returns:
         Their names.
     """
-    return _listed(_srnet_crops, filter, pretrained)
+    return _listed(srnet_crops, filter, pretrained)
 
 
 def _listed(
     registered: Collection[str], wanted: str | Sequence[str], pretrained: bool
 ) -> list[str]:
     load_plugins()
-    every = [name for name in list_models(pretrained=pretrained) if name != _SPANDREL[:-1]]
+    # nothing can be built of "spandrel" alone
+    every = [name for name in list_models(pretrained=pretrained) if name != "spandrel"]
     patterns = [wanted] if isinstance(wanted, str) else wanted
     names = [_BASELINES.get(n, n) for n in every if split_model_name_tag(n)[0] in registered]
     return [name for name in names if any(fnmatch(name, pattern or "*") for pattern in patterns)]
 
 
-def create_fnet(
-    fnet: str | nn.Module,
-    *,
-    pretrained: bool = False,
-    checkpoint: str | os.PathLike[str] | None = None,
-    keys: Keys = None,
-    channel_order: ChannelOrder | None = None,
-    crop: str | Template | None = "auto",
-    input_size: tuple[int, int, int] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    **kwargs: Any,
-) -> nn.Module:
-    """Make a face recogniser that says what it takes and what it gives.
-
-    A `"timm/..."` backbone loses its classification head. A model of the Hub or of a folder is
-    taken as it was published, because many face recognisers end in a linear layer that *is* the
-    embedding; `num_classes=0` strips it.
-
-    Args:
-        fnet: A registered FNet (`"sface"`, `"sface.casia_webface"`), one in the zoo's folder, any
-            timm model (`"timm/resnet18"`), `"hf-hub:owner/name"` (or `owner/name@revision`),
-            `"local-dir:path"`, or a module from normalised RGB `[B, 3, H, W]` to embeddings
-            `[B, D]`.
-        pretrained: Load the weights; has no effect on a module.
-        checkpoint: File of your own, or folder with one, in place of published weights: safetensors
-            or what `torch.save` wrote, of which every tensor must fit; no code in it is run.
-        keys: How its keys become the network's: prefixes to replace (`{"backbone.": "", "head.":
-            None}`, where None leaves out), or a function of the state dict. None: they are the
-            network's own, or those of a checkpoint that the architecture was published with.
-        channel_order: `"rgb"` or `"bgr"`: what the checkpoint, the published folder or the module
-            takes. None: as published with these keys, else RGB. The network returned takes RGB.
-        crop: Template of the crops the network takes, `None` if crops are stretched to its input.
-            `"auto"`: what it was registered with, else the template whose size is its input's.
-        input_size: `(3, H, W)` of the input; like `mean` and `std` it replaces what the network's
-            `pretrained_cfg` says, and must be given for a module that has none.
-        mean: Mean of RGB [0, 1] that the input is normalised with.
-        std: Standard deviation likewise.
-        **kwargs: Passed on to the entry point through `timm.create_model`.
-
-    Returns:
-        The network, with `num_features` (the D of its embeddings), `pretrained_cfg` (with
-        `input_size`, `mean`, `std`) and `crop`.
-
-    Raises:
-        TypeError: If `fnet` is neither a name nor a module, or options are given with a module.
-        ValueError: If the name or the crop is unknown, a module says nothing of its input, or a
-            checkpoint may take RGB or BGR.
-        WeightsError: If weights cannot be had, or do not fit.
-    """
-    if crop not in (None, "auto"):
-        crop = _checked_crop(crop)
-    fnet = _at_home(fnet) if isinstance(fnet, str) else fnet
-    _check_order(channel_order or "rgb")
-    given = {"checkpoint": checkpoint, "keys": keys}
-    if keys is not None and checkpoint is None:
-        raise TypeError("keys= tells of the keys in a checkpoint=, and none is given")
-    model = _built(fnet, "FNet", kwargs | {key: value for key, value in given.items() if value})
-    with _naming(fnet):
-        if model is None:
-            load_plugins()
-            model = _build_fnet(str(fnet), pretrained and checkpoint is None, kwargs)
-            if checkpoint is not None:
-                channel_order = load_own(model, checkpoint, str(fnet), keys, channel_order)
-            elif channel_order == "bgr":
-                _refuse_reversal(str(fnet))
-            if channel_order == "bgr":
-                _reverse_first(model, str(fnet))
-        elif channel_order == "bgr":
-            model = _TakesBGR(model)
-        if (arch := str(_cfg_of(model).get("architecture"))) in _srnet_crops:
-            raise ValueError(f"this is no FNet{_other_kind(arch, arch, 'FNet')}")
-        _describe_input(model, kwargs.get("img_size"), input_size=input_size, mean=mean, std=std)
-        _describe_output(model)
-        model.crop = _resolve_crop(model, crop)  # type: ignore[assignment]
-    return model
-
-
-def create_srnet(
-    srnet: str | nn.Module,
-    *,
-    pretrained: bool = False,
-    crop: str | Template = "auto",
-    **kwargs: Any,
-) -> nn.Module:
-    """Make a super-resolution network that says in which crop it works.
-
-    Args:
-        srnet: A registered SRNet (`"edsr16_64"`, `"bicubic"`), any name that `create_fnet` takes
-            but `"timm/..."`, `"spandrel:file.pth"` for what spandrel loads (with its weights), or a
-            module, which is returned as it is; `srnets.Restorer` fits in those of 512x512.
-        pretrained: Load the weights; has no effect on a module.
-        crop: Template of the crops that it makes. `"auto"`: what it was saved or registered with.
-        **kwargs: Passed on to the entry point, such as `scale=8`.
-
-    Returns:
-        The network: RGB `[B, 3, H, W]` in [0, 1] to RGB of `scale` times the size. Its `crop` is
-        what evaluation and training follow; a module without one works in `"sphereface"`.
-
-    Raises:
-        TypeError: If `srnet` is neither a name nor a module, or options are given with a module.
-        ValueError: If the name or the crop is unknown.
-    """
-    model = _built(srnet, "SRNet", kwargs)
-    told: Mapping[str, Any] = {}
-    if model is not None:
-        if (arch := str(_cfg_of(model).get("architecture"))) in _fnet_crops:
-            raise ValueError(f"this is no SRNet{_other_kind(arch, arch, 'SRNet')}")
-    else:
-        load_plugins()
-        name = _at_home(str(srnet))
-        if name.startswith(_HUB_PREFIXES):
-            with _naming(name):
-                model, told = _open_published(name, "SRNet", pretrained, kwargs)
-        elif name.startswith(_SPANDREL):
-            # not an argument, which would be saved in its config.json, and opened again
-            found = {"pretrained_cfg_overlay": {"file": name.removeprefix(_SPANDREL)}}
-            model = _timm_create("spandrel", False, {**found, **kwargs})
-        else:
-            model = _timm_create(_known(name, "SRNet", _srnet_crops), pretrained, kwargs)
-    if crop == "auto" and isinstance(srnet, str):
-        said = told.get("crop", getattr(model, "crop", None))
-        named = isinstance(said, str | Template)
-        crop = said if named else srnet_crop(told.get("architecture", srnet))
-    if crop != "auto":
-        model.crop = _checked_crop(crop)  # type: ignore[assignment]
-    return model
-
-
-def srnet_crop(srnet: str | nn.Module) -> str | Template:
-    """The crop that an SRNet works in: a network, or the name of a registered one."""
-    own = getattr(srnet, "crop", None)  # a stranger's may be anything
-    if isinstance(own, str | Template):
-        return _checked_crop(own)
-    if isinstance(srnet, str):
-        load_plugins()
-    name = srnet if isinstance(srnet, str) else str(_cfg_of(srnet).get("architecture"))
-    return _srnet_crops.get(split_model_name_tag(timms_name(name))[0], SRNET_CROP)
+def find_known(name: str, kind: str, registered: Collection[str]) -> str:
+    """A registered name as timm has it; did-you-mean for unknown architectures and tags."""
+    name = timms_name(name)
+    arch, tag = split_model_name_tag(name)
+    if arch not in registered:
+        # weights with the word in their names help more than names that are spelt alike
+        near = [tagged for tagged in _listed(registered, f"*{name}*", True) if name]
+        known = near or [_BASELINES.get(one, one) for one in registered]
+        said = did_you_mean(kind, name, known) + other_kind(name, arch, kind)
+        raise ValueError(said + (YOUR_OWN if kind == "FNet" else ""))
+    tagged = list_models(arch, include_tags=True)
+    if tag and name not in tagged:
+        raise ValueError(did_you_mean(f"weights of {kind}", name, tagged))
+    return name
 
 
 def timms_name(name: str) -> str:
@@ -425,31 +279,42 @@ def timms_name(name: str) -> str:
     return {ours: timms for timms, ours in _BASELINES.items()}.get(name, name)
 
 
-class _TakesBGR(nn.Module):
-    """A network that takes BGR, behind RGB."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        about = ("num_features", "num_classes", "head_hidden_size", "pretrained_cfg", "crop")
-        for told in about:
-            if hasattr(net, told):
-                setattr(self, told, getattr(net, told))
-
-    def forward(self, x: torch.Tensor) -> Any:
-        """RGB `[B, 3, H, W]` to what the network makes of BGR."""
-        return self.net(x.flip(1))
+def other_kind(name: str, arch: str, kind: str) -> str:
+    """What else a name is that was asked for as a kind it is not."""
+    if arch in fnet_crops or arch in srnet_crops:
+        return f". {arch!r} is an {'SRNet' if kind == 'FNet' else 'FNet'}"
+    if kind == "FNet" and is_model(arch):
+        return f". A backbone of timm is asked for as 'timm/{name}'"
+    return ""
 
 
-def _check_order(channel_order: str) -> None:
+def srnet_crop(srnet: str | nn.Module) -> str | Template:
+    """The crop that an SRNet works in: a network, or the name of a registered one."""
+    own = getattr(srnet, "crop", None)  # a stranger's may be anything
+    if isinstance(own, str | Template):
+        return checked_crop(own)
+    if isinstance(srnet, str):
+        load_plugins()
+    name = srnet if isinstance(srnet, str) else str(cfg_of(srnet).get("architecture"))
+    return srnet_crops.get(split_model_name_tag(timms_name(name))[0], SRNET_CROP)
+
+
+def checked_crop(crop: str | Template) -> str | Template:
+    """A template that has a name is told by it, so that it can be written down."""
+    template = get_template(crop)
+    return template.name if TEMPLATES.get(template.name) == template else template
+
+
+def check_order(channel_order: str) -> None:
+    """Refuse what is no order of channels."""
     if channel_order not in ("rgb", "bgr"):
         raise ValueError(f"channel_order must be 'rgb' or 'bgr', got {channel_order!r}")
 
 
-def _refuse_reversal(name: str) -> None:
+def refuse_reversal(name: str) -> None:
     """Refuse to reverse the channels of weights that are known, and take RGB already."""
     arch = split_model_name_tag(name)[0]
-    ours = arch in _fnet_crops and model_entrypoint(arch).__module__.startswith("idloss.")
+    ours = arch in fnet_crops and model_entrypoint(arch).__module__.startswith("idloss.")
     if ours or arch in _bgr:
         raise ValueError(
             f"the weights of {name} take RGB already; channel_order='bgr' is for a checkpoint=, a "
@@ -457,9 +322,9 @@ def _refuse_reversal(name: str) -> None:
         )
 
 
-def _reverse_first(model: nn.Module, name: str) -> None:
+def reverse_first(model: nn.Module, name: str) -> None:
     """Let a network with weights for BGR take RGB."""
-    first = _cfg_of(model).get("first_conv")
+    first = cfg_of(model).get("first_conv")
     if not isinstance(first, str):
         modules = model.named_modules()
         takers = [n for n, m in modules if isinstance(m, nn.Conv2d) and m.in_channels == 3]
@@ -472,299 +337,7 @@ def _reverse_first(model: nn.Module, name: str) -> None:
     model.load_state_dict(reverse_input(model.state_dict(), first))
 
 
-def _checked_crop(crop: str | Template) -> str | Template:
-    """A template that has a name is told by it, so that it can be written down."""
-    template = get_template(crop)
-    return template.name if TEMPLATES.get(template.name) == template else template
-
-
-def _timm_create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
-    return model
-
-
-def _built(net: object, kind: str, options: Collection[str]) -> nn.Module | None:
-    """A network that is built already; None where it is a name."""
-    what = type(net).__name__
-    if isinstance(net, str):
-        return None
-    if not isinstance(net, nn.Module):
-        inner = isinstance(getattr(net, "model", None), nn.Module)
-        advice = ": pass its .model, or 'spandrel:FILE' if spandrel loaded it" if inner else ""
-        raise TypeError(f"{kind} must be a name or a torch.nn.Module, got {what}{advice}")
-    if options:
-        raise TypeError(
-            f"{kind} is a {what}, which is already built, and there are options for building one: "
-            f"{', '.join(sorted(options))}"
-        )
-    return net
-
-
-def _known(name: str, kind: str, registered: Collection[str]) -> str:
-    """A registered name as timm has it; did-you-mean for unknown architectures and tags."""
-    name = timms_name(name)
-    arch, tag = split_model_name_tag(name)
-    if arch not in registered:
-        # weights with the word in their names help more than names that are spelt alike
-        near = [tagged for tagged in _listed(registered, f"*{name}*", True) if name]
-        known = near or [_BASELINES.get(one, one) for one in registered]
-        said = did_you_mean(kind, name, known) + _other_kind(name, arch, kind)
-        raise ValueError(said + (_BRING_YOUR_OWN if kind == "FNet" else ""))
-    tagged = list_models(arch, include_tags=True)
-    if tag and name not in tagged:
-        raise ValueError(did_you_mean(f"weights of {kind}", name, tagged))
-    return name
-
-
-def _other_kind(name: str, arch: str, kind: str) -> str:
-    """What else a name is that was asked for as a kind it is not."""
-    if arch in _fnet_crops or arch in _srnet_crops:
-        return f". {arch!r} is an {'SRNet' if kind == 'FNet' else 'FNet'}"
-    if kind == "FNet" and is_model(arch):
-        return f". A backbone of timm is asked for as 'timm/{name}'"
-    return ""
-
-
-def _build_fnet(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    """Build an FNet from a name of any kind that `create_fnet` knows."""
-    if name.startswith(_HUB_PREFIXES):
-        if name.partition(":")[2].startswith("timm/"):
-            kwargs = {"num_classes": 0, **kwargs}  # timm's own uploads are classifiers
-        model, told = _open_published(name, "FNet", pretrained, kwargs)
-        if "num_classes" not in kwargs and _is_headless(model):
-            model.reset_classifier(0)  # type: ignore[operator]
-        if "crop" in told:
-            model.crop = told["crop"]
-        return model
-    if name.startswith("timm/"):
-        name = name.removeprefix("timm/")
-        if split_model_name_tag(name)[0] in _fnet_crops:
-            raise ValueError(f"{name!r} is a model of idloss, not of timm: leave 'timm/' out")
-        if not is_model(name):
-            timms = set(list_models()) - _fnet_crops.keys() - _srnet_crops.keys()
-            raise ValueError(did_you_mean("timm model", name, timms) + _BRING_YOUR_OWN)
-        if pretrained and not kwargs.keys() & set(_TIMMS[:2]):
-            _reach_timms(name, kwargs.get("cache_dir"))
-        return _timm_create(name, pretrained, {"num_classes": 0, **kwargs})
-    name = _known(name, "FNet", _fnet_crops)
-    model = _timm_create(name, pretrained, kwargs)
-    registered = _fnet_crops[split_model_name_tag(name)[0]]
-    own = getattr(model, "crop", registered)
-    said, known = (crop if crop is None else get_template(crop) for crop in (own, registered))
-    if said != known:
-        raise ValueError(
-            f"{name} is registered with crop={registered!r}, and what it builds says {own!r}: let "
-            "both say the same"
-        )
-    model.crop = registered  # type: ignore[assignment]
-    return model
-
-
-def _reach_timms(name: str, cache_dir: str | None) -> None:
-    """See that there are weights of timm's and that they can be had: timm itself draws others."""
-    cfg = get_pretrained_cfg(name)
-    if cfg is None or not cfg.has_weights:
-        raise NotFoundError(
-            f"timm/{name} has no weights: pretrained=True would draw them at random"
-        )
-    if cfg.hf_hub_id:
-        reach_hub(f"timm/{name}", cfg.hf_hub_id, cache_dir)
-
-
-def _at_home(name: str) -> str:
-    """The folder of a published model of the zoo, unless an architecture has its name."""
-    here = name in zoo_models() and not is_model(name)
-    return f"local-dir:{zoo_folder() / name}" if here else name
-
-
-def published_config(name: str, cache_dir: Any = None) -> dict[str, Any] | None:
-    """The `config.json` of a folder, a Hub repository or the zoo; None for other names."""
-    name = _at_home(name)
-    if not name.startswith(_HUB_PREFIXES):
-        return None
-    place = name.partition(":")[2]
-    with _naming(name):
-        if name.startswith("local-dir:"):
-            path = Path(place, "config.json")
-            if not path.is_file():
-                raise NotFoundError(f"{name} holds no published network: there is no {path}")
-        else:
-            repo, _, revision = place.partition("@")
-            path = ask_hub(name, repo, "config.json", revision or None, cache_dir)
-        config = json.loads(path.read_text(encoding="utf-8"))
-        arch, told = str(config["architecture"]), dict(config.get("idloss") or {})
-        return {**config, "architecture": arch, "idloss": told}
-
-
-def _open_published(
-    name: str, kind: str, pretrained: bool, kwargs: dict[str, Any]
-) -> tuple[nn.Module, Mapping[str, Any]]:
-    """Build what a folder or a Hub repository holds; the model, and what idloss tells of it."""
-    config = published_config(name, kwargs.get("cache_dir")) or {}
-    arch, told = config["architecture"], config["idloss"] | {"architecture": config["architecture"]}
-    source, _, place = name.partition(":")
-    _check_kind(name, kind, arch, told)
-    if not pretrained or arch in _fnet_crops or arch in _srnet_crops:
-        return _timm_create(name, pretrained, kwargs), told
-    # timm reads fewer kinds of checkpoints
-    path = (
-        checkpoint_in(Path(place))
-        if source == "local-dir"
-        else hub_file(name, place, None, kwargs.get("cache_dir"))
-    )
-    tensors = without_prefixes(load_checkpoint(path, name), name)
-    overlay = {"state_dict": tensors, "source": "", **kwargs.get("pretrained_cfg_overlay", {})}
-    model = _timm_create(name, True, {**kwargs, "pretrained_cfg_overlay": overlay})
-    model.pretrained_cfg = {**_cfg_of(model), "source": source}  # type: ignore[assignment]
-    _cfg_of(model).pop("state_dict")
-    return model, told
-
-
-@contextmanager
-def _naming(net: object) -> Iterator[None]:
-    """Make whatever is wrong with what strangers published an error that names the place."""
-    try:
-        yield
-    except Exception as error:
-        name = str(net) if isinstance(net, str) else ""
-        if not name.startswith(_HUB_PREFIXES) or name in str(error):
-            raise
-        if isinstance(error, OSError):
-            try:
-                with hub_errors(name, name.partition(":")[2].partition("@")[0]):
-                    raise
-            except TryAgain as again:
-                raise again.error from error
-        kind = type(error) if isinstance(error, WeightsError) else NotAsPromisedError
-        reason = some_of([" ".join(str(error).split())[:300]])
-        raise kind(f"{name} cannot be opened ({type(error).__name__}: {reason})") from error
-
-
-def _check_kind(name: str, kind: str, arch: str, told: Mapping[str, Any]) -> None:
-    """Refuse what is of the other kind, or of no kind that is known here."""
-    if told.get("registered") is False:
-        raise NotAsPromisedError(
-            f"{name} holds a {told.get('class')!r}, which is not registered: open it with "
-            "idloss.training.open_trained(folder, network)"
-        )
-    if arch in (_srnet_crops if kind == "FNet" else _fnet_crops):
-        raise ValueError(f"{name} holds another kind{_other_kind(name, arch, kind)}")
-    if kind == "SRNet" and arch not in _srnet_crops:
-        raise ValueError(f"{name} holds a {arch!r}, which is not a registered SRNet")
-    if not is_model(arch):
-        raise NotFoundError(f"{name} holds a {arch!r}, which no installed package registers")
-
-
-def _cfg_of(model: nn.Module) -> dict[str, Any]:
+def cfg_of(model: nn.Module) -> dict[str, Any]:
+    """The `pretrained_cfg` of a network; empty where it has no dict of that name."""
     cfg = getattr(model, "pretrained_cfg", None)
     return cfg if isinstance(cfg, dict) else {}
-
-
-def _is_headless(model: nn.Module) -> bool:
-    """Whether it is an FNet that has a classifier only while it is trained."""
-    arch = _cfg_of(model).get("architecture")
-    cfg = get_pretrained_cfg(arch) if arch in _fnet_crops else None
-    return cfg is not None and cfg.num_classes == 0
-
-
-def _describe_input(
-    model: nn.Module, img_size: int | Sequence[int] | None = None, **given: Any
-) -> None:
-    """See to it that `model.pretrained_cfg` holds `input_size`, `mean` and `std`."""
-    known = getattr(model, "pretrained_cfg", None) or {}
-    cfg = dict(known if isinstance(known, dict) else known.to_dict())
-    # what a network was built for, where it can be built for several sizes
-    built_for = img_size or getattr(getattr(model, "patch_embed", model), "img_size", None)
-    if built_for is not None:
-        sides = (built_for, built_for) if isinstance(built_for, int) else tuple(built_for)
-        cfg["input_size"] = (*tuple(cfg.get("input_size", (3,)))[:1], *sides)
-    cfg.update({key: value for key, value in given.items() if value is not None})
-    missing = [key for key in _NORMALISATION if key not in cfg]
-    if missing:
-        raise ValueError(
-            f"{type(model).__name__} says nothing of its {', '.join(missing)}: pass "
-            f"{', '.join(f'{key}=' for key in missing)} to create_fnet, or give the module a "
-            f"pretrained_cfg, as timm's models have (one for inputs in [-1, 1]: {_INPUT_EXAMPLE})"
-        )
-    for key in _NORMALISATION:
-        value = cfg[key].tolist() if hasattr(cfg[key], "tolist") else cfg[key]
-        if not isinstance(value, Sequence) or not all(isinstance(one, Real) for one in value):
-            raise ValueError(f"{key} must be numbers, as in {_INPUT_EXAMPLE}, got {value!r}")
-        cfg[key] = tuple(value)
-    size, mean, std = (cfg[key] for key in _NORMALISATION)
-    if len(size) != 3 or min(size) < 1:
-        raise ValueError(f"input_size must be (3, H, W), got {size}")
-    if len(mean) != size[0] or not all(0 <= one <= 1 for one in mean):
-        raise ValueError(f"mean must be {size[0]} numbers in [0, 1], as images are, got {mean}")
-    if len(std) != size[0] or not all(0 < one <= 1 for one in std):
-        raise ValueError(
-            f"std must be {size[0]} positive numbers up to 1, as images are, got {std}"
-        )
-    model.pretrained_cfg = cfg  # type: ignore[assignment]
-
-
-def _describe_output(model: nn.Module) -> None:
-    """See to it that `model.num_features` is the width of what `forward` returns.
-
-    What a module declares is checked by the first images that `FaceEncoder` shows it.
-    """
-    arch, width = _cfg_of(model).get("architecture"), getattr(model, "num_features", None)
-    if arch not in _fnet_crops and arch is not None and is_model(arch):
-        # timm's num_features is the trunk's width; its head may widen that (VGG, MobileNetV3),
-        # and a kept head is what forward returns
-        classes = getattr(model, "num_classes", 0)
-        width = classes or getattr(model, "head_hidden_size", None) or width
-    model.num_features = width or _probe_width(model)  # type: ignore[assignment]
-
-
-@torch.no_grad()
-def _probe_width(model: nn.Module) -> int:
-    """Width of the embeddings of a foreign module, by running two empty images through it."""
-    floating = (tensor for tensor in model.parameters() if tensor.is_floating_point())
-    reference = next(floating, torch.empty(0, dtype=torch.float32))
-    size = (2, *_cfg_of(model)["input_size"])
-    modes = {one: one.training for one in model.modules() if hasattr(one, "training")}
-    for module in modes:
-        module.training = False
-    kind = type(model).__name__
-    try:
-        output = model(torch.zeros(size, device=reference.device, dtype=reference.dtype))
-    # a stranger's network raises what it likes
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{kind} cannot take images {list(size)}: {error}") from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    if isinstance(output, torch.Tensor) and output.ndim == 2 and len(output) == 2:
-        return int(output.shape[1])
-    raise ValueError(
-        f"an FNet maps [B, 3, H, W] to embeddings [B, D]; {kind} gave {describe_output(output)} "
-        f"for images {list(size)}: wrap it in a module whose forward returns the embeddings alone"
-    )
-
-
-def describe_output(output: Any) -> str:
-    """What a network gave, in a few words."""
-    if isinstance(output, torch.Tensor):
-        return str(list(output.shape))
-    if isinstance(output, dict):
-        items = (f"{key}: {describe_output(item)}" for key, item in output.items())
-        return f"{{{', '.join(items)}}}"
-    if isinstance(output, (tuple, list)):
-        return f"({', '.join(map(describe_output, output))})"
-    return type(output).__name__
-
-
-def _resolve_crop(model: nn.Module, crop: str | Template | None) -> str | Template | None:
-    if crop != "auto":
-        return crop
-    own = getattr(model, "crop", "")
-    if own is None:
-        return None
-    if own and isinstance(own, str | Template):
-        return _checked_crop(own)
-    if (arch := _cfg_of(model).get("architecture")) in _fnet_crops:
-        return _fnet_crops[arch]
-    size = tuple(_cfg_of(model)["input_size"][-2:])
-    # Only crops of 112 rows: at 224 or 160 an input size says nothing of the alignment.
-    return {(112, 96): "sphereface", (112, 112): "arcface"}.get(size)

@@ -58,7 +58,7 @@ def zoo(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "zoo", tmp_path / "zoo")
     for module in (sources, catalogue):
         monkeypatch.setattr(module, "zoo_folder", lambda: tmp_path / "zoo")
-    monkeypatch.setattr("idloss.registry.zoo_folder", lambda: tmp_path / "zoo")
+    monkeypatch.setattr("idloss.create.zoo_folder", lambda: tmp_path / "zoo")
     catalogue._measure.cache_clear()
     yield tmp_path / "zoo"
     catalogue._measure.cache_clear()

@@ -26,6 +26,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 
 from idloss import __version__
+from idloss.create import create_fnet
 from idloss.data import DataError, Faces, Fault
 from idloss.data.files import skip_or_raise
 from idloss.encoder import FaceEncoder, fold_batch_norm
@@ -40,7 +41,7 @@ from idloss.evaluation.cache import (
 from idloss.evaluation.protocols import Protocol
 from idloss.evaluation.results import HR, Cell
 from idloss.geometry import Template, convert_crop, get_template
-from idloss.registry import SRNET_CROP, create_fnet, srnet_crop
+from idloss.registry import SRNET_CROP, srnet_crop
 from idloss.resample import ImageWatch, Size, resize, to_float, to_uint8
 from idloss.srnets import Interpolation
 

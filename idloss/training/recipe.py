@@ -11,11 +11,12 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from timm.models import is_model
 
+from idloss.create import create_srnet
 from idloss.degradation import get_degradation, sizes_of
 from idloss.errors import did_you_mean
 from idloss.geometry import Template, get_template
 from idloss.losses import get_distance, get_image_loss
-from idloss.registry import create_srnet, srnet_crop
+from idloss.registry import srnet_crop
 from idloss.resample import Size, parse_size
 from idloss.weights.files import written_whole
 from idloss.weights.sources import zoo_folder

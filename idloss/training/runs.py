@@ -12,6 +12,7 @@ from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 from torch import nn
 
 from idloss import __version__
+from idloss.create import create_fnet, create_srnet
 from idloss.data import Faces, open_evaluation, open_faces
 from idloss.degradation import Degradation
 from idloss.encoder import FaceEncoder
@@ -19,7 +20,7 @@ from idloss.errors import some_of
 from idloss.evaluation import HR, evaluate, write_sheets
 from idloss.geometry import get_template
 from idloss.losses import HallucinationLoss
-from idloss.registry import SRNET_CROP, create_fnet, create_srnet
+from idloss.registry import SRNET_CROP
 from idloss.training.batches import check_crop, stored_features
 from idloss.training.engine import Engine, Validate, create_accelerator
 from idloss.training.recipe import (

@@ -19,7 +19,7 @@ from timm.models import is_model
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
-from idloss.registry import create_fnet, create_srnet
+from idloss.create import create_fnet, create_srnet
 from idloss.weights.files import file_sha256, sync
 
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
