@@ -47,7 +47,7 @@ YOUR_OWN = (
     "\nYour own: a module, 'local-dir:FOLDER', 'hf-hub:OWNER/NAME', 'timm/BACKBONE', or "
     "create_fnet(KNOWN, checkpoint=FILE)"
 )
-"""The end of an error about an FNet whose name is not known."""
+"""The end of an error about an FNet whose name is like none that is known."""
 
 # What create_srnet calls them, which are no names to claim among all models of timm.
 _BASELINES = {
@@ -266,8 +266,9 @@ def find_known(name: str, kind: str, registered: Collection[str]) -> str:
         # weights with the word in their names help more than names that are spelt alike
         near = [tagged for tagged in _listed(registered, f"*{name}*", True) if name]
         known = near or [_BASELINES.get(one, one) for one in registered]
-        said = did_you_mean(kind, name, known) + other_kind(name, arch, kind)
-        raise ValueError(said + (YOUR_OWN if kind == "FNet" else ""))
+        said, other = did_you_mean(kind, name, known), other_kind(name, arch, kind)
+        misspelt = "Did you mean" in said
+        raise ValueError(said + other + (YOUR_OWN if kind == "FNet" and not misspelt else ""))
     tagged = list_models(arch, include_tags=True)
     if tag and name not in tagged:
         raise ValueError(did_you_mean(f"weights of {kind}", name, tagged))
