@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,7 +36,7 @@ def upscale(
     """Find the faces of photos, cut them out, and super-resolve them."""
     from huggingface_hub.utils.tqdm import tqdm
 
-    from idloss.cli.options import parse_sizes
+    from idloss.cli.options import find_pictures, parse_sizes
     from idloss.data.files import DataError, Fault
     from idloss.pipeline import FacePipeline
 
@@ -49,7 +47,9 @@ def upscale(
     faults: list[Fault] = []
     photos = faces = 0
     with (out / _FOUND).open("a", encoding="utf-8") as told:
-        for path in tqdm(_pictures(paths, out, faults), desc="upscale", unit="photo", delay=2):
+        for path in tqdm(
+            find_pictures(paths, faults, without=out), desc="upscale", unit="photo", delay=2
+        ):
             key = _key(path)
             if key in done:
                 continue
@@ -125,30 +125,6 @@ def _begun(out: Path, settings: dict[str, Any]) -> set[str]:
                 done.add(record["key"])
         file.truncate(whole)
     return done
-
-
-def _pictures(paths: list[str], out: Path, faults: list[Any]) -> Iterator[Path]:
-    """The picture files that are meant; what is none is a fault."""
-    from idloss.data.faces import is_picture
-    from idloss.data.files import DataError, Fault, FolderFiles
-
-    for text in paths:
-        found = [Path(text)] if os.path.lexists(text) else map(Path, sorted(glob.glob(text)))  # noqa: PTH207
-        none = True
-        for path in found:
-            none = False
-            if not path.is_dir():
-                yield path
-                continue
-            try:
-                for name in FolderFiles(path).names():
-                    picture = path / name
-                    if is_picture(name) and out.resolve() not in picture.resolve().parents:
-                        yield picture
-            except DataError as error:
-                faults += error.faults
-        if none:
-            faults.append(Fault(text, "there is no such file or folder"))
 
 
 def _key(path: Path) -> str:
