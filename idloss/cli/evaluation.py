@@ -28,7 +28,7 @@ def evaluate(
     ] = _SRNETS,
     size: Annotated[
         list[str] | None,
-        typer.Option(help="Probe size, rows x columns, such as 7x6. [default: the paper's]"),
+        typer.Option(help="Probe size, such as 7x6, or hr for HR alone. [default: the paper's]"),
     ] = None,
     task: Annotated[list[str], typer.Option(help="Or identification, or open-set.")] = _TASKS,
     protocol: Annotated[str, typer.Option(help="paper, sphereface or standard.")] = "paper",
@@ -66,7 +66,7 @@ def evaluate(
     # what is wrong with these is told before gigabytes are read and hours are spent
     bench.get_protocol(protocol)
     _require_writable(out)
-    sizes = parse_sizes(size) if size else None
+    sizes = () if size == ["hr"] else parse_sizes(size) if size else None
     found = _open(
         data,
         data_set,

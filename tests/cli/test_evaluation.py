@@ -67,6 +67,16 @@ def test_standard_protocol_and_single_sizes(lfw, networks, command, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
+def test_hr_alone(lfw, networks, command, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["--fnet", networks[0], "--size", "hr", "--out", out, "--faces", 1]
+    assert not command("evaluate", lfw, *words)
+    results = Results.load(out / "results.json")
+    (cell,) = results.cells()
+    assert (cell.srnet, cell.height, cell.width) == ("hr", 112, 96)
+    assert f"{100 * results.value(cell, 'accuracy'):.2f} " in capsys.readouterr().out
+
+
 def half_a_photo(folder):
     photo = folder / "lfw/Person_1/Person_1_0002.jpg"
     photo.write_bytes(photo.read_bytes()[:700])
