@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -167,11 +168,16 @@ class FaceEncoder(nn.Module):
         return images.to(self._dtype)
 
     def _resized(self, images: Tensor, size: tuple[int, int]) -> Tensor:
-        if images.shape[-2] <= size[0] and images.shape[-1] <= size[1]:
-            return resize(images, size, mode=self.interpolation)
+        rows, columns = images.shape[-2:]
+        enlarge = partial(resize, size=size, mode=self.interpolation)
         # shrunk with antialiasing, so that every pixel has its say
         mode = "bilinear" if self.interpolation == "nearest" else self.interpolation
-        return resize(images, size, mode=mode, convention="antialias")
+        shrink = partial(resize, size=size, mode=mode, convention="antialias")
+        is_small: Any = (rows <= size[0]) & (columns <= size[1])
+        if isinstance(is_small, torch.SymBool):  # exported for crops of any size
+            either: Any = torch.cond(is_small, enlarge, shrink, (images,))  # type: ignore[arg-type]
+            return either
+        return (enlarge if is_small else shrink)(images)
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed face crops; differentiable with respect to them.
@@ -218,8 +224,8 @@ class FaceEncoder(nn.Module):
         inputs = self.preprocess(images)
         if not self.flip:
             return self._embeddings(inputs)
-        straight, mirrored = self._embeddings(torch.cat((inputs, inputs.flip(-1)))).chunk(2)
-        return torch.cat((straight, mirrored), dim=1)
+        both = self._embeddings(torch.cat((inputs, inputs.flip(-1))))
+        return torch.cat(both.unflatten(0, (2, -1)).unbind(), dim=1)
 
     def _refuse_a_cut(self, like: Tensor) -> None:
         """Raise if no gradient comes back to images like these, drawn at random."""

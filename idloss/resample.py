@@ -52,7 +52,9 @@ def resize(
     Pillow, but for ties: 1 pixel of 1,000 at odd bicubic scales, 2 of 100 in Pillow's bilinear.
     """
     height, width = _check(images, size, mode, convention)
-    if images.shape[-2:] == (height, width):
+    # an exported network takes sizes of a range, which holds this one, maybe
+    varies = any(isinstance(side, torch.SymInt) for side in images.shape[-2:])
+    if not varies and images.shape[-2:] == (height, width):
         return images
     if mode == "nearest":
         return _nearest(images, height, width)
@@ -175,6 +177,8 @@ def _check(images: Tensor, size: Sequence[int], mode: str, convention: str) -> t
         raise TypeError(f"images must be floating point or uint8, got {images.dtype}")
     if images.ndim < 3 or 0 in images.shape[-3:]:
         raise ValueError(f"images must be [..., C, H, W] with pixels, got {list(images.shape)}")
+    if not isinstance(size, int) and any(isinstance(side, torch.SymInt) for side in size):
+        return size[0], size[1]  # of an exported network: int() would be that of its example
     if isinstance(size, int) or len(size) != 2 or any(int(n) != n or n < 1 for n in size):
         raise ValueError(f"size must be (H, W), two positive whole numbers, got {size}")
     return int(size[0]), int(size[1])
