@@ -33,8 +33,8 @@ from idloss.data import (
     EvaluationSet,
     Exclusion,
     Pairs,
-    SyntheticFaces,
     align_all,
+    draw_faces,
     lfw,
     open_faces,
     prepare,
@@ -83,8 +83,8 @@ def train_on(options: argparse.Namespace) -> None:
 def quick_start(options: argparse.Namespace) -> None:
     """The whole story in three minutes, on faces the package draws itself."""
     start = time.perf_counter()
-    training = SyntheticFaces(300, 10, seed=options.seed).render()
-    unseen = SyntheticFaces(60, 6, seed=options.seed, first_identity=300).render()
+    training = draw_faces(300, 10, seed=options.seed)
+    unseen = draw_faces(60, 6, seed=options.seed, first_identity=300)
     small = [f"seed={options.seed}", "device=cpu", "trackers=[]"]
     fnet = train_fnet(
         load_recipe("fnet_small", [*small, SHALLOW, "iterations=400"], FNetRecipe),

@@ -27,7 +27,7 @@ from rich.markdown import Markdown
 from torch import nn
 
 from idloss import create_fnet, create_srnet
-from idloss.data import AlignedFaces, EvaluationSet, Pairs, SyntheticFaces, lfw
+from idloss.data import AlignedFaces, EvaluationSet, Pairs, draw_faces, lfw
 from idloss.evaluation import evaluate, paper_table
 from idloss.training import FNetRecipe, load_recipe, train_fnet
 
@@ -43,8 +43,8 @@ def main(options: argparse.Namespace) -> None:
     faces, test = None, lfw(options.lfw) if options.lfw else None
     if options.data is None:
         fields = ["device=cpu", *fields]
-        faces = SyntheticFaces(300, 10).render()
-        unseen = SyntheticFaces(60, 6, first_identity=300).render()
+        faces = draw_faces(300, 10)
+        unseen = draw_faces(60, 6, first_identity=300)
         test = EvaluationSet("people not trained on", unseen, all_pairs(unseen))
     else:
         fields = [f"data={options.data}", *fields]

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 from PIL import Image
 
-from idloss.data import SyntheticFaces
+from idloss.data import draw_faces
 from idloss.data.landmarks import MEAN_FACE, POINT_COLUMNS
 from idloss.data.pairs import lfw_name
 
@@ -18,17 +18,18 @@ def face_like(crop):
 
 def mini_lfw(root, people=6, photos=4):
     """Photos, `lfw_landmarks.csv` and a `pairs.txt` of two folds below a folder."""
-    faces = SyntheticFaces(people, photos, seed=5, size=(112, 112), crop="arcface")
-    crops = faces.render(progress=False).crops
+    faces = draw_faces(people, photos, seed=5, size=(112, 112), crop="arcface")
+    # points are where a detector finds them, not quite where they are
+    found = faces.landmarks.numpy() + np.random.default_rng(5).normal(0, 1, (len(faces), 5, 2))
     rows = []
-    for index, (crop, points) in enumerate(zip(crops, faces.landmarks, strict=True)):
+    for index, (crop, points) in enumerate(zip(faces.crops, found, strict=True)):
         name = lfw_name(f"Person_{index // photos}", index % photos + 1)
         path = root / "lfw" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         # a margin, so that there is something to align
         photo = np.pad(face_like(crop), ((9, 9), (9, 9), (0, 0)), mode="edge")
         Image.fromarray(photo).save(path, quality=95)
-        rows.append(",".join([name, *(f"{value + 9:.4f}" for value in points.flatten().tolist())]))
+        rows.append(",".join([name, *(f"{value + 9:.4f}" for value in points.ravel())]))
     (root / "lfw_landmarks.csv").write_text("\n".join(rows) + "\n")
     write_pairs(root / "pairs.txt", people, photos)
     return root

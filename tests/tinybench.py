@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from idloss.data import EvaluationSet, Pairs, SyntheticFaces
+from idloss.data import EvaluationSet, Pairs, draw_faces
 from idloss.evaluation import Cell, evaluate
 
 SIZES = ((14, 12), (28, 24))
@@ -11,7 +11,7 @@ SIZES = ((14, 12), (28, 24))
 
 def drawn_pairs():
     """Five people with four crops each, and sixteen pairs in two folds."""
-    faces = SyntheticFaces(5, 4, seed=2).render(progress=False)
+    faces = draw_faces(5, 4, seed=2)
     first = torch.tensor([0, 4, 8, 12, 0, 4, 8, 12] * 2)
     second = torch.tensor([1, 5, 9, 13, 5, 9, 13, 17, 2, 6, 10, 14, 6, 10, 14, 18])
     same = faces.labels[first] == faces.labels[second]

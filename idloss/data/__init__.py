@@ -10,7 +10,7 @@ from idloss.data.overlap import Exclusion, Match
 from idloss.data.pairs import EvaluationSet, Pairs
 from idloss.data.preparation import prepare
 from idloss.data.prepared import PreparedFaces, Report, open_prepared
-from idloss.data.synthetic import SyntheticFaces
+from idloss.data.synthetic import draw_faces
 
 __all__ = [
     "EVALUATIONS",
@@ -25,9 +25,9 @@ __all__ = [
     "Pairs",
     "PreparedFaces",
     "Report",
-    "SyntheticFaces",
     "align_all",
     "celeba_faces",
+    "draw_faces",
     "folder_faces",
     "lfw",
     "open_evaluation",

@@ -34,7 +34,7 @@ MARGIN = 0.1
 """Of a photo's longer side, by which points may lie outside it."""
 LEAST_LIKENESS, DOUBTFUL_LIKENESS = 0.4, 0.7
 """Correlation of the mean crop with `MEAN_FACE`, around eyes, nose and mouth: 0.88 to 0.99 for 16
-faces of LFW or CelebA, 0.4 to 0.6 for drawn ones, at most 0.34 where photos were scaled by 0.9 and
+faces of LFW or CelebA, 0.2 to 0.6 for drawn ones, at most 0.34 where photos were scaled by 0.9 and
 their points not or for unaligned LFW taken for crops."""
 LEAST_FACES = 16
 """Below that a mean crop says nothing."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from idloss.data.faces import Faces, map_ahead
 from idloss.data.files import DataError, Fault, skip_or_raise
-from idloss.data.synthetic import SyntheticFaces
+from idloss.data.synthetic import draw_faces
 from idloss.geometry import Template, get_template
 from idloss.resample import to_float
 
@@ -86,7 +86,7 @@ class Exclusion:
                 f"the encoder takes {its.name!r} crops and these are to be {crop.name!r}: "
                 f"give it crop={crop.name!r}"
             )
-        drawn = SyntheticFaces(1, 1, size=crop.size, crop=crop.name)
+        drawn = draw_faces(1, 1, size=crop.size, crop=crop.name)
         probe = embed_faces(drawn, self.encoder, crop, progress=False)[0][0, :8]
         return {
             "overlap": self.name,

@@ -15,7 +15,7 @@ import pytest
 from minilfw import face_like
 from PIL import Image
 
-from idloss.data import SyntheticFaces
+from idloss.data import draw_faces
 from idloss.evaluation import Results
 
 
@@ -127,7 +127,7 @@ def test_skip_missing_goes_on_and_is_recorded(lfw, networks, command, tmp_path, 
 
 def test_pairs_csv_and_bin(networks, command, tmp_path):
     files = []
-    crops = SyntheticFaces(4, 10, crop="arcface", size=(112, 112)).render(progress=False).crops
+    crops = draw_faces(4, 10, crop="arcface", size=(112, 112)).crops
     for index, crop in enumerate(crops):
         stream = io.BytesIO()
         Image.fromarray(face_like(crop)).save(stream, "PNG")

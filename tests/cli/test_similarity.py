@@ -5,13 +5,13 @@ import csv
 import numpy as np
 from PIL import Image
 
-from idloss.data import SyntheticFaces
+from idloss.data import draw_faces
 
 
 def test_ids_prints_mean_deviation_and_writes_a_table(fnet, command, tmp_path, capsys):
     for folder, seed in (("restored", 1), ("references", 2)):
         (tmp_path / folder).mkdir()
-        crops = SyntheticFaces(3, 1, seed=seed).render(progress=False).crops
+        crops = draw_faces(3, 1, seed=seed).crops
         for index, crop in enumerate(crops):
             Image.fromarray(crop.permute(1, 2, 0).numpy()).save(tmp_path / folder / f"{index}.png")
     words = ["ids", tmp_path / "restored", tmp_path / "references", "--fnet", fnet]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from data.test_files import encoded
 from data.test_preparation import thumbnail
 
-from idloss.data import AlignedFaces, Exclusion, SyntheticFaces
+from idloss.data import AlignedFaces, Exclusion, draw_faces
 from idloss.data import overlap as overlap_module
 from idloss.data.insightface import insightface_bin
 from idloss.data.overlap import embed_faces, find_overlap, identity_means, matched_faces
@@ -140,12 +140,12 @@ def test_photos_of_nobody_known_are_compared_one_by_one(planted):
 @pytest.mark.parametrize("side", [112, 128, 160])
 def test_crops_of_a_bin_may_have_any_size(side, tmp_path):
     """Verification sets come as 112x112 crops, and as 128x128 or 160x160 ones."""
-    crops = SyntheticFaces(4, 1, size=(side, side), crop="arcface").render(progress=False).crops
+    crops = draw_faces(4, 1, size=(side, side), crop="arcface").crops
     files = [encoded(crop.permute(1, 2, 0).numpy()) for crop in crops]
     (tmp_path / "set.bin").write_bytes(pickle.dumps((files, [False, False])))
     evaluation = insightface_bin(tmp_path / "set.bin")
 
-    training = SyntheticFaces(3, 1, first_identity=2).render(progress=False)
+    training = draw_faces(3, 1, first_identity=2)
     exclude = Exclusion("set", evaluation.faces, thumbnail, "thumbnail", 0.97)
     options = {"skip_missing": False, "threads": 1, "progress": False}
     matches, unread = exclude.find(training, tmp_path, **options)

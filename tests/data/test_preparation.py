@@ -28,8 +28,8 @@ from idloss.data import (
     Exclusion,
     Fault,
     FileFaces,
-    SyntheticFaces,
     align_all,
+    draw_faces,
     lfw,
     open_faces,
     open_prepared,
@@ -63,7 +63,7 @@ def own_photos(photos, tmp_path):
 
 @pytest.fixture(scope="module")
 def drawn():
-    return SyntheticFaces(6, 4).render(progress=False)
+    return draw_faces(6, 4)
 
 
 @pytest.fixture
@@ -155,9 +155,9 @@ def test_crops_are_those_of_align_all(photos, tmp_path, monkeypatch):
 
 
 def test_any_faces_will_do(drawn, tmp_path):
-    source = SyntheticFaces(2, 3)
+    source = draw_faces(2, 3)
     faces = quiet(source, tmp_path / "out").faces
-    assert torch.equal(pixels(faces), source.render(progress=False).crops)
+    assert torch.equal(pixels(faces), source.crops)
     assert torch.equal(points(faces), source.landmarks)
     again = quiet(faces, tmp_path / "again").faces
     assert torch.equal(pixels(again), pixels(faces))
@@ -304,7 +304,7 @@ def test_people_of_the_evaluation_set_are_removed_and_listed(drawn, out, tmp_pat
     dropped = table(out / "dropped.csv")[1:]
     assert [row[0] for row in dropped] == gone
     assert dropped[0][1] == "also in bench: 2 is x there, cosine 1.00"
-    others = SyntheticFaces(3, 2, seed=9, first_identity=50).render(progress=False)
+    others = draw_faces(3, 2, seed=9, first_identity=50)
     none = Exclusion("bench", others, thumbnail, "thumbnail", 0.999)
     report = quiet(drawn, tmp_path / "none", exclude=none)
     assert (report.matches, len(report.faces)) == ((), 24)

@@ -15,7 +15,7 @@ from data.test_faces import NUMBERS, folder
 from data.test_preparation import edit, pixels, quiet, unfinish
 from torch.utils.data import DataLoader
 
-from idloss.data import DataError, SyntheticFaces, align_all, open_faces, open_prepared
+from idloss.data import DataError, align_all, draw_faces, open_faces, open_prepared
 from idloss.geometry import get_template
 
 EVERYTHING = torch.arange(24)
@@ -23,7 +23,7 @@ EVERYTHING = torch.arange(24)
 
 @pytest.fixture(scope="module")
 def drawn():
-    return SyntheticFaces(6, 4).render(progress=False)
+    return draw_faces(6, 4)
 
 
 @pytest.fixture(scope="module")

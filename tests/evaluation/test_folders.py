@@ -7,11 +7,11 @@ from nets import tiny_fnet
 from PIL import Image
 
 from idloss import identity_similarity
-from idloss.data import DataError, SyntheticFaces
+from idloss.data import DataError, draw_faces
 from idloss.evaluation import measure_folders
 from idloss.resample import to_float
 
-CROPS = SyntheticFaces(4, 1, seed=3, size=(112, 112), crop="arcface").render(progress=False).crops
+CROPS = draw_faces(4, 1, seed=3, size=(112, 112), crop="arcface").crops
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from tinybench import SIZES, assert_same_scores, drawn_pairs, run, scores
 from torch import nn
 
 from idloss import create_srnet
-from idloss.data import DataError, EvaluationSet, Fault, SyntheticFaces, open_evaluation
+from idloss.data import DataError, EvaluationSet, Fault, draw_faces, open_evaluation
 from idloss.encoder import FaceEncoder
 from idloss.evaluation import (
     HR,
@@ -113,7 +113,7 @@ def test_grid_equals_the_slow_way(crop, width, data, srnets):
 
 def test_an_srnet_and_an_fnet_of_112x112_meet_without_a_cut(tmp_path):
     """Not over 112x96 with edges repeated; both crops stand in the table under their names."""
-    faces = SyntheticFaces(5, 4, seed=2, size=(112, 112), crop="arcface").render(progress=False)
+    faces = draw_faces(5, 4, seed=2, size=(112, 112), crop="arcface")
     data = replace(drawn_pairs(), faces=faces)
     net = tiny_fnet(seed=1, size=(112, 112)).eval()
     net.crop = "arcface"

@@ -10,15 +10,14 @@ from conftest import ROOT
 from tinytraining import losses
 
 from idloss import HallucinationLoss, create_fnet, create_srnet
-from idloss.data import EvaluationSet
-from idloss.data.synthetic import SyntheticFaces
+from idloss.data import EvaluationSet, draw_faces
 from idloss.resample import resize, to_float
 from idloss.training import FNetRecipe, Recipe, load_recipe, train
 
 
 @pytest.fixture(scope="module")
 def drawn():
-    return SyntheticFaces(8, 4).render(progress=False)
+    return draw_faces(8, 4)
 
 
 @pytest.fixture(scope="module")

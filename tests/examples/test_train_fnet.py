@@ -6,7 +6,7 @@ from timm.models import save_for_hf
 from tinytraining import losses
 
 from idloss import create_fnet
-from idloss.data import SyntheticFaces
+from idloss.data import draw_faces
 from idloss.fnets.mobilefacenet import mobilefacenet_bubbliiiing
 
 FAST = ["trackers=[]", "log_every=1"]
@@ -17,9 +17,9 @@ def script(example, monkeypatch):
     module = example("train_fnet")
 
     def few(identities, photos, **options):
-        return SyntheticFaces(identities // 10, photos // 2, **options)
+        return draw_faces(identities // 10, photos // 2, **options)
 
-    monkeypatch.setattr(module, "SyntheticFaces", few)
+    monkeypatch.setattr(module, "draw_faces", few)
     return module
 
 
@@ -40,7 +40,7 @@ def test_without_data_it_trains_on_drawn_faces_and_verifies_others(script, monke
 
 
 def test_pairs_are_half_of_one_person_and_half_of_two(script):
-    faces = SyntheticFaces(8, 5).render(progress=False)
+    faces = draw_faces(8, 5)
     pairs = script.all_pairs(faces)
     assert len(pairs) == 2 * 8 * 10
     assert pairs.same.float().mean() == 0.5

@@ -12,7 +12,7 @@ from nets import tiny_fnet
 from tinytraining import FIELDS, assert_same, launch, losses, tiny_faces, weights
 
 from idloss import FaceEncoder, IdentityPreservedLoss, create_fnet
-from idloss.data import SyntheticFaces, folder_faces
+from idloss.data import draw_faces, folder_faces
 from idloss.fnets.mobilefacenet import mobilefacenet_bubbliiiing
 from idloss.resample import resize, to_float
 from idloss.training import FNetRecipe, load_recipe, recipe_names, train_fnet
@@ -131,8 +131,8 @@ def test_who_is_seen_and_when():
 
 
 def test_identities_that_were_never_seen_are_told_apart_better(tmp_path):
-    training = SyntheticFaces(16, 6).render(progress=False)
-    unseen = SyntheticFaces(12, 4, first_identity=16).render(progress=False)
+    training = draw_faces(16, 6)
+    unseen = draw_faces(12, 4, first_identity=16)
     untrained = small_fnet()
 
     def gap(fnet):
@@ -156,7 +156,7 @@ def test_identities_that_were_never_seen_are_told_apart_better(tmp_path):
 
 @pytest.mark.parametrize("width", [16, 24])
 def test_a_student_comes_to_embed_as_its_teacher_does(tmp_path, width):
-    faces = replace(SyntheticFaces(16, 4).render(progress=False), labels=None, identities=())
+    faces = replace(draw_faces(16, 4), labels=None, identities=())
     teacher = small_fnet(1, num_features=width)
     state = {key: value.clone() for key, value in teacher.state_dict().items()}
     fields = {"optimizer": "adamw", "learning_rate": 3e-3, "iterations": 40, "batch_size": 32}

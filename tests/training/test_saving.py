@@ -10,7 +10,7 @@ from tinytraining import FIELDS, tiny_edsr, tiny_faces, tiny_run, weights
 from torch import nn
 
 from idloss import HallucinationLoss, create_srnet, register_srnet
-from idloss.data import SyntheticFaces
+from idloss.data import draw_faces
 from idloss.training import FNetRecipe, Recipe, load_recipe, open_trained, train, train_fnet
 
 LR = torch.rand(2, 3, 7, 6, generator=torch.Generator().manual_seed(1))
@@ -211,7 +211,7 @@ def test_a_network_without_a_copy_has_no_moving_average(tmp_path):
 @pytest.mark.parametrize("own", [False, True])
 def test_a_run_follows_the_crop_of_the_srnet_and_saves_it(own, tmp_path):
     """Crops, LR sizes, FNet and picture sheets are those of 112x112; 112x96 takes its word."""
-    faces = SyntheticFaces(2, 4, size=(112, 112), crop="arcface").render(progress=False)
+    faces = draw_faces(2, 4, size=(112, 112), crop="arcface")
     fnet = tiny_fnet(size=(112, 112))
     fnet.crop = "arcface"
     criterion = HallucinationLoss(fnet, crop="arcface")
