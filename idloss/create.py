@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from numbers import Real
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import timm
 import torch
 from timm.models import get_pretrained_cfg, is_model, list_models, split_model_name_tag
 from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.nn.parameter import is_lazy
 
 from idloss.errors import did_you_mean, some_of
 from idloss.geometry import Template, get_template
@@ -54,6 +57,12 @@ _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 _SPANDREL = "spandrel:"  # a file follows, without which nothing can be built
 _NORMALISATION = ("input_size", "mean", "std")
 _INPUT_EXAMPLE = "input_size=(3, 112, 112), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)"
+_MOST_SIDE = 1024  # pixels of an FNet's input, which a stranger's config.json may tell
+# What a network may have beyond its checkpoint: one of half precision or of 8 bits, tables that are
+# computed; and what one without a checkpoint may have, whose numbers are a stranger's, too.
+_SLACK = (8, 64 << 20)
+_MOST_DRAWN = 1 << 30
+_A_TENSOR = 64  # bytes that a file spends on the name of one
 
 
 def create_fnet(
@@ -130,6 +139,8 @@ def create_fnet(
             raise ValueError(f"this is no FNet{other_kind(arch, arch, 'FNet')}")
         _describe_input(model, kwargs.get("img_size"), input_size=input_size, mean=mean, std=std)
         _describe_output(model)
+        if kwargs or (isinstance(fnet, str) and fnet.startswith(_HUB_PREFIXES)):
+            _try_out(model, kwargs)
         model.crop = _resolve_crop(model, crop)  # type: ignore[assignment]
     return model
 
@@ -160,6 +171,8 @@ def create_srnet(
         ValueError: If the name or the crop is unknown.
     """
     model = _built(srnet, "SRNet", kwargs)
+    if kwargs.get("in_chans", 3) != 3:
+        raise ValueError(f"faces are RGB: leave in_chans={kwargs['in_chans']} out")
     told: Mapping[str, Any] = {}
     if model is not None:
         if (arch := str(cfg_of(model).get("architecture"))) in fnet_crops:
@@ -302,20 +315,60 @@ def _open_published(
     arch, told = config["architecture"], config["idloss"] | {"architecture": config["architecture"]}
     source, _, place = name.partition(":")
     _check_kind(name, kind, arch, told)
-    if not pretrained or arch in fnet_crops or arch in srnet_crops:
-        return _timm_create(name, pretrained, kwargs), told
-    # timm reads fewer kinds of checkpoints
-    path = (
-        checkpoint_in(Path(place))
-        if source == "local-dir"
-        else hub_file(name, place, None, kwargs.get("cache_dir"))
-    )
-    tensors = without_prefixes(load_checkpoint(path, name), name)
-    overlay = {"state_dict": tensors, "source": "", **kwargs.get("pretrained_cfg_overlay", {})}
-    model = _timm_create(name, True, {**kwargs, "pretrained_cfg_overlay": overlay})
+    path = None
+    if source == "local-dir":
+        with nullcontext() if pretrained else suppress(NotFoundError):
+            path = checkpoint_in(Path(place))
+    elif pretrained:
+        path = hub_file(name, place, None, kwargs.get("cache_dir"))
+    try:  # without memory first: what it asks for is a stranger's number
+        with _no_larger_than(path), torch.device("meta"):
+            _timm_create(name, False, kwargs)
+    except WeightsError:
+        raise
+    except RuntimeError:  # some need numbers while they are built
+        pass
+    with _no_larger_than(path):
+        if path is None or not pretrained or arch in fnet_crops or arch in srnet_crops:
+            return _timm_create(name, pretrained, kwargs), told
+        # timm reads fewer kinds of checkpoints
+        tensors = without_prefixes(load_checkpoint(path, name), name)
+        overlay = {"state_dict": tensors, "source": "", **kwargs.get("pretrained_cfg_overlay", {})}
+        model = _timm_create(name, True, {**kwargs, "pretrained_cfg_overlay": overlay})
     model.pretrained_cfg = {**cfg_of(model), "source": source}  # type: ignore[assignment]
     cfg_of(model).pop("state_dict")
     return model, told
+
+
+@contextmanager
+def _no_larger_than(checkpoint: Path | None) -> Iterator[None]:
+    """Refuse a network while it is built, when it has more weights than its checkpoint tells."""
+    times, more = _SLACK
+    size = 0 if checkpoint is None else checkpoint.stat().st_size
+    limit = times * size + more if checkpoint else _MOST_DRAWN
+    builder, counted = get_ident(), 0
+
+    def count(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+        nonlocal counted
+        if tensor is None or is_lazy(tensor) or get_ident() != builder:
+            return
+        counted += tensor.nbytes + _A_TENSOR
+        if counted > limit:
+            holds = f"its checkpoint has {size:,}" if checkpoint else "there is no checkpoint"
+            raise NotAsPromisedError(
+                f"its config.json asks for more than {limit:,} bytes of weights, and {holds}: "
+                f"{name} of a {type(module).__name__} is {list(tensor.shape)}"
+            )
+
+    hooks = [
+        torch_module.register_module_parameter_registration_hook(count),
+        torch_module.register_module_buffer_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
@@ -385,8 +438,9 @@ def _describe_input(
             raise ValueError(f"{key} must be numbers, as in {_INPUT_EXAMPLE}, got {value!r}")
         cfg[key] = tuple(value)
     size, mean, std = (cfg[key] for key in _NORMALISATION)
-    if len(size) != 3 or min(size) < 1:
-        raise ValueError(f"input_size must be (3, H, W), got {size}")
+    if len(size) != 3 or min(size) < 1 or max(size) > _MOST_SIDE:
+        most = f"; no side has more than {_MOST_SIDE} pixels" if max(size) > _MOST_SIDE else ""
+        raise ValueError(f"input_size must be (3, H, W), got {size}{most}")
     if len(mean) != size[0] or not all(0 <= one <= 1 for one in mean):
         raise ValueError(f"mean must be {size[0]} numbers in [0, 1], as images are, got {mean}")
     if len(std) != size[0] or not all(0 < one <= 1 for one in std):
@@ -410,6 +464,24 @@ def _describe_output(model: nn.Module) -> None:
     model.num_features = width or _probe_width(model)  # type: ignore[assignment]
 
 
+def _try_out(model: nn.Module, options: Mapping[str, Any]) -> None:
+    """See that a network built with options, or by a stranger, takes RGB and gives embeddings."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return
+    try:
+        width = _probe_width(model)
+    except ValueError as error:
+        grey = options.get("in_chans", 3) != 3
+        advice = "faces are RGB, leave in_chans out" if grey else "leave out what does not fit"
+        given = ", ".join(f"{key}={some_of([str(one)])}" for key, one in options.items())
+        raise ValueError(f"{error}; built with {given or 'its model_args'}: {advice}") from error
+    if width != model.num_features and not getattr(model, "num_classes", 0):
+        raise ValueError(
+            f"{type(model).__name__} gives {width} numbers a face and its num_features is "
+            f"{model.num_features}: mend it"
+        )
+
+
 @torch.no_grad()
 def _probe_width(model: nn.Module) -> int:
     """Width of the embeddings of a foreign module, by running two empty images through it."""
@@ -428,7 +500,12 @@ def _probe_width(model: nn.Module) -> int:
     finally:
         for module, training in modes.items():
             module.training = training
-    if isinstance(output, torch.Tensor) and output.ndim == 2 and len(output) == 2:
+    if (
+        isinstance(output, torch.Tensor)
+        and output.ndim == 2
+        and len(output) == 2
+        and output.numel()
+    ):
         return int(output.shape[1])
     raise ValueError(
         f"an FNet maps [B, 3, H, W] to embeddings [B, D]; {kind} gave {describe_output(output)} "

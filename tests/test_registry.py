@@ -162,10 +162,9 @@ def test_plugins(site):
 class Plain(nn.Module):
     """A network of one's own, whose constructor knows nothing of timm."""
 
-    num_features = 12
-
     def __init__(self, width=3):
         super().__init__()
+        self.num_features = 4 * width
         self.conv = nn.Conv2d(3, width, 3)
         self.num_classes = 0
         self.pretrained_cfg = {
@@ -289,13 +288,13 @@ def test_sys_exit_of_a_plugin_ends_nothing():
         create_fnet("plain_quitter")
 
     class Quitter(Plain):
-        num_features = 0
-
         def forward(self, x):
             sys.exit(4)
 
+    quitter = Quitter()
+    quitter.num_features = 0
     with pytest.raises(ValueError, match=r"Quitter cannot take images .*: 4"):
-        create_fnet(Quitter())
+        create_fnet(quitter)
 
 
 @pytest.mark.parametrize("register", [register_fnet, register_srnet])

@@ -30,6 +30,11 @@ class Interpolation(nn.Module):
         in_chans: int = 3,
     ) -> None:
         super().__init__()
+        sides = (1, 1) if size is None else tuple(size)
+        if not 0 < scale <= 64 or len(sides) != 2 or not 0 < min(sides) <= max(sides) <= 4096:
+            raise ValueError(
+                f"scale is above 0 and at most 64, size (H, W) at most 4096: got {scale}, {size}"
+            )
         self.mode: Literal["bicubic", "bilinear"] = mode
         self.scale = scale
         self.size = tuple(size) if size is not None else None

@@ -410,7 +410,14 @@ def _unwrapped(loaded: Any, name: str, path: Path) -> dict[str, Tensor]:
             f"{name}: {path} is not a state dict of plain tensors; "
             f"none under: {some_of(strange) if strange else '(it is empty)'}"
         )
-    return {str(key): value for key, value in loaded.items()}
+    tensors = {str(key): value for key, value in loaded.items()}
+    if len(tensors) < len(loaded):  # 1 and "1"
+        twice = [repr(key) for key in loaded if not isinstance(key, str) and str(key) in loaded]
+        raise NotAsPromisedError(
+            f"{name}: {path} has two tensors each for keys that read alike, {some_of(twice)} as a "
+            "number and as text: leave one of them out"
+        )
+    return tensors
 
 
 def _is_plain(value: object) -> bool:

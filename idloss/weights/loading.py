@@ -403,8 +403,12 @@ def _renamed(state_dict: StateDict, prefixes: Mapping[str, str | None]) -> _Stat
     for key, value in state_dict.items():
         theirs = max(filter(key.startswith, prefixes), key=len, default="")
         ours = prefixes.get(theirs, theirs)
-        if ours is not None:
-            renamed[ours + key.removeprefix(theirs)] = value
+        if ours is None:
+            continue
+        name = ours + key.removeprefix(theirs)
+        if name in renamed:
+            raise ValueError(f"keys= makes two keys of the checkpoint {name!r}, {key!r} the second")
+        renamed[name] = value
     return renamed
 
 
