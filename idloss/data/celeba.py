@@ -18,8 +18,6 @@ KAGGLE = "list_landmarks_align_celeba.csv"
 # folders of the official distribution, of torchvision, and of both one level up
 TEXT_FOLDERS = ("", "Anno/", "Eval/", "celeba/", "celeba/Anno/", "celeba/Eval/")
 IMAGE_FOLDERS = ("", "Img/", "celeba/", "celeba/Img/")
-
-
 WILD = "list_landmarks_celeba.txt"
 ALIGNED = "list_landmarks_align_celeba.txt"
 EDITIONS = {WILD: "img_celeba/", ALIGNED: "img_align_celeba/"}

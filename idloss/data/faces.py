@@ -35,18 +35,8 @@ BATCH_IMAGES = 64
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
 """What pictures may be; Pillow knows more, some of which start other programs (EPS)."""
 SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".bmp",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".gif",
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp"),
+    *(".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"),
 )
 MOST_PIXELS = 50_000_000
 """Of one picture: 20 bytes each are held while it is decoded, 25 of a WebP."""
@@ -196,15 +186,9 @@ class FileFaces:
     def select(self, keep: Tensor) -> FileFaces:
         """A smaller set over the same files."""
         kept = positions(keep)
-        labels, identities = select_labels(self.labels, self.identities, kept)
-        return replace(
-            self,
-            members=tuple(self.members[i] for i in kept.tolist()),
-            names=tuple(self.names[i] for i in kept.tolist()),
-            labels=labels,
-            identities=identities,
-            landmarks=None if self.landmarks is None else self.landmarks[kept],
-        )
+        members = tuple(self.members[i] for i in kept.tolist())
+        points = None if self.landmarks is None else self.landmarks[kept]
+        return replace(self, members=members, landmarks=points, **selected(self, kept))
 
 
 class AlignedCrops:
@@ -278,14 +262,7 @@ class AlignedFaces(AlignedCrops):
     def select(self, keep: Tensor) -> AlignedFaces:
         """A copy of some of the crops."""
         kept = positions(keep)
-        labels, identities = select_labels(self.labels, self.identities, kept)
-        return replace(
-            self,
-            crops=self.crops[kept],
-            names=tuple(self.names[i] for i in kept.tolist()),
-            labels=labels,
-            identities=identities,
-        )
+        return replace(self, crops=self.crops[kept], **selected(self, kept))
 
 
 def align_all(
@@ -455,12 +432,9 @@ def like_sized_batches(faces: Faces, start: int, stop: int) -> Iterator[list[int
 
 
 def decode_image(data: bytes, name: str) -> Tensor:
-    """Decode a picture to RGB, uint8 `[3, H, W]`, upright after its EXIF as `cv2.imread` does.
-
-    Pillow, OpenCV and torchvision carry the same libjpeg-turbo and agree to the last bit; Pillow
-    is the one that refuses a file cut short (OpenCV paints the rest grey) and that torchvision,
-    whose own decoder is to be removed, goes on depending on.
-    """
+    """Decode a picture to RGB, uint8 `[3, H, W]`, upright after its EXIF as `cv2.imread` does."""
+    # Pillow, OpenCV and torchvision carry the same libjpeg-turbo and agree to the last bit; Pillow
+    # refuses a file cut short, where OpenCV paints the rest grey
     opened = _open_image(data, name)
     many = opened.width * opened.height > MANY_PIXELS
     # I, I;16 and F hold more than 8 bits, which Pillow clips rather than scales
@@ -538,17 +512,16 @@ def number_identities(per_face: Iterable[str | None]) -> tuple[Tensor, tuple[str
     return labels, tuple(names)
 
 
-def select_labels(
-    labels: Tensor | None, identities: Sequence[str], kept: Tensor
-) -> tuple[Tensor | None, tuple[str, ...]]:
-    """Labels `[len(kept)]` of some faces, numbered anew without gaps, and the names left."""
-    if labels is None:
-        return None, ()
-    labels = labels[kept]
+def selected(faces: Faces, kept: Tensor) -> dict[str, Any]:
+    """Names, labels (numbered anew without gaps) and identities of the faces at some positions."""
+    names = tuple(faces.names[i] for i in kept.tolist())
+    if faces.labels is None:
+        return {"names": names, "labels": None, "identities": ()}
+    labels = faces.labels[kept]
     present, renumbered = labels[labels >= 0].unique(return_inverse=True)
-    selected = torch.full_like(labels, -1)
-    selected[labels >= 0] = renumbered
-    return selected, tuple(identities[i] for i in present.tolist())
+    labels[labels >= 0] = renumbered
+    people = tuple(faces.identities[i] for i in present.tolist())
+    return {"names": names, "labels": labels, "identities": people}
 
 
 def _digest(faces: Faces, index: int, data: bytes) -> bytes:

@@ -181,7 +181,7 @@ def _check_order(faces: FileFaces, points: Tensor, where: str) -> None:
                 stacklevel=4,
             )
         return
-    few = points[torch.linspace(0, len(points) - 1, min(SAMPLE, len(points))).long()]
+    few = points[_sample(faces)]
     found = [(*_fit(moved)[1:], words) for moved, words in _orders(few)]
     likely = min(
         ((left, words) for left, upright, words in found if upright > 0.5), default=(1, "")

@@ -26,7 +26,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from numpy.typing import NDArray
 from torch import Tensor
 
-from idloss.data.faces import AlignedCrops, number_identities, positions, select_labels
+from idloss.data.faces import AlignedCrops, number_identities, positions, selected
 from idloss.data.files import DataError, Fault
 from idloss.data.landmarks import POINT_COLUMNS
 from idloss.data.overlap import Match
@@ -62,7 +62,6 @@ class PreparedFaces(AlignedCrops):
         places: Crops in its file, those of dropped photos included.
         rows: Where each face is among them, int64 `[N]`.
         hashes: Hash of each crop, uint8 `[N, 16]`.
-        names, labels, identities, crop, skipped: As all `Faces` have them.
     """
 
     folder: Path
@@ -106,15 +105,8 @@ class PreparedFaces(AlignedCrops):
     def select(self, keep: Tensor) -> PreparedFaces:
         """A view of the same folder; no pixel is read."""
         kept = positions(keep)
-        labels, identities = select_labels(self.labels, self.identities, kept)
-        return replace(
-            self,
-            rows=self.rows[kept],
-            names=tuple(self.names[i] for i in kept.tolist()),
-            labels=labels,
-            identities=identities,
-            hashes=self.hashes[kept.numpy()],
-        )
+        hashes = self.hashes[kept.numpy()]
+        return replace(self, rows=self.rows[kept], hashes=hashes, **selected(self, kept))
 
     def verify(self, *, progress: bool = True) -> None:
         """Compare every crop with its hash, and raise a DataError that names those damaged."""

@@ -49,13 +49,13 @@ def tinyface(
     than published are a warning, none is an error. `landmarks` has rows of `Probe/name.jpg` and
     five points.
     """
-    parts = _Parts.find(root, TINYFACE, ["Probe/"], "TinyFace")
+    parts = _Parts.find(root, TINYFACE, ["Probe/"], "TinyFace", landmarks, crop, skip_missing)
     parts.take_list("gallery", "Gallery_Match/", "gallery_match_img_ID_pairs.mat")
     parts.take_list("probe", "Probe/", "probe_img_ID_pairs.mat")
     parts.require_mates("probe")
     if distractors:
         parts.take_folder("distractors", "Gallery_Distractor/", DISTRACTORS)
-    return parts.finish("tinyface", landmarks, crop, skip_missing=skip_missing)
+    return parts.finish("tinyface")
 
 
 def survface_identification(
@@ -71,12 +71,13 @@ def survface_identification(
     `unmated` (label -1). `landmarks` has rows of `gallery/name.jpg` and five points.
     """
     folders = [folder.format("Identification") for folder in SURVFACE]
-    parts = _Parts.find(root, folders, ["mated_probe/"], "QMUL-SurvFace identification")
+    what = "QMUL-SurvFace identification"
+    parts = _Parts.find(root, folders, ["mated_probe/"], what, landmarks, crop, skip_missing)
     parts.take_list("gallery", "gallery/", "gallery_img_ID_pairs.mat")
     parts.take_list("mated", "mated_probe/", "mated_probe_img_ID_pairs.mat", "mated_probe")
     parts.require_mates("mated")
     parts.take_folder("unmated", "unmated_probe/")
-    return parts.finish("survface-identification", landmarks, crop, skip_missing=skip_missing)
+    return parts.finish("survface-identification")
 
 
 def survface_verification(
@@ -93,9 +94,10 @@ def survface_verification(
     """
     images = "verification_images/"
     folders = [folder.format("Verification") for folder in SURVFACE]
-    parts = _Parts.find(root, folders, [images], "QMUL-SurvFace verification")
+    what = "QMUL-SurvFace verification"
+    parts = _Parts.find(root, folders, [images], what, landmarks, crop, skip_missing)
     parts.take_folder("all", images)
-    faces = replace(parts.faces(landmarks, crop, skip_missing=skip_missing), labels=None)
+    faces = replace(parts.faces(), labels=None)
     pairs = PairList(parts.where(), index_of(faces.names))
     for kind in ("positive", "negative"):
         listed = parts.read_mat(f"{kind}_pairs_names.mat", f"{kind}_pairs_names")
@@ -123,7 +125,7 @@ def scface(
     `d1` (4.2 m), `d2` (2.6 m) and `d3` (1.0 m). Papers that fine-tune on the first 50 subjects
     report `range(51, 131)`. `landmarks` has rows of the path below that folder and five points.
     """
-    parts = _Parts.find(root, SCFACE, MUGSHOTS, "SCface")
+    parts = _Parts.find(root, SCFACE, MUGSHOTS, "SCface", landmarks, crop, skip_missing)
     mugshots = next(folder for folder in MUGSHOTS if parts.images(folder))
     gallery = {PurePosixPath(member).name[:3]: member for member in parts.images(mugshots)}
     wanted = [f"{subject:03d}" for subject in subjects]
@@ -142,7 +144,7 @@ def scface(
             parts.fault(f"there is no {shot}.jpg")
         found = sorted(shots.keys() & pictures.keys())
         parts.parts[f"d{distance}"] = [(pictures[shot], shots[shot]) for shot in found]
-    return parts.finish("scface", landmarks, crop, skip_missing=skip_missing)
+    return parts.finish("scface")
 
 
 @dataclass
@@ -151,16 +153,21 @@ class _Parts:
 
     files: Files
     base: str
+    landmarks: StrPath | None
+    crop: str | None
+    skip_missing: bool
     faults: list[Fault] = field(default_factory=list)
     parts: dict[str, Sequence[tuple[str, str | None]]] = field(default_factory=dict)
 
     @classmethod
-    def find(cls, root: StrPath, bases: Iterable[str], folders: Iterable[str], what: str) -> _Parts:
+    def find(
+        cls, root: StrPath, bases: Iterable[str], folders: Iterable[str], what: str, *options: Any
+    ) -> _Parts:
         """The first of some folders that holds images in one of its sub-folders."""
         files = open_files(root)
         places = [(base, folder) for base in bases for folder in folders]
         for base, folder in places:
-            if (found := cls(files, base)).images(folder):
+            if (found := cls(files, base, *options)).images(folder):
                 return found
         looked = ", ".join(base + folder for base, folder in places)
         raise FileNotFoundError(f"no {what} in {files.location}; looked for images in {looked}")
@@ -205,8 +212,7 @@ class _Parts:
         there = {member.removeprefix(self.base + folder) for member in self.images(folder)}
         for row, name in enumerate(names, start=1):
             if name not in there:
-                where = f"{self.where(mat)}:row {row}"
-                self.faults.append(Fault(where, f"there is no {folder}{name}"))
+                self.fault(f"there is no {folder}{name}", f"{mat}:row {row}")
         for name in sorted(there - set(names)):
             self.fault(f"{mat} does not list it", folder + name)
         listed = zip(names, identities, strict=True)
@@ -222,9 +228,7 @@ class _Parts:
                 what = f"its identity {identity} has no face in the gallery"
                 self.fault(what, member.removeprefix(self.base))
 
-    def faces(
-        self, landmarks: StrPath | None, crop: str | None, *, skip_missing: bool
-    ) -> FileFaces:
+    def faces(self) -> FileFaces:
         """All faces taken, with their points where there are some."""
         taken = {
             member.removeprefix(self.base): (member, identity)
@@ -232,25 +236,21 @@ class _Parts:
             for member, identity in part
         }
         points = None
-        if crop is None and landmarks is not None:
-            points = read_points(table := read_own_table(landmarks))
+        if self.crop is None and self.landmarks is not None:
+            points = read_points(table := read_own_table(self.landmarks))
             lost = taken.keys() - points.by_name.keys()
             self.faults += points.faults
             self.faults += [Fault(table.where, f"no points of {name}") for name in sorted(lost)]
             taken = {name: face for name, face in taken.items() if name not in lost}
-        skipped = skip_or_raise(self.faults, skip_missing=skip_missing)
+        skipped = skip_or_raise(self.faults, skip_missing=self.skip_missing)
         members = {name: member for name, (member, _) in taken.items()}
-        identities = (identity for _, identity in taken.values())
-        where = str(landmarks)
-        return labelled_faces(
-            self.files, members, identities, points, where=where, crop=crop, skipped=skipped
-        )
+        people = (identity for _, identity in taken.values())
+        about: dict[str, Any] = {"where": str(self.landmarks), "crop": self.crop}
+        return labelled_faces(self.files, members, people, points, skipped=skipped, **about)
 
-    def finish(
-        self, name: str, landmarks: StrPath | None, crop: str | None, *, skip_missing: bool
-    ) -> EvaluationSet:
+    def finish(self, name: str) -> EvaluationSet:
         """The set: its gallery with the distractors, and the other parts as probes."""
-        faces = self.faces(landmarks, crop, skip_missing=skip_missing)
+        faces = self.faces()
         index = index_of(faces.members)
         found = {
             part: torch.tensor([index[m] for m, _ in members if m in index], dtype=torch.int64)
