@@ -11,14 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from idloss.fnets.base import FNet, downsampled
-from idloss.fnets.iresnet import (
-    ARCFACE_CFG,
-    DEPTHS,
-    conv_shortcut,
-    conv_stem,
-    released_names,
-)
+from idloss.fnets.base import ARCFACE_CFG, FNet, downsampled, released_names
+from idloss.fnets.iresnet import DEPTHS, conv_shortcut, conv_stem
 from idloss.registry import register_fnet
 from idloss.weights import WebFile, Weights, build_model, register_weights
 from idloss.weights.loading import StateDict, rename_keys, with_counters

@@ -5,10 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from idloss.registry import register_fnet
 from idloss.weights import build_model
+
+ARCFACE_CFG: dict[str, Any] = {
+    "num_classes": 0,
+    "input_size": (3, 112, 112),
+    "fixed_input_size": True,
+    "crop_pct": 1.0,
+    "interpolation": "bicubic",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "first_conv": "stem.conv",
+    "classifier": "classifier",
+}
+"""What recognisers trained on InsightFace's crops have alike: 112x112 RGB in [-1, 1]."""
 
 
 class FNet(nn.Module):
@@ -141,6 +155,14 @@ def register_variants(
 
     for name, options in variants.items():
         register(name, options)
+
+
+def released_names(build: Callable[[], nn.Module], theirs: Callable[[str], str]) -> dict[str, str]:
+    """Keys, theirs to ours, of a network each layer of which has a name of theirs."""
+    with torch.device("meta"):
+        keys = build().state_dict()
+    layers = (key.rpartition(".") for key in keys)
+    return {f"{theirs(layer)}.{entry}": f"{layer}.{entry}" for layer, _, entry in layers}
 
 
 def downsampled(img_size: tuple[int, int], times: int) -> tuple[int, int]:

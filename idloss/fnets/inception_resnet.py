@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from idloss.fnets.base import FNet
-from idloss.fnets.iresnet import ARCFACE_CFG, released_names
+from idloss.fnets.base import ARCFACE_CFG, FNet, released_names
 from idloss.registry import register_fnet
 from idloss.weights import HubFile, Weights, build_model, register_weights
 from idloss.weights.loading import StateDict, rename_keys, with_counters
@@ -147,20 +146,11 @@ def _split(channels: int, width: int, length: int) -> tuple[nn.Module, nn.Module
 
 
 _PARTS = {
-    "stem.0": "conv2d_1a",
-    "stem.1": "conv2d_2a",
-    "stem.2": "conv2d_2b",
-    "stem.4": "conv2d_3b",
-    "stem.5": "conv2d_4a",
-    "stem.6": "conv2d_4b",
-    "blocks35": "repeat_1",
-    "reduction_a": "mixed_6a",
-    "blocks17": "repeat_2",
-    "reduction_b": "mixed_7a",
-    "blocks8": "repeat_3",
-    "last_block": "block8",
-    "embedding": "last_linear",
-    "embedding_norm": "last_bn",
+    **{"stem.0": "conv2d_1a", "stem.1": "conv2d_2a", "stem.2": "conv2d_2b"},
+    **{"stem.4": "conv2d_3b", "stem.5": "conv2d_4a", "stem.6": "conv2d_4b"},
+    **{"blocks35": "repeat_1", "reduction_a": "mixed_6a", "blocks17": "repeat_2"},
+    **{"reduction_b": "mixed_7a", "blocks8": "repeat_3", "last_block": "block8"},
+    **{"embedding": "last_linear", "embedding_norm": "last_bn"},
 }
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from idloss.fnets.base import register_variants
-from idloss.fnets.iresnet import ARCFACE_CFG, DEPTHS, IResNet, released_names
+from idloss.fnets.base import ARCFACE_CFG, register_variants, released_names
+from idloss.fnets.iresnet import DEPTHS, IResNet
 from idloss.weights import HubFile, ManualFile, Weights, register_weights
 from idloss.weights.loading import StateDict, count_indices, rename_keys, with_counters
 

@@ -7,14 +7,12 @@ Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 from timm.layers.squeeze_excite import SEModule
 from torch import Tensor, nn
 
-from idloss.fnets.base import FNet, downsampled, register_variants
+from idloss.fnets.base import ARCFACE_CFG, FNet, downsampled, register_variants, released_names
 from idloss.weights import HubFile, ManualFile, Weights, register_weights
 from idloss.weights.loading import StateDict, count_indices, rename_keys, with_counters
 
@@ -158,28 +156,6 @@ def iresnet_insightface(state_dict: StateDict) -> dict[str, Tensor]:
 
     names = released_names(lambda: IResNet(depths=depths), theirs)
     return rename_keys(with_counters(state_dict), names, "InsightFace's IResNet")
-
-
-def released_names(build: Callable[[], nn.Module], theirs: Callable[[str], str]) -> dict[str, str]:
-    """Keys, theirs to ours, of a network each layer of which has a name of theirs."""
-    with torch.device("meta"):
-        keys = build().state_dict()
-    layers = (key.rpartition(".") for key in keys)
-    return {f"{theirs(layer)}.{entry}": f"{layer}.{entry}" for layer, _, entry in layers}
-
-
-ARCFACE_CFG: dict[str, Any] = {
-    "num_classes": 0,
-    "input_size": (3, 112, 112),
-    "fixed_input_size": True,
-    "crop_pct": 1.0,
-    "interpolation": "bicubic",
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-    "first_conv": "stem.conv",
-    "classifier": "classifier",
-}
-"""What recognisers trained on InsightFace's crops have alike: 112x112 RGB in [-1, 1]."""
 
 
 def _weights(

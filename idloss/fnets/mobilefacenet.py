@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from idloss.errors import did_you_mean
-from idloss.fnets.base import FNet, downsampled
+from idloss.fnets.base import ARCFACE_CFG, FNet, downsampled, released_names
 from idloss.registry import register_fnet
 from idloss.weights import GitHubBlob, Weights, build_model, register_weights
-from idloss.weights.loading import NORM, StateDict, layer_keys, rename_keys
+from idloss.weights.loading import StateDict, rename_keys
 
 BOTTLENECKS = (
     (128, 64, 5, 2),
@@ -30,6 +30,10 @@ _Activation = Callable[[int], nn.Module]
 
 ACTIVATIONS: dict[str, _Activation] = {"prelu": nn.PReLU, "relu6": lambda _: nn.ReLU6()}
 """Activations by name, each made for a number of channels."""
+
+
+RELU6: dict[str, Any] = {"act": "relu6", "separable_stem": True, "embedding_bias": True}
+"""What foamliu's network has otherwise."""
 
 
 class MobileFaceNet(FNet):
@@ -146,64 +150,59 @@ class _Bottleneck(nn.Module):
 
 def mobilefacenet_bubbliiiing(state_dict: StateDict) -> dict[str, Tensor]:
     """`arcface_mobilefacenet.pth` of bubbliiiing/arcface-pytorch to `MobileFaceNet`."""
-    names = _conv_norm_prelu("conv1", "stem") | _conv_norm_prelu("conv2_dw", "stem_depthwise")
     blocks: list[str] = []
     for opening, rest, repeats in (("23", "3", 4), ("34", "4", 6), ("45", "5", 2)):
         blocks += [f"conv_{opening}", *(f"conv_{rest}.model.{i}" for i in range(repeats))]
-    for index, block in enumerate(blocks):
-        names |= _conv_norm_prelu(f"{block}.conv", f"blocks.{index}.expand")
-        names |= _conv_norm_prelu(f"{block}.conv_dw", f"blocks.{index}.depthwise")
-        names |= layer_keys(f"{block}.project.conv", f"blocks.{index}.project.conv", ("weight",))
-        names |= layer_keys(f"{block}.project.bn", f"blocks.{index}.project.bn", NORM)
-    names |= layer_keys("sep", "expand.conv", ("weight",))
-    names |= layer_keys("sep_bn", "expand.bn", NORM)
-    names |= layer_keys("prelu", "expand.act", ("weight",))
-    names |= layer_keys("GDC_dw", "global_depthwise.conv", ("weight",))
-    names |= layer_keys("GDC_bn", "global_depthwise.bn", NORM)
-    names |= layer_keys("features", "embedding", ("weight",))
-    names |= layer_keys("last_bn", "embedding_norm", NORM)
-    names = {f"arcface.{theirs}": ours for theirs, ours in names.items()}
+    inner = {"expand": "conv", "depthwise": "conv_dw", "project": "project"}
+
+    def theirs(layer: str) -> str:
+        if layer in _BUBBLIIIING:
+            return f"arcface.{_BUBBLIIIING[layer]}"
+        part, _, kind = layer.rpartition(".")
+        if part.startswith("blocks."):
+            _, index, name = part.split(".")
+            part = f"{blocks[int(index)]}.{inner[name]}"
+        part = {"stem": "conv1", "stem_depthwise": "conv2_dw"}.get(part, part)
+        return f"arcface.{part}.{'prelu' if kind == 'act' else kind}"
+
+    names = released_names(MobileFaceNet, theirs)
     adapted = rename_keys(state_dict, names, "bubbliiiing's MobileFaceNet", dropped=("head.",))
-    return _linear_from_pointwise(adapted, "embedding")
+    return _linear_from_pointwise(adapted)
+
+
+_BUBBLIIIING = {
+    **{"expand.conv": "sep", "expand.bn": "sep_bn", "expand.act": "prelu"},
+    **{"global_depthwise.conv": "GDC_dw", "global_depthwise.bn": "GDC_bn"},
+    **{"embedding": "features", "embedding_norm": "last_bn"},
+}
 
 
 def mobilefacenet_foamliu(state_dict: StateDict) -> dict[str, Tensor]:
     """`mobilefacenet.pt` of foamliu/MobileFaceNet to `MobileFaceNet` with ReLU6."""
-    pairs = [
-        ("conv1.0", "conv1.1", "stem"),
-        ("dw_conv.depthwise", "dw_conv.bn1", "stem_depthwise"),
-        ("dw_conv.pointwise", "dw_conv.bn2", "stem_pointwise"),
-        ("conv2.0", "conv2.1", "expand"),
-        ("gdconv.depthwise", "gdconv.bn", "global_depthwise"),
-    ]
-    for index in range(15):
-        theirs, ours = f"features.{index}.conv", f"blocks.{index}"
-        pairs.append((f"{theirs}.0.0", f"{theirs}.0.1", f"{ours}.expand"))
-        pairs.append((f"{theirs}.1.0", f"{theirs}.1.1", f"{ours}.depthwise"))
-        pairs.append((f"{theirs}.2", f"{theirs}.3", f"{ours}.project"))
-    names: dict[str, str] = {}
-    for convolution, norm, ours in pairs:
-        names |= layer_keys(convolution, f"{ours}.conv", ("weight",))
-        names |= layer_keys(norm, f"{ours}.bn", NORM)
-    names |= layer_keys("conv3", "embedding")
-    names |= layer_keys("bn", "embedding_norm", NORM)
-    adapted = rename_keys(state_dict, names, "foamliu's MobileFaceNet")
-    return _linear_from_pointwise(adapted, "embedding")
+
+    def theirs(layer: str) -> str:
+        part, _, kind = layer.rpartition(".")
+        if part.startswith("blocks."):
+            _, index, name = part.split(".")
+            return f"features.{index}.conv.{_FOAMLIU_BLOCK[name][kind == 'bn']}"
+        return _FOAMLIU.get(layer) or f"{_FOAMLIU[part]}.{int(kind == 'bn')}"
+
+    names = released_names(lambda: MobileFaceNet(**RELU6), theirs)
+    return _linear_from_pointwise(rename_keys(state_dict, names, "foamliu's MobileFaceNet"))
 
 
-def _conv_norm_prelu(theirs: str, ours: str) -> dict[str, str]:
-    """Names of a convolution without bias, its batch norm and its PReLU."""
-    return (
-        layer_keys(f"{theirs}.conv", f"{ours}.conv", ("weight",))
-        | layer_keys(f"{theirs}.bn", f"{ours}.bn", NORM)
-        | layer_keys(f"{theirs}.prelu", f"{ours}.act", ("weight",))
-    )
+_FOAMLIU = {
+    **{"stem": "conv1", "expand": "conv2", "embedding": "conv3", "embedding_norm": "bn"},
+    **{"stem_depthwise.conv": "dw_conv.depthwise", "stem_depthwise.bn": "dw_conv.bn1"},
+    **{"stem_pointwise.conv": "dw_conv.pointwise", "stem_pointwise.bn": "dw_conv.bn2"},
+    **{"global_depthwise.conv": "gdconv.depthwise", "global_depthwise.bn": "gdconv.bn"},
+}
+_FOAMLIU_BLOCK = {"expand": ("0.0", "0.1"), "depthwise": ("1.0", "1.1"), "project": ("2", "3")}
 
 
-def _linear_from_pointwise(state_dict: StateDict, layer: str) -> dict[str, Tensor]:
+def _linear_from_pointwise(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """A 1x1 convolution of a 1x1 map is a linear layer: `[D, C, 1, 1]` to `[D, C]`."""
-    weight = f"{layer}.weight"
-    return {**state_dict, weight: state_dict[weight].flatten(1)}
+    return {**state_dict, "embedding.weight": state_dict["embedding.weight"].flatten(1)}
 
 
 default_cfgs = register_weights(
@@ -244,15 +243,7 @@ default_cfgs = register_weights(
             cfg={"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
         ),
     },
-    num_classes=0,
-    input_size=(3, 112, 112),
-    fixed_input_size=True,
-    crop_pct=1.0,
-    interpolation="bicubic",
-    mean=(0.5, 0.5, 0.5),
-    std=(0.5, 0.5, 0.5),
-    first_conv="stem.conv",
-    classifier="classifier",
+    **ARCFACE_CFG,
     paper_name="MobileFaceNets",
     paper_ids="arXiv:1804.07573",
 )
@@ -267,5 +258,4 @@ def mobilefacenet(pretrained: bool = False, **kwargs: Any) -> MobileFaceNet:
 @register_fnet(crop="arcface")
 def mobilefacenet_relu6(pretrained: bool = False, **kwargs: Any) -> MobileFaceNet:
     """MobileFaceNet with ReLU6 and a separable stem, 112x112, 128-d, trained with ArcFace."""
-    variant = {"act": "relu6", "separable_stem": True, "embedding_bias": True}
-    return build_model(MobileFaceNet, "mobilefacenet_relu6", pretrained, **{**variant, **kwargs})
+    return build_model(MobileFaceNet, "mobilefacenet_relu6", pretrained, **{**RELU6, **kwargs})

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from idloss.fnets.base import FNet, downsampled
+from idloss.fnets.base import ARCFACE_CFG, FNet, downsampled, released_names
 from idloss.registry import register_fnet
 from idloss.weights import GitHubBlob, Weights, build_model, register_weights
-from idloss.weights.loading import StateDict, layer_keys, rename_keys
+from idloss.weights.loading import StateDict, rename_keys
 
 DEPTH_20 = (1, 2, 4, 1)
 """Residual units of the four stages of SphereFace-20."""
@@ -95,38 +95,39 @@ class _Unit(nn.Module):
 
 def sface_released(state_dict: StateDict) -> dict[str, Tensor]:
     """`sface.pth` of johnnysclai/SR_LRFR, which takes BGR, to `SphereFace`."""
-    names: dict[str, str] = {}
-    for stage, depth in enumerate(DEPTH_20):
-        ours = f"stages.{stage}"
-        first = 3 * stage
-        names |= layer_keys(f"{first}", f"{ours}.conv")
-        names |= layer_keys(f"{first + 1}", f"{ours}.act", ("weight",))
-        for unit in range(depth):
-            theirs = f"{first + 2}.{unit}.resblock"
-            block = f"{ours}.blocks.{unit}"
-            for index in (1, 2):
-                convolution = 2 * (index - 1)
-                names |= layer_keys(f"{theirs}.{convolution}", f"{block}.conv{index}")
-                names |= layer_keys(
-                    f"{theirs}.{convolution + 1}", f"{block}.act{index}", ("weight",)
-                )
-    names |= layer_keys("13", "embedding")
+
+    def theirs(layer: str) -> str:
+        stage, unit, name = _place(layer)
+        if stage is None:
+            return "13"
+        if unit is None:
+            return str(3 * stage + (name == "act"))
+        return f"{3 * stage + 2}.{unit}.resblock.{('conv1', 'act1', 'conv2', 'act2').index(name)}"
+
+    names = released_names(SphereFace, theirs)
     return rename_keys(state_dict, names, "SFace of johnnysclai/SR_LRFR")
 
 
 def sphereface_clcarwin(state_dict: StateDict) -> dict[str, Tensor]:
     """`sphere20a` of clcarwin/sphereface_pytorch and its kin, which take BGR, to `SphereFace`."""
-    names: dict[str, str] = {}
-    for stage, depth in enumerate(DEPTH_20):
-        layers = ["", *(f".blocks.{unit}" for unit in range(depth) for _ in (1, 2))]
-        for index, place in enumerate(layers, start=1):
-            # 1 opens the stage; then come the two layers of every unit, even and odd
-            number = "" if index == 1 else str(1 + index % 2)
-            ours = f"stages.{stage}{place}"
-            names |= layer_keys(f"conv{stage + 1}_{index}", f"{ours}.conv{number}")
-            names |= layer_keys(f"relu{stage + 1}_{index}", f"{ours}.act{number}", ("weight",))
-    names |= layer_keys("fc5", "embedding")
+
+    def theirs(layer: str) -> str:
+        stage, unit, name = _place(layer)
+        if stage is None:
+            return "fc5"
+        # 1 opens the stage; then come the two layers of every unit
+        index = 1 if unit is None else 1 + 2 * unit + int(name[-1])
+        return f"{'conv' if name.startswith('conv') else 'relu'}{stage + 1}_{index}"
+
+    names = released_names(SphereFace, theirs)
     return rename_keys(state_dict, names, "clcarwin's SphereFace-20", dropped=("fc6.",))
+
+
+def _place(layer: str) -> tuple[int | None, int | None, str]:
+    """Stage, unit and name of a layer; no stage for the embedding, no unit for what opens one."""
+    numbers = [int(part) for part in layer.split(".") if part.isdecimal()]
+    stage, unit = (*numbers, None, None)[:2]
+    return stage, unit, layer.rpartition(".")[2]
 
 
 default_cfgs = register_weights(
@@ -161,16 +162,13 @@ default_cfgs = register_weights(
             lfw=99.22,
         ),
     },
-    num_classes=0,
-    input_size=(3, 112, 96),
-    fixed_input_size=True,
-    crop_pct=1.0,
-    interpolation="bicubic",
-    # (x - 127.5) / 128 on 0-255 pixels (released code, test.py and train.py)
-    mean=(0.5, 0.5, 0.5),
-    std=(128 / 255, 128 / 255, 128 / 255),
-    first_conv="stages.0.conv",
-    classifier="classifier",
+    **{
+        **ARCFACE_CFG,
+        "input_size": (3, 112, 96),
+        # (x - 127.5) / 128 on 0-255 pixels (released code, test.py and train.py)
+        "std": (128 / 255, 128 / 255, 128 / 255),
+        "first_conv": "stages.0.conv",
+    },
     paper_name="SphereFace: Deep Hypersphere Embedding for Face Recognition",
     paper_ids="arXiv:1704.08063",
 )

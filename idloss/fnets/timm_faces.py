@@ -11,8 +11,7 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from idloss.fnets.base import FNet, register_variants
-from idloss.fnets.iresnet import ARCFACE_CFG
+from idloss.fnets.base import ARCFACE_CFG, FNet, register_variants
 from idloss.weights import GitHubBlob, HubFile, ManualFile, Weights, register_weights
 from idloss.weights.loading import StateDict
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from idloss.errors import did_you_mean
-from idloss.fnets.base import FNet
+from idloss.fnets.base import ARCFACE_CFG, FNet
 from idloss.registry import register_fnet
 from idloss.weights import HubFile, ManualFile, Weights, build_model, register_weights
 from idloss.weights.loading import StateDict, layer_keys, rename_keys
@@ -154,17 +154,15 @@ default_cfgs = register_weights(
             channel_order="bgr",
         ),
     },
-    num_classes=0,
-    input_size=(3, 224, 224),
-    fixed_input_size=True,
-    crop_pct=1.0,
-    interpolation="bicubic",
-    # Mean pixel of the authors' networks (vgg_face_matconvnet, BGR 93.5940, 104.7624,
-    # 129.1863 on 0-255), which do not divide by a standard deviation.
-    mean=(129.1863 / 255, 104.7624 / 255, 93.5940 / 255),
-    std=(1 / 255, 1 / 255, 1 / 255),
-    first_conv="features.conv1_1",
-    classifier="classifier",
+    **{
+        **ARCFACE_CFG,
+        "input_size": (3, 224, 224),
+        # Mean pixel of the authors' networks (vgg_face_matconvnet, BGR 93.5940, 104.7624,
+        # 129.1863 on 0-255), which do not divide by a standard deviation.
+        "mean": (129.1863 / 255, 104.7624 / 255, 93.5940 / 255),
+        "std": (1 / 255, 1 / 255, 1 / 255),
+        "first_conv": "features.conv1_1",
+    },
     paper_name="Deep Face Recognition",
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -53,9 +53,6 @@ Keys = Adapter | Mapping[str, str | None] | None
 
 CONV = ("weight", "bias")
 """The entries of a convolution or a linear layer."""
-
-NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-"""The entries of a batch norm."""
 
 URL_LIMIT = 4 << 30
 """The most bytes that a file may have whose hash nobody pinned."""
@@ -418,9 +415,9 @@ def _renamed(state_dict: StateDict, prefixes: Mapping[str, str | None]) -> _Stat
 # here, on the way in and (of an SRNet) on the way out.
 
 
-def layer_keys(theirs: str, ours: str, entries: Iterable[str] = CONV) -> dict[str, str]:
-    """Names of the entries of one layer, theirs to ours."""
-    return {f"{theirs}.{entry}": f"{ours}.{entry}" for entry in entries}
+def layer_keys(theirs: str, ours: str) -> dict[str, str]:
+    """Names of weight and bias of one layer, theirs to ours."""
+    return {f"{theirs}.{entry}": f"{ours}.{entry}" for entry in CONV}
 
 
 def count_indices(state_dict: StateDict, pattern: str) -> int:
