@@ -12,11 +12,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from idloss.create import create_fnet, describe_output
 from idloss.geometry import Template, convert_crop, get_template
-from idloss.resample import ImageWatch, check_images, has_values, resize
+from idloss.resample import ImageWatch, check_images, is_computed, resize
 
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
 ChannelOrder = Literal["rgb", "bgr"]
@@ -201,15 +203,15 @@ class FaceEncoder(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """`forward` for images `[B, 3, H, W]` whose range somebody else watches."""
         self._keep_frozen()
-        if images.requires_grad and torch.is_grad_enabled():
-            if torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling():
+            if images.requires_grad and torch.is_grad_enabled():
                 self._try_gradient_of_a_graph()
-            elif not self._is_tried and has_values(images):
-                self._is_tried = True
-                for module in self.fnet.modules():
-                    if type(module) is nn.PReLU:
-                        module.__class__ = FrozenPReLU
-                self._refuse_a_cut(images)
+        elif not self._is_tried and is_computed(images) and is_differentiated(images):
+            self._is_tried = True
+            for module in self.fnet.modules():
+                if type(module) is nn.PReLU:
+                    module.__class__ = FrozenPReLU
+            self._refuse_a_cut(images)
         return self._embed(images)
 
     @torch.compiler.assume_constant_result  # runs while a graph is made, and is not in it
@@ -299,13 +301,33 @@ class FaceEncoder(nn.Module):
         )
 
 
+def is_differentiated(images: Tensor) -> bool:
+    """Whether a derivative by images is wanted, `torch.func`'s transforms and tangents included."""
+    if not torch.is_grad_enabled():
+        return False
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(images).tangent is not None:
+        return True
+    while not images.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(images):
+        images = torch._C._functorch.get_unwrapped(images)  # as mapped inside of grad
+    return images.requires_grad
+
+
 def passes_gradient(function: Callable[[Tensor], Any], like: Tensor) -> bool:
-    """Whether a gradient comes back through a function, at noise in [0, 1] like a tensor."""
+    """Whether a gradient comes back through a function, at noise in [0, 1] like a tensor.
+
+    The function meets no tensors but its own: inside `torch.func` others belong to a transform,
+    which is left for the while.
+    """
     # of its own, so that the caller draws what it would have drawn: resumed runs are as others
     generator = torch.Generator().manual_seed(0)
-    noise = torch.rand(like.shape, generator=generator, dtype=torch.float32, device="cpu")
-    with torch.enable_grad(), torch.autocast(like.device.type, enabled=False):
-        example = noise.to(like).requires_grad_()
+    device = like.device
+    with (
+        temporarily_clear_interpreter_stack(),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        noise = torch.rand(like.shape, generator=generator, dtype=torch.float32, device="cpu")
+        example = noise.to(device, like.dtype).requires_grad_()
         result = function(example)
         if not (isinstance(result, Tensor) and result.requires_grad):
             return False

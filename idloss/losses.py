@@ -5,17 +5,24 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from idloss.encoder import CUT, FaceEncoder, passes_gradient
+from idloss.encoder import CUT, FaceEncoder, is_differentiated, passes_gradient
 from idloss.geometry import Template
 from idloss.plugins import Registry
-from idloss.resample import ImageWatch, check_images, has_values, resize, to_float, to_uint8
+from idloss.resample import (
+    ImageWatch,
+    check_images,
+    has_values,
+    is_computed,
+    resize,
+    to_float,
+    to_uint8,
+)
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 ImageLoss = Callable[[Tensor, Tensor], Tensor]
@@ -90,9 +97,11 @@ class IdentityPreservedLoss(nn.Module):
 
     Lai, He and Lam, ICIP 2019, equations 2 and 3. The FNet is frozen (see `FaceEncoder`): the loss
     has no parameters, an empty `state_dict()`, and is not to be wrapped in DDP; wrap the SR
-    network. Distances are taken in float32 at least. NaN images give a NaN loss. In eager mode the
-    first call in training finds out whether SR's gradient passes through the FNet, and images are
-    looked at now and then for what is legal and surely not meant.
+    network. Distances are taken in float32 at least. NaN images give a NaN loss. The first call in
+    training finds out whether SR's gradient passes through the FNet, also compiled and inside the
+    transforms of `torch.func`; in `torch.jit.trace`, `make_fx` and under fake tensors that cannot
+    be seen: call it once before. In eager mode images are looked at now and then for what is legal
+    and surely not meant.
 
     Args:
         fnet: The face recogniser: a name, a module (see `FaceEncoder`), a sequence of these, or a
@@ -240,14 +249,14 @@ class IdentityPreservedLoss(nn.Module):
 
     def _inspect_gradient(self, sr: Tensor) -> None:
         """Find out, once, whether SR has a gradient, and whether the distance lets it through."""
-        if "gradient" in self._inspected or not torch.is_grad_enabled() or not has_values(sr):
+        if "gradient" in self._inspected or not torch.is_grad_enabled() or not is_computed(sr):
             return
-        if sr.requires_grad:
+        if is_differentiated(sr):
             self._inspected.add("gradient")
-            like = torch.linspace(-1, 1, self._encoders()[0].num_features, device=sr.device)[None]
-            if not passes_gradient(partial(self.distance, like), like):
+            like = torch.empty(1, self._encoders()[0].num_features, device=sr.device)
+            if not passes_gradient(lambda noise: self.distance(noise, 1 - noise.detach()), like):
                 raise RuntimeError(CUT.format("the distance"))
-        elif self.training:
+        elif self.training and has_values(sr):
             self._inspected.add("gradient")
             _warn("sr carries no gradient: none will reach the SR network. Was it detached?")
 
@@ -353,9 +362,9 @@ class HallucinationLoss(nn.Module):
         low, high = self.value_range
         with torch.no_grad():
             target = self.medium_resolution(hr, (sr.shape[-2], sr.shape[-1])) * 2 - 1
-        if sr.requires_grad and torch.is_grad_enabled() and not self._is_tried and has_values(sr):
+        if not self._is_tried and is_computed(sr) and is_differentiated(sr):
             self._is_tried = True
-            if not passes_gradient(lambda noise: self.image_loss(noise, target), target):
+            if not passes_gradient(lambda noise: self.image_loss(noise, -noise.detach()), target):
                 raise RuntimeError(CUT.format("the image loss"))
         total = self.image_loss((sr - low) * (2 / (high - low)) - 1, target)
         parts = {"image": total.detach()}

@@ -84,12 +84,16 @@ def check_images(images: Tensor, name: str = "images", channels: int | None = 3)
 
 def has_values(images: Tensor) -> bool:
     """Whether pixels can be looked at: not while compiled, traced, mapped or faked."""
+    return is_computed(images) and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def is_computed(images: Tensor) -> bool:
+    """Whether there is arithmetic, of `torch.func` too: not while compiled, traced or faked."""
     return not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or images.is_meta
         or type(images).__torch_dispatch__ is not Tensor.__torch_dispatch__
-        or torch._C._functorch.peek_interpreter_stack() is not None
         or is_in_torch_dispatch_mode()
     )
 

@@ -263,16 +263,28 @@ WAYS = {
     "encoder alone": lambda loss: lambda sr, hr: loss.encoders[0](sr),
     "compiled": lambda loss: torch.compile(loss, backend="eager", fullgraph=True),
     "differentiated": lambda loss: lambda sr, hr: torch.func.grad(loss)(sr, hr),
+    "mapped, then differentiated": lambda loss: (
+        lambda sr, hr: torch.func.vmap(torch.func.grad(loss))(sr[:, None], hr[:, None])
+    ),
+    "differentiated, then mapped": lambda loss: (
+        lambda sr, hr: torch.func.grad(
+            lambda x: torch.func.vmap(loss)(x[:, None], hr[:, None]).sum()
+        )(sr)
+    ),
+    "forward": lambda loss: lambda sr, hr: torch.func.jvp(lambda x: loss(x, hr), (sr,), (sr,)),
+    "jacobian": lambda loss: lambda sr, hr: torch.func.jacfwd(lambda x: loss(x, hr))(sr),
 }
 
 
-# a gradient of zeros can't be told inside a transform, and numpy is refused there
+TRANSFORMS = list(WAYS)[5:]  # where torch itself refuses numpy
+
+
 @pytest.mark.parametrize(
     ("how", "way"),
     [
-        *itertools.product(CUTS, list(WAYS)[:-1]),
-        ("no_grad", "differentiated"),
-        ("detach", "differentiated"),
+        (how, way)
+        for how, way in itertools.product(CUTS, WAYS)
+        if how != "numpy" or way not in TRANSFORMS
     ],
 )
 @pytest.mark.filterwarnings("ignore:Dynamo does not know", "ignore:Converting a tensor")
@@ -287,6 +299,11 @@ def test_refuses_an_fnet_that_cuts_the_gradient(net, how, way):
         WAYS[way](loss.train())(*sr_and_hr())
 
 
+@pytest.mark.parametrize("way", TRANSFORMS)
+def test_transforms_of_a_sound_fnet_are_not_refused(net, way):
+    WAYS[way](loss_of(net))(*sr_and_hr())
+
+
 @pytest.mark.parametrize("what", ["distance", "image_loss"])
 def test_refuses_functions_that_cut_the_gradient(net, what):
     function = {"distance": DISTANCES["cosine"], "image_loss": F.l1_loss}[what]
@@ -294,6 +311,9 @@ def test_refuses_functions_that_cut_the_gradient(net, what):
         loss = HallucinationLoss(net, **{what: CUTS[how](function)}).eval()
         with pytest.raises(RuntimeError, match=f"the {what.replace('_', ' ')} cuts the gradient"):
             loss(*sr_and_hr())
+        loss = HallucinationLoss(net, **{what: CUTS[how](function)})
+        with pytest.raises(RuntimeError, match=f"the {what.replace('_', ' ')} cuts the gradient"):
+            torch.func.grad(lambda sr, hr, loss=loss: loss(sr, hr)[0])(*sr_and_hr())
 
 
 def test_a_face_of_weight_zero_may_hold_anything(net):
