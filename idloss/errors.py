@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from importlib import import_module
+from typing import Any
 
 
 def did_you_mean(kind: str, name: str, known: Iterable[str]) -> str:
@@ -12,6 +14,15 @@ def did_you_mean(kind: str, name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
     return f"unknown {kind} {name!r}.{hint} Known: {some_of(names, 20)}"
+
+
+def import_extra(module: str, extra: str, what: str) -> Any:
+    """A module that comes with an extra; the error where it is missing says of what use it is."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        advice = f"{what} {error.name}: pip install 'idloss[{extra}]'"
+        raise ModuleNotFoundError(advice, name=error.name) from error
 
 
 def some_of(names: Sequence[str], most: int = 8) -> str:

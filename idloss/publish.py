@@ -113,12 +113,14 @@ def prepare_publication(
     facts = describe_model(name)
     config = published_config(name) or {}
     told: dict[str, Any] = config.get("idloss", {})
+    data = told.get("data")
+    counted = f"{data['faces']:,} faces of {data['identities']:,} people" if data else ""
     terms = _licence(facts, licence, told.get("began_with", {}).get("license"), private=private)
     facts = replace(
         facts,
         licence=terms,
         crop=facts.crop or told.get("recipe", {}).get("crop"),
-        training_data=training_data or facts.training_data or _count_faces(told.get("data", {})),
+        training_data=training_data or facts.training_data or counted,
     )
     create = create_fnet if facts.kind == "FNet" else create_srnet
     network = create(name, pretrained=True).eval()
@@ -201,10 +203,6 @@ def _notes(name: str) -> str:
         return ""
     text = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).text
     return "## Notes\n\n" + re.sub(r"\A\s*# .*\n", "", text).strip() + "\n\n"
-
-
-def _count_faces(data: Mapping[str, Any]) -> str:
-    return f"{data['faces']:,} faces of {data['identities']:,} people" if data else ""
 
 
 def _card(

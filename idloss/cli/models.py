@@ -97,8 +97,9 @@ def fetch(
     from idloss import catalogue, weights
 
     if file is not None:
-        (name,) = names if len(names) == 1 else _refuse("--file is of one model")
-        typer.echo(weights.add(name, file))
+        if len(names) != 1:
+            raise ValueError("--file is of one model")
+        typer.echo(weights.add(names[0], file))
         return
     wanted = []
     for name in names:
@@ -161,7 +162,3 @@ def publish(
         where = "a private repository" if private else "a repository that everybody can read"
         if yes or typer.confirm(f"Upload these files to {to}, {where}?"):
             typer.echo(f"hf-hub:{to}@{publication.upload()}")
-
-
-def _refuse(why: str) -> list[str]:
-    raise ValueError(why)

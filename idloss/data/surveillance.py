@@ -18,6 +18,7 @@ from idloss.data.files import DataError, Fault, Files, open_files, skip_or_raise
 from idloss.data.landmarks import labelled_faces, read_points
 from idloss.data.pairs import EvaluationSet, PairList, index_of
 from idloss.data.tables import read_own_table
+from idloss.errors import import_extra
 
 TINYFACE = ("Testing_Set/", "tinyface/Testing_Set/", "")
 DISTRACTORS = 153_428
@@ -261,15 +262,12 @@ class _Parts:
 
     def read_mat(self, name: str, key: str) -> Any:
         """One variable of a Matlab file, an array."""
-        try:
-            from scipy.io import loadmat, whosmat
-        except ImportError as error:
-            raise ImportError("the lists are Matlab files: pip install 'idloss[eval]'") from error
+        matlab = import_extra("scipy.io", "eval", "the lists are Matlab files, which need")
         data = io.BytesIO(self.files.read(self.base + name))
         try:
-            if any(math.prod(shape) > MOST_CELLS for _, shape, _ in whosmat(data)):
+            if any(math.prod(shape) > MOST_CELLS for _, shape, _ in matlab.whosmat(data)):
                 raise ValueError(f"over {MOST_CELLS:,} cells")  # noqa: TRY301
-            content: Mapping[str, Any] = loadmat(data, variable_names=[key])
+            content: Mapping[str, Any] = matlab.loadmat(data, variable_names=[key])
         except Exception as error:  # what a damaged file makes scipy raise is not told
             what = f"no readable Matlab file ({error})"
             raise DataError([Fault(self.where(name), what)]) from error

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from idloss.detection.base import Detections, as_photos, register_detector
+from idloss.errors import import_extra
 from idloss.weights import GitHubBlob, WeightsError
 from idloss.weights.loading import CacheDir
 from idloss.weights.sources import Cache
@@ -44,14 +45,7 @@ class YuNet:
         path: str | os.PathLike[str] | None = None,
         cache_dir: CacheDir = None,
     ) -> None:
-        try:
-            import cv2
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                'yunet runs in OpenCV, which is not installed: pip install "idloss[detect]", or '
-                "take mtcnn, which needs torch alone",
-                name="cv2",
-            ) from error
+        cv2 = import_extra("cv2", "detect", "yunet (mtcnn needs torch alone) runs in")
         (piece,) = SOURCE.pieces
         if path is None:
             try:

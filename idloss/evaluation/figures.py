@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from idloss.errors import import_extra
 from idloss.evaluation.results import (
     HR,
     LR,
@@ -280,15 +281,12 @@ def _panels(
     count: int, *, width: float, height: float, columns: int | None = None, share_y: bool = True
 ) -> tuple[Figure, list[Axes]]:
     """A figure of panels of so many inches, row by row; the places that are over stay empty."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "figures need matplotlib, which comes with the extra: pip install 'idloss[eval]'"
-        ) from error
     columns = columns or count
     rows = -(-count // columns)
-    figure = Figure(figsize=(width * columns + 0.6, height * rows + 0.7), layout="constrained")
+    drawing = import_extra("matplotlib.figure", "eval", "figures need")
+    figure = drawing.Figure(
+        figsize=(width * columns + 0.6, height * rows + 0.7), layout="constrained"
+    )
     places = figure.subplots(rows, columns, sharey=share_y, squeeze=False).ravel()
     for unused in places[count:]:
         unused.remove()

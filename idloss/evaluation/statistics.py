@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from idloss.errors import import_extra
+
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
@@ -98,13 +100,7 @@ def require_finite(values: Floats, what: str) -> None:
 
 def require_scipy() -> Any:
     """`scipy.stats`; raises `ModuleNotFoundError`, naming the extra, where it is missing."""
-    try:
-        from scipy import stats
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "intervals and tests need scipy, which comes with the extra: pip install 'idloss[eval]'"
-        ) from error
-    return stats
+    return import_extra("scipy.stats", "eval", "intervals and tests need")
 
 
 def _same_shape(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:

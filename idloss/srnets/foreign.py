@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from timm.models import generate_default_cfgs, resolve_pretrained_cfg
 from torch import Tensor, nn
 
+from idloss.errors import import_extra
 from idloss.geometry import Template, get_template
 from idloss.registry import register_srnet
 from idloss.resample import ImageWatch, resize
@@ -179,15 +180,9 @@ def spandrel(
 
 
 def _loader() -> Any:
-    try:
-        from spandrel import ModelLoader
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "networks named 'spandrel:FILE' are loaded by spandrel: pip install 'idloss[spandrel]'",
-            name="spandrel",
-        ) from error
+    loading = import_extra("spandrel", "spandrel", "networks named 'spandrel:FILE' need")
     with suppress(ModuleNotFoundError):
         import spandrel_extra_arches
 
         spandrel_extra_arches.install(ignore_duplicates=True)
-    return ModelLoader()
+    return loading.ModelLoader()

@@ -144,9 +144,10 @@ class RunOptions(BaseModel):
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         """Explain every field in the class's docstring, inherited ones too."""
+        fields: Any = RunOptions.model_fields  # which explain those that a child sets otherwise
         lines = [
-            f"        {name}: {' '.join(_explained(cls, name).split())}"
-            for name in cls.model_fields
+            f"        {name}: {' '.join((field.description or fields[name].description).split())}"
+            for name, field in cls.model_fields.items()
         ]
         cls.__doc__ = "\n".join([f"{(cls.__doc__ or '').rstrip()}\n\n    Attributes:", *lines])
 
@@ -165,10 +166,6 @@ class RunOptions(BaseModel):
         if not self.factors:
             raise ValueError("factors is empty: give at least one")
         return sizes_of(self.factors, get_template(crop).size)
-
-
-def _explained(kind: type[RunOptions], name: str) -> str:
-    return kind.model_fields[name].description or RunOptions.model_fields[name].description or ""
 
 
 def _size(value: Any) -> Any:

@@ -26,7 +26,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
-from idloss.errors import some_of
+from idloss.errors import import_extra, some_of
 from idloss.weights.files import (
     NotAllowedError,
     NotAsPromisedError,
@@ -435,14 +435,7 @@ class WebFile(Source):
 
 
 def _unpack_7z(archive: Path, member: str, folder: Path, name: str) -> Path:
-    try:
-        import py7zr
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{name} is released as a 7z archive, and py7zr is not installed: "
-            'pip install "idloss[released]"',
-            name="py7zr",
-        ) from error
+    py7zr = import_extra("py7zr", "released", f"{name} is released as a 7z archive, which needs")
     try:
         with py7zr.SevenZipFile(archive) as opened:
             held = opened.getnames()

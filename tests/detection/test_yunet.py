@@ -12,7 +12,7 @@ from idloss.weights.files import Piece
 
 def test_without_opencv(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(ImportError, match=r'pip install "idloss\[detect\]", or take mtcnn'):
+    with pytest.raises(ImportError, match=r"mtcnn needs torch alone.*'idloss\[detect\]'"):
         create_detector("yunet")
 
 

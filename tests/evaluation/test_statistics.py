@@ -24,7 +24,7 @@ def test_estimates_of_little(monkeypatch):
     assert np.isnan(only.low)
     with pytest.raises(ValueError, match="R >= 1"):
         estimate([])
-    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'idloss\[eval\]'"):
         estimate([0.1, 0.2])
 

@@ -89,7 +89,7 @@ class TestGitHub:
         source = self.source(github, seven_zip(tmp_path, RELEASED), member="tiny.pth")
         name = register(source)
         monkeypatch.setitem(sys.modules, "py7zr", None)
-        with pytest.raises(ImportError, match=r'pip install "idloss\[released\]"'):
+        with pytest.raises(ImportError, match=r"pip install 'idloss\[released\]'"):
             weights.fetch(name)
 
 
