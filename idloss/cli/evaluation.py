@@ -96,6 +96,7 @@ def evaluate(
     )
     results.run["command"] = ["idloss", *sys.argv[1:]]
     written = results.save(out / "results.json")
+    written += bench.write_calibration(results, out)
     tables = bench.write_tables(results, out)
     for table in tables.values():
         typer.echo(f"\n{table}", nl=False)

@@ -1,5 +1,6 @@
 """The bench: verification, identification, what each protocol fixes, results and figures."""
 
+from idloss.evaluation.calibration import Calibration, Odds, write_calibration
 from idloss.evaluation.compare import compare, comparison_table
 from idloss.evaluation.figures import picture_sheet, save_figure
 from idloss.evaluation.folders import measure_folders
@@ -11,7 +12,9 @@ from idloss.evaluation.run import PAPER_SIZES, evaluate
 __all__ = [
     "HR",
     "PAPER_SIZES",
+    "Calibration",
     "Cell",
+    "Odds",
     "Protocol",
     "Results",
     "compare",
@@ -23,6 +26,7 @@ __all__ = [
     "picture_sheet",
     "register_protocol",
     "save_figure",
+    "write_calibration",
     "write_figures",
     "write_sheets",
     "write_tables",

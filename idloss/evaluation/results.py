@@ -154,9 +154,10 @@ class Results:
             `draws` agree.
         records: The rows.
         arrays: What the rows were made of, by cell: `scores`, `same`, `correct`, `folds`, each
-            `[N]`, for verification; `rank1` `[draws]` and `cmc` `[draws, R]` for identification;
-            `tpir` `[draws, T]` for the open set; `correct`, `[P]`, in place of `rank1` and `tpir`
-            where the set has a gallery of its own.
+            `[N]`, and pairs at each threshold, `mates` and `strangers` `[T]`, for verification;
+            `rank1` `[draws]` and `cmc` `[draws, R]` for identification; `tpir` `[draws, T]` for the
+            open set; `correct`, `[P]`, in place of `rank1` and `tpir` where the set has a gallery
+            of its own.
         environment: Versions and hardware.
         created: When, UTC, ISO 8601.
     """

@@ -19,6 +19,7 @@ from idloss.data import EvaluationSet, Pairs
 from idloss.encoder import resolve_device
 from idloss.errors import did_you_mean
 from idloss.evaluation.cache import EmbeddingCache, Embeddings, digest, digest_weights
+from idloss.evaluation.calibration import count_reached
 from idloss.evaluation.embedding import SR_CROP, EmbeddedGrid, fit_size, ready
 from idloss.evaluation.identification import (
     DRAWS,
@@ -253,6 +254,8 @@ class _Run:
         self._note("judged", "verification", {"pairs": len(pairs)})
         first, second = pairs.first.numpy(), pairs.second.numpy()
         same, folds = pairs.same.numpy(), pairs.fold.numpy()
+        labels = self.data.faces.labels
+        people = None if labels is None else labels.numpy()
 
         def judge(gallery: Embeddings, probes: Embeddings) -> Figures:
             left, right = gallery[first], probes[second]
@@ -264,6 +267,7 @@ class _Run:
                 "correct": judged.correct,
                 "folds": folds,
                 "thresholds": judged.thresholds,
+                **count_reached(gallery, probes, first, second, same, people),
             }
 
         return judge
