@@ -181,8 +181,8 @@ class FaceEncoder(nn.Module):
         shrink = partial(resize, size=size, mode=mode, convention="antialias")
         is_small: Any = (rows <= size[0]) & (columns <= size[1])
         if isinstance(is_small, torch.SymBool):  # exported for crops of any size
-            either: Any = torch.cond(is_small, enlarge, shrink, (images,))  # type: ignore[arg-type]
-            return either
+            resized: Tensor = torch.cond(is_small, enlarge, shrink, (images,))  # type: ignore[arg-type]
+            return resized
         return (enlarge if is_small else shrink)(images)
 
     def forward(self, images: Tensor) -> Tensor:
