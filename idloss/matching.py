@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from idloss.create import create_fnet, create_srnet
 from idloss.data.files import DataError, Fault
+from idloss.data.pictures import read_photo
 from idloss.detection import Detections, Detector, create_detector
 from idloss.encoder import resolve_device
 from idloss.evaluation.cache import as_tested, digest
@@ -23,7 +24,7 @@ from idloss.evaluation.embedding import Networks
 from idloss.evaluation.protocols import get_protocol
 from idloss.evaluation.results import HR
 from idloss.geometry import Template, convert_crop, fit_similarity, get_template
-from idloss.pipeline import cut_face, read_photo
+from idloss.pipeline import cut_face
 from idloss.resample import resize, to_float, to_uint8
 
 _BATCH = 16  # faces that go through the networks at once

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from idloss.create import create_srnet
-from idloss.data.faces import decode_image
-from idloss.data.files import read_file
+from idloss.data.pictures import read_photo
 from idloss.detection import Detections, Detector, create_detector
+from idloss.detection.base import as_photos
 from idloss.encoder import FaceEncoder, resolve_device
-from idloss.geometry import Template, fit_similarity, get_template, warp
-from idloss.resample import resize, to_float, to_uint8
+from idloss.geometry import Template, convert_crop, fit_similarity, get_template, warp
+from idloss.resample import Size, resize, to_float, to_uint8
 
 _SCALE = 4  # of pictures over templates, and of most SRNets: 448x384 for sphereface
 _MOST_FOLDED = 4  # times that a crop is halved: 7x6 of 112x96, the smallest size of the paper
 _BATCH = 16  # faces that the SRNet sees at once
+_MOST_PASTED = 12_000_000  # pixels of a photo with faces pasted in: 350 MB while it is made
+_SOFT = 0.12  # of a side of a pasted face, over which it fades into the photo
+_NEAR_EDGE = 5  # pixels of a photo, likewise
 Photo = Tensor | str | os.PathLike[str]
 
 
@@ -32,17 +33,23 @@ class RestoredFaces:
 
     Args:
         found: Boxes, scores and points in the photo.
-        crops: The aligned crop of each as the SRNet took it, uint8 `[3, h, w]`: the template's size
-            or that halved once to four times, so that a small face is not enlarged before.
-        pictures: The SRNet's, uint8 `[N, 3, H, W]`, brought to one size by bicubic interpolation.
+        crops: The aligned crop of each as the SRNet takes it, uint8 `[3, h, w]`: the template's
+            size or that halved once to four times, so that a small face is not enlarged before.
+        pictures: Of one size, uint8 `[N, 3, H, W]`: the SRNet's, resized by bicubic interpolation,
+            or, of a face that is not `restored`, what the photo itself has.
         embeddings: Of the SRNet's output, or of the crop where it has the template's full size,
             float32 `[N, D]`.
+        restored: Whether each is super-resolved. A network that enlarges, as its `scale` says, sees
+            faces of fewer pixels than the template, as when it was trained.
+        left_out: Why others could not be aligned: their points lie on one line, say.
     """
 
     found: Detections
     crops: tuple[Tensor, ...]
     pictures: Tensor
     embeddings: Tensor
+    restored: tuple[bool, ...]
+    left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.crops)
@@ -55,7 +62,7 @@ class FacePipeline:
     somebody is.
 
     Args:
-        detector: Name of a detector, or one.
+        detector: Name of a detector, or one; None for crops alone.
         srnet: Name of an SRNet, or a module from RGB [0, 1] to enlarged RGB.
         fnet: Name of an FNet, a module, or a `FaceEncoder`, which is used as it is; None for
             pictures alone, and embeddings `[N, 0]`.
@@ -70,12 +77,12 @@ class FacePipeline:
 
     def __init__(
         self,
-        detector: str | Detector = "mtcnn",
+        detector: str | Detector | None = "mtcnn",
         srnet: str | nn.Module = "edsr16_64_id",
         fnet: str | nn.Module | None = "mobilefacenet",
         *,
         crop: str | Template | None = None,
-        size: tuple[int, int] | None = None,
+        size: Size | None = None,
         device: str | torch.device = "auto",
     ) -> None:
         self.device = resolve_device(device)
@@ -91,27 +98,37 @@ class FacePipeline:
         self.encoder = None if encoder is None else encoder.to(self.device).eval()
         rows, columns = self.template.size
         self.size = (rows * _SCALE, columns * _SCALE) if size is None else size
+        # restorers of one size are for faces of that size too
+        own_size = getattr(self.srnet, "size", None)
+        self._enlarges = own_size is None and getattr(self.srnet, "scale", 1) > 1
 
     @torch.no_grad()
-    def __call__(self, photos: Photo | Sequence[Photo]) -> list[RestoredFaces]:
+    def __call__(
+        self, photos: Photo | Sequence[Photo], *, crop: str | Template | None = None
+    ) -> list[RestoredFaces]:
         """Find and restore the faces of photos.
 
         Args:
             photos: One or several: files, or RGB `[3, H, W]`, uint8 or floating point in [0, 1]; a
                 tensor `[B, 3, H, W]` is several.
+            crop: They are crops of this template, of any size, in which no face is looked for.
 
         Returns:
-            The faces of each photo. Those that cannot be aligned (their points lie on one line,
-            say) are left out, with a warning.
+            The faces of each photo.
 
         Raises:
             DataError: If a file cannot be read.
+            ValueError: If what is said to be a crop has another aspect, or there is no detector.
         """
         single = isinstance(photos, (str, os.PathLike)) or (
             isinstance(photos, Tensor) and photos.ndim == 3
         )
         given: Sequence[Photo] = [photos] if single else photos  # type: ignore[list-item, assignment]
         images = [photo if isinstance(photo, Tensor) else read_photo(photo) for photo in given]
+        if crop is not None:
+            return [self._restore_crop(image, get_template(crop)) for image in as_photos(images)]
+        if self.detector is None:
+            raise ValueError("without a detector, say which template the pictures are crops of")
         return [
             self._restore(image, found)
             for image, found in zip(images, self.detector(images), strict=True)
@@ -120,47 +137,139 @@ class FacePipeline:
     def _restore(self, photo: Tensor, found: Detections) -> RestoredFaces:
         """The faces found in a photo `[3, H, W]`."""
         photo = photo.expand(3, -1, -1)
-        kept, crops = [], []
+        most = max(ours / its for ours, its in zip(self.size, self.template.size, strict=True))
+        kept: list[int] = []
+        left_out: list[str] = []
+        crops: list[Tensor] = []
+        seen: list[Tensor | None] = []
         for place, points in enumerate(found.landmarks):
             try:
-                crops.append(cut_face(photo, points, self.template))
-                kept.append(place)
-            except ValueError as error:  # noqa: PERF203 -- each face may be none
-                warnings.warn(f"a face is left out: {error}", UserWarning, stacklevel=4)
-        pictures = torch.zeros(len(kept), 3, *self.size, dtype=torch.uint8)
+                crop = cut_face(photo, points, self.template)
+            except ValueError as error:
+                left_out.append(str(error))
+                continue
+            kept.append(place)
+            crops.append(crop)
+            seen.append(None)
+            if self._is_large(crop):
+                large = cut_face(photo, points, _enlarged(self.template, most), fold=False)
+                seen[-1] = self._shown(large[None])[0]
+        found = Detections(found.boxes[kept], found.scores[kept], found.landmarks[kept])
+        return replace(self._finish(found, crops, seen), left_out=tuple(left_out))
+
+    def _restore_crop(self, image: Tensor, template: Template) -> RestoredFaces:
+        """The face of a crop `[3, H, W]`."""
+        height, width = image.shape[1:]
+        scales = torch.tensor([width / template.size[1], height / template.size[0]])
+        points = (torch.tensor(template.points) + 0.5) * scales - 0.5
+        box = torch.tensor([[0.0, 0.0, width - 1, height - 1]])
+        found = Detections(box, torch.ones(1), points[None])
+        face = convert_crop(to_float(image)[None], template, self.template)
+        least = min(face.shape[-2] / self.template.size[0], 1)
+        crop = face if least < 1 else resize(face, self.template.size, convention="antialias")
+        large = self._shown(face)[0] if self._is_large(crop[0]) else None
+        return self._finish(found, [crop[0].clamp(0, 1)], [large])
+
+    def _is_large(self, crop: Tensor) -> bool:
+        """Whether a face has no need of an SRNet that enlarges."""
+        return self._enlarges and tuple(crop.shape[1:]) == self.template.size
+
+    def _shown(self, images: Tensor) -> Tensor:
+        """Images `[B, 3, h, w]` as pictures of the size that is wanted."""
+        shrinks = images.shape[-2] > self.size[0] or images.shape[-1] > self.size[1]
+        return to_uint8(resize(images, self.size, convention="antialias" if shrinks else "cv2"))
+
+    def _finish(
+        self, found: Detections, crops: list[Tensor], seen: list[Tensor | None]
+    ) -> RestoredFaces:
+        """Super-resolve and embed crops, but for those whose picture was seen in the photo."""
+        pictures = torch.zeros(len(crops), 3, *self.size, dtype=torch.uint8)
         width = 0 if self.encoder is None else self.encoder.num_features
-        embeddings = torch.zeros(len(kept), width)
-        for size in {crop.shape for crop in crops}:
-            alike = [place for place, crop in enumerate(crops) if crop.shape == size]
+        embeddings = torch.zeros(len(crops), width)
+        restored = tuple(picture is None for picture in seen)
+        for size, needed in dict.fromkeys(
+            (tuple(crop.shape[1:]), none) for crop, none in zip(crops, restored, strict=True)
+        ):
+            alike = [
+                place
+                for place, crop in enumerate(crops)
+                if tuple(crop.shape[1:]) == size and restored[place] == needed
+            ]
             for part in (alike[at : at + _BATCH] for at in range(0, len(alike), _BATCH)):
                 lr = torch.stack([crops[place] for place in part]).to(self.device)
-                sr = self.srnet(lr).clamp(0, 1)
+                sr = self.srnet(lr).clamp(0, 1) if needed else lr
                 if self.encoder is not None:
-                    full = tuple(size[1:]) == self.template.size
+                    full = size == self.template.size
                     embeddings[part] = self.encoder(lr if full else sr).float().cpu()
-                shrinks = sr.shape[-2] > self.size[0] or sr.shape[-1] > self.size[1]
-                shown = resize(sr, self.size, convention="antialias" if shrinks else "cv2")
-                pictures[part] = to_uint8(shown).cpu()
-        found = Detections(found.boxes[kept], found.scores[kept], found.landmarks[kept])
-        return RestoredFaces(found, tuple(to_uint8(crop) for crop in crops), pictures, embeddings)
+                if needed:
+                    pictures[part] = self._shown(sr).cpu()
+        for place, picture in enumerate(seen):
+            if picture is not None:
+                pictures[place] = picture
+        levels = tuple(to_uint8(crop) for crop in crops)
+        return RestoredFaces(found, levels, pictures, embeddings, restored)
+
+    def paste(self, photo: Tensor, faces: RestoredFaces) -> Tensor:
+        """Lay the super-resolved faces over their photo, with soft borders.
+
+        Args:
+            photo: The photo, uint8 RGB `[3, H, W]`.
+            faces: What was found in it.
+
+        Returns:
+            The photo, uint8, enlarged up to four times, to 12 megapixels at most. Faces that are
+            not `restored` are as the photo has them.
+        """
+        height, width = photo.shape[1:]
+        scale = max(1, min(_SCALE, math.isqrt(_MOST_PASTED // (height * width))))
+        pasted = resize(to_float(photo)[None], (height * scale, width * scale))
+        # where a crop reaches out of its photo, it is black, and what is near is darkened
+        edge = _soft_mask((height * scale, width * scale), [_NEAR_EDGE * scale] * 2)
+        rows, columns = self.template.size
+        for points, picture, needed in zip(
+            faces.found.landmarks, faces.pictures, faces.restored, strict=True
+        ):
+            if not needed:
+                continue
+            mask = _soft_mask(self.size, [_SOFT * side for side in self.size])
+            face = torch.cat((to_float(picture), mask[None]))[None]
+            (matrix,) = fit_similarity(points[None], self.template).double()
+            step = float(torch.linalg.vector_norm(matrix[0, :2])) / scale  # template's, of a pixel
+            small = (max(1, round(rows / step)), max(1, round(columns / step)))
+            if small[0] < face.shape[-2]:
+                face = resize(face, small, convention="antialias").clamp(0, 1)
+            back = torch.linalg.inv(torch.cat((matrix, torch.tensor([[0.0, 0.0, 1.0]]).double())))
+            into = _scaling(columns / face.shape[-1], rows / face.shape[-2])
+            there = _scaling(scale, scale) @ back @ into
+            corners = (
+                there
+                @ torch.tensor(
+                    [[x, y, 1.0] for x in (0, face.shape[-1]) for y in (0, face.shape[-2])],
+                    dtype=torch.float64,
+                ).T
+            )
+            left, top = (max(0, math.floor(value)) for value in corners[:2].amin(1).tolist())
+            right, bottom = (math.ceil(value) + 1 for value in corners[:2].amax(1).tolist())
+            window = pasted[:, :, top : max(bottom, 0), left : max(right, 0)]
+            if 0 in window.shape:
+                continue
+            moved = _scaling(1, 1, -left, -top) @ there
+            laid = warp(face, moved[None, :2], (window.shape[-2], window.shape[-1]))
+            window.lerp_(laid[:, :3], laid[:, 3:].clamp(0, 1) * edge[top:bottom, left:right])
+        return to_uint8(pasted[0])
 
 
-def read_photo(path: str | os.PathLike[str]) -> Tensor:
-    """A picture file as uint8 RGB `[3, H, W]`, upright; a DataError says what is wrong with it."""
-    return decode_image(read_file(Path(path)), str(path))
-
-
-def cut_face(photo: Tensor, points: Tensor, crop: str | Template) -> Tensor:
+def cut_face(photo: Tensor, points: Tensor, crop: str | Template, *, fold: bool = True) -> Tensor:
     """Cut a face `[5, 2]` out of a photo `[3, H, W]` with the pixels that it has there.
 
     The crop, in [0, 1], has the size of its template, or that halved once to four times where the
-    face is smaller. Large faces are antialiased.
+    face is smaller (`fold`). Large faces are antialiased.
     """
     template = get_template(crop)
     height, width = photo.shape[-2:]
     (matrix,) = fit_similarity(points[None].cpu(), template, image_size=(height, width)).double()
     step = 1 / float(torch.linalg.vector_norm(matrix[0, :2]))  # pixels of the photo in a crop's
-    folded = 2 ** min(_MOST_FOLDED, max(0, math.floor(-math.log2(step))))
+    folded = 2 ** min(_MOST_FOLDED, max(0, math.floor(-math.log2(step)))) if fold else 1
     rows, columns = (max(1, round(side / folded)) for side in template.size)
     corners = torch.tensor([[x, y] for x in (0, template.size[1]) for y in (0, template.size[0])])
     seen = torch.linalg.solve(matrix[:, :2], (corners - matrix[:, 2]).T).T
@@ -186,3 +295,20 @@ def _scaling(across: float, down: float, left: float = 0, top: float = 0) -> Ten
     """Pixels of a resized window to those of what it was cut from, `[3, 3]`."""
     lines = [[across, 0, (across - 1) / 2 + left], [0, down, (down - 1) / 2 + top], [0, 0, 1]]
     return torch.tensor(lines, dtype=torch.float64)
+
+
+def _enlarged(template: Template, scale: float) -> Template:
+    """A template of more pixels."""
+    rows, columns = (round(side * scale) for side in template.size)
+    points = tuple((scale * (x + 0.5) - 0.5, scale * (y + 0.5) - 0.5) for x, y in template.points)
+    return Template(template.name, (rows, columns), points)
+
+
+def _soft_mask(size: Size, widths: Sequence[float]) -> Tensor:
+    """1 within rows and columns, and falling to 0 at borders that are so wide."""
+    ramps = []
+    for length, width in zip(size, widths, strict=True):
+        places = torch.arange(length) + 0.5
+        near = (places.minimum(length - places) / width).clamp(max=1)
+        ramps.append(near * near * (3 - 2 * near))
+    return ramps[0][:, None] * ramps[1]

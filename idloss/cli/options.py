@@ -1,17 +1,12 @@
-"""Command-line words that stand for something: sizes, named networks, picture files."""
+"""Command-line words that stand for something: sizes, named networks."""
 
 from __future__ import annotations
 
-import glob
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from idloss.data.faces import is_picture
-from idloss.data.files import DataError, Fault, FolderFiles
 from idloss.resample import Size, parse_size
 
 _LABEL = re.compile(r"([\w.-]+)=(.+)")
@@ -43,30 +38,3 @@ def parse_networks(
             raise ValueError(f"{option} {label!r} is given twice; label one as OTHER={name}")
         networks[label] = create(name, pretrained=True)
     return networks
-
-
-def find_pictures(
-    paths: Sequence[str], faults: list[Fault], *, without: Path | None = None
-) -> Iterator[Path]:
-    """The picture files meant by photos, folders and patterns, but those below a folder.
-
-    What is none is added to the faults.
-    """
-    hidden = without and without.resolve()
-    for text in paths:
-        found = [Path(text)] if os.path.lexists(text) else map(Path, sorted(glob.glob(text)))  # noqa: PTH207
-        none = True
-        for path in found:
-            none = False
-            if not path.is_dir():
-                yield path
-                continue
-            try:
-                for name in FolderFiles(path).names():
-                    picture = path / name
-                    if is_picture(name) and hidden not in picture.resolve().parents:
-                        yield picture
-            except DataError as error:
-                faults += error.faults
-        if none:
-            faults.append(Fault(text, "there is no such file or folder"))

@@ -101,8 +101,8 @@ def search(
     from huggingface_hub.constants import HF_HOME
     from huggingface_hub.utils.tqdm import tqdm
 
-    from idloss.cli.options import find_pictures
     from idloss.data.files import DataError, Fault
+    from idloss.data.pictures import find_pictures
     from idloss.evaluation.cache import digest
     from idloss.gallery import Gallery
     from idloss.matching import FaceMatcher

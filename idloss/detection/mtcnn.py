@@ -199,7 +199,9 @@ class MTCNN(nn.Module):
     def forward(self, images: Tensor | Sequence[Tensor]) -> list[Detections]:
         """Find the faces of photos; see `Detector`."""
         photos = as_photos(images)
-        found: dict[int, Detections] = {}
+        none = _nothing(torch.empty(0, device="cpu"))
+        nothing = Detections(none.boxes, none.scores, torch.zeros(0, 5, 2, device="cpu"))
+        found = dict.fromkeys(range(len(photos)), nothing)
         for places in self._batches(photos):
             batch = torch.stack([photos[place] for place in places])
             found.update(zip(places, self._detect(batch), strict=True))
@@ -211,6 +213,8 @@ class MTCNN(nn.Module):
         for place, photo in enumerate(photos):
             by_size[tuple(photo.shape[1:])].append(place)
         for (height, width), places in by_size.items():
+            if min(height, width) * _CELL / self.min_face < _CELL:  # a line of 50 megapixels, say
+                continue
             most = max(1, self.batch_pixels // (height * width))
             yield from (places[at : at + most] for at in range(0, len(places), most))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,6 +56,7 @@ class YuNet:
                 raise type(error)(f"{str(error).partition(chr(10))[0]}\n{advice}") from error
         piece.verify(Path(path), "yunet")
         self._net = cv2.FaceDetectorYN.create(str(path), "", (320, 320), threshold, top_k=5000)
+        self._one_at_a_time = threading.Lock()
 
     def __call__(self, images: Tensor | Sequence[Tensor]) -> list[Detections]:
         """Find the faces of photos, one after the other; see `Detector`."""
@@ -62,8 +64,9 @@ class YuNet:
 
     def _detect(self, photo: Tensor) -> Detections:
         bgr = photo.flip(0).permute(1, 2, 0).contiguous().cpu().numpy()
-        self._net.setInputSize((photo.shape[2], photo.shape[1]))
-        _, found = self._net.detect(bgr)
+        with self._one_at_a_time:
+            self._net.setInputSize((photo.shape[2], photo.shape[1]))
+            _, found = self._net.detect(bgr)
         # a row a face: left, top, width, height, five points from the right eye on, score
         faces = torch.zeros(0, 15) if found is None else torch.from_numpy(found)
         faces = faces[faces[:, 14].argsort(descending=True)]
