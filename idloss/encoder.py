@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -14,17 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from idloss.create import create_fnet, describe_output
+from idloss.frozen import freeze, quicken, reference
 from idloss.geometry import Template, convert_crop, get_template
 from idloss.resample import ImageWatch, check_images, is_computed, resize
 
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
 ChannelOrder = Literal["rgb", "bgr"]
 
-# how far a folded network may stray, relative to its output: some ten roundings of float32
-_FOLD_TOLERANCE = 1e-5
 # Aligned faces change little in the FNet's eyes if they are cut a little differently.
 # Re-crops by which alignment is judged: scale, and shift as a share of half the crop. Mean cosine
 # of embeddings and those of re-crops, 8 faces of LFW: 0.91 to 0.95 if aligned to the FNet's crop
@@ -100,10 +97,8 @@ class FaceEncoder(nn.Module):
         with torch.device("cpu" if nowhere else torch.get_default_device()):
             net = create_fnet(fnet, pretrained=pretrained, **fnet_options)
         # past nn.Module.__setattr__, which would make it a child: its parents' to train and save
-        self.__dict__["fnet"] = _freeze(net)
-        # listed once: it takes a tenth of a millisecond; those of a script would be copied apart
-        is_script = isinstance(net, torch.jit.ScriptModule)
-        self._parts = (net,) if is_script else tuple(net.modules())
+        self.__dict__["fnet"] = freeze(net)
+        self._list_parts()
         cfg: dict[str, Any] = net.pretrained_cfg  # type: ignore[assignment]
         if cfg["input_size"][0] != 3:
             raise ValueError(
@@ -129,11 +124,17 @@ class FaceEncoder(nn.Module):
         )
         self.register_buffer("scale", None, persistent=False)
         self.register_buffer("shift", None, persistent=False)
-        self._place_affine(_reference(net).device)
+        self._place_affine(reference(net).device)
+
+    def _list_parts(self) -> None:
+        """List the network's modules once: it takes a tenth of a millisecond."""
+        # those of a script would be copied apart
+        is_script = isinstance(self.fnet, torch.jit.ScriptModule)
+        self._parts = (self.fnet,) if is_script else tuple(self.fnet.modules())
 
     def _place_affine(self, device: torch.device) -> None:
         """Make the affine map anew, in float32, or in float64 if the FNet is in that."""
-        self._dtype = _reference(self.fnet).dtype
+        self._dtype = reference(self.fnet).dtype
         precise = torch.float64 if self._dtype == torch.float64 else torch.float32
         self.scale, self.shift = (
             torch.tensor(line, dtype=precise, device=device).view(1, -1, 1, 1)
@@ -149,7 +150,7 @@ class FaceEncoder(nn.Module):
         keep = fn
         if not moved.is_meta and not torch.allclose(moved.float().cpu(), sample, atol=0.1):
             # to_empty(): its owner will load a checkpoint, in which the FNet is not
-            if _reference(self.fnet).is_meta:
+            if reference(self.fnet).is_meta:
                 raise RuntimeError(
                     "the frozen FNet has no weights (it is on the meta device) and to_empty() "
                     "gives it none: make the encoder or the loss from an FNet that has them"
@@ -180,8 +181,8 @@ class FaceEncoder(nn.Module):
         shrink = partial(resize, size=size, mode=mode, convention="antialias")
         is_small: Any = (rows <= size[0]) & (columns <= size[1])
         if isinstance(is_small, torch.SymBool):  # exported for crops of any size
-            either: Any = torch.cond(is_small, enlarge, shrink, (images,))  # type: ignore[arg-type]
-            return either
+            resized: Tensor = torch.cond(is_small, enlarge, shrink, (images,))  # type: ignore[arg-type]
+            return resized
         return (enlarge if is_small else shrink)(images)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -208,9 +209,9 @@ class FaceEncoder(nn.Module):
                 self._try_gradient_of_a_graph()
         elif not self._is_tried and is_computed(images) and is_differentiated(images):
             self._is_tried = True
-            for module in self.fnet.modules():
-                if type(module) is nn.PReLU:
-                    module.__class__ = FrozenPReLU
+            with temporarily_clear_interpreter_stack():
+                self.__dict__["fnet"] = quicken(self.fnet, (3, *self.input_size))
+            self._list_parts()
             self._refuse_a_cut(images)
         return self._embed(images)
 
@@ -222,7 +223,7 @@ class FaceEncoder(nn.Module):
             if getattr(module, "training", False) or any(
                 weight is not None and weight.requires_grad for weight in weights
             ):
-                _freeze(self.fnet)
+                freeze(self.fnet)
         return True
 
     def _embed(self, images: Tensor) -> Tensor:
@@ -352,67 +353,6 @@ def _own_copy(fnet: nn.Module) -> nn.Module:
         return fnet
 
 
-def _freeze(net: nn.Module) -> nn.Module:
-    """Eval mode, no gradients."""
-    with suppress(NotImplementedError):  # of exported programs, which are in eval mode
-        net.eval()
-    for module in net.modules():
-        if getattr(module, "training", False):  # some have a train() of their own
-            module.training = False
-    for parameter in net.parameters():  # scripted modules have no requires_grad_()
-        parameter.requires_grad_(False)
-    return net
-
-
-class FrozenPReLU(nn.PReLU):
-    """`torch.nn.PReLU`, the same to the last bit, that leaves out the gradient of frozen slopes.
-
-    On a CPU that gradient, which nobody wants, was a third of an identity loss.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scale what is negative in `[B, C, ...]`."""
-        if self.weight.requires_grad or not torch.is_grad_enabled():
-            return F.prelu(x, self.weight)
-        scaled: Tensor = _FrozenPReLU.apply(x, self.weight)
-        return scaled
-
-
-class _FrozenPReLU(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return F.prelu(x, weight)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        x, weight = ctx.saved_tensors
-        positive = torch.ops.aten.threshold_backward(grad, x, 0)  # the gradient where x is
-        return torch.addcmul(positive, grad - positive, _slopes(weight, grad)), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
-        x, weight = ctx.saved_tensors
-        return torch.where(x > 0, tangent, tangent * _slopes(weight, tangent))
-
-
-def _slopes(weight: Tensor, like: Tensor) -> Tensor:
-    return weight.to(like.dtype).view(-1, *[1] * (like.ndim - 2))
-
-
-def _reference(net: nn.Module) -> Tensor:
-    """A tensor of the device and floating-point type that a network's input is to have."""
-    tensors = [*net.parameters(), *net.buffers()]
-    floating = (tensor for tensor in tensors if tensor.is_floating_point())
-    return next(floating, torch.empty(0, dtype=torch.float32, device="cpu"))
-
-
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
     """The device that an option names, tried; `"auto"` is a GPU if there is one."""
     if name == "auto":
@@ -425,55 +365,3 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
         advice = "'auto' takes what this machine has"
         raise ValueError(f"device {str(name)!r} cannot be used ({reason}); {advice}") from error
     return device
-
-
-@torch.no_grad()
-def fold_batch_norm(net: nn.Module, input_size: tuple[int, int, int]) -> nn.Module:
-    """A copy of a network with its batch norms folded into convolutions; itself if that changes it.
-
-    A batch norm is folded when it is given the very tensor that a convolution returned. Whether
-    nothing else used that tensor cannot be seen, so the copy is compared with the original.
-    """
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(2, *input_size, generator=generator).to(_reference(net))
-    try:
-        twin = copy.deepcopy(net)
-    except Exception:  # weight norm, kept outputs, sessions of other runtimes
-        return net
-    pairs = _pairs(twin, image)
-    if not pairs:
-        return net
-    names = {module: name for name, module in twin.named_modules()}
-    for conv, norm in pairs:
-        for old, new in ((conv, fuse_conv_bn_eval(conv, norm)), (norm, nn.Identity())):
-            owner, _, child = names[old].rpartition(".")
-            setattr(twin.get_submodule(owner), child, new)
-    expected, got = net(image), twin(image)
-    if not isinstance(expected, Tensor):
-        return net  # FaceEncoder says what it needs
-    error = torch.linalg.vector_norm(got - expected) / torch.linalg.vector_norm(expected)
-    return twin if error <= _FOLD_TOLERANCE else net
-
-
-def _pairs(net: nn.Module, image: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    """Convolutions and the batch norms that take their output, each of them used once."""
-    made_by: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # holds the tensors, so that ids stay theirs
-    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
-    runs: dict[nn.Module, int] = {}
-
-    def ran(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        runs[module] = runs.get(module, 0) + 1
-        if isinstance(module, nn.Conv2d):
-            made_by[id(output)] = (module, output)
-        elif id(inputs[0]) in made_by:
-            pairs.append((made_by[id(inputs[0])][0], module))  # type: ignore[arg-type]
-
-    # subclasses may do more than their parent
-    watched = [m for m in net.modules() if type(m) in (nn.Conv2d, nn.BatchNorm2d)]
-    hooks = [module.register_forward_hook(ran) for module in watched]
-    try:
-        net(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [pair for pair in pairs if all(runs[module] == 1 for module in pair)]

@@ -7,10 +7,11 @@ import torch
 from torch.nn import functional as F
 
 
-def conv(key, inputs, outputs, kernel=3, stride=1, padding=None, bias=False):
+def conv(key, inputs, outputs, kernel=3, stride=1, padding=None, bias=False, groups=1):
     kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
     padding = tuple(side // 2 for side in kernel) if padding is None else padding
-    return "conv", key, (outputs, inputs, *kernel), {"stride": stride, "padding": padding}, bias
+    how = {"stride": stride, "padding": padding, "groups": groups}
+    return "conv", key, (outputs, inputs // groups, *kernel), how, bias
 
 
 def norm(key, width, affine=True, eps=1e-5):

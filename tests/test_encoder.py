@@ -10,7 +10,8 @@ from nets import faces, tiny_fnet
 from torch import nn
 
 from idloss import FaceEncoder, IdentityPreservedLoss, create_fnet
-from idloss.encoder import FrozenPReLU, resolve_device
+from idloss.encoder import resolve_device
+from idloss.frozen import FrozenPReLU
 from idloss.geometry import (
     TEMPLATES,
     Template,
@@ -399,28 +400,6 @@ def test_compiles_for_any_size(net, crop, backend):
     for batch, side in ((2, 56), (3, 112)):
         x = faces(batch, (side, side))
         torch.testing.assert_close(compiled(x), encoder(x), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_prelu_is_torchs_own_but_for_the_gradient_of_frozen_slopes(dtype, memory_format):
-    torch.manual_seed(0)
-    ours, theirs = FrozenPReLU(5).requires_grad_(False), nn.PReLU(5)
-    ours.weight.copy_(torch.rand(5))
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 5, 7, 6).contiguous(memory_format=memory_format)
-    x[0, 0, 0] = 0
-    outcome = []
-    for act in (ours, theirs):
-        leaf = x.to(dtype).requires_grad_()
-        y = act.to(dtype)(leaf)
-        y.backward(torch.linspace(-1, 1, y.numel()).to(dtype).view(y.shape))
-        outcome.append((y.detach(), leaf.grad))
-    assert all(torch.equal(a, b) for a, b in zip(*outcome, strict=True))
-    assert ours.weight.grad is None
-    trained = FrozenPReLU(5)
-    trained(x).sum().backward()
-    assert trained.weight.grad.abs().sum() > 0
 
 
 def test_prelus_are_quick_where_a_gradient_is_wanted():

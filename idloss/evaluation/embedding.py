@@ -29,7 +29,7 @@ from idloss import __version__
 from idloss.create import create_fnet
 from idloss.data import DataError, Faces, Fault
 from idloss.data.files import skip_or_raise
-from idloss.encoder import FaceEncoder, fold_batch_norm
+from idloss.encoder import FaceEncoder
 from idloss.evaluation.cache import (
     ONCE,
     EmbeddingCache,
@@ -40,6 +40,7 @@ from idloss.evaluation.cache import (
 )
 from idloss.evaluation.protocols import Protocol
 from idloss.evaluation.results import HR, Cell
+from idloss.frozen import fold_batch_norm
 from idloss.geometry import Template, convert_crop, get_template
 from idloss.registry import SRNET_CROP, srnet_crop
 from idloss.resample import ImageWatch, Size, resize, to_float, to_uint8

@@ -12,7 +12,7 @@ from data.test_faces import NUMBERS, write
 from data.test_files import jpeg
 from servers import Fault, FileServer
 
-from idloss.data import DataError, lfw, open_evaluation
+from idloss.data import DataError, lfw
 from idloss.data.pairs import balanced_folds, lfw_name
 from idloss.weights import NotAsPromisedError
 from idloss.weights.files import Piece
@@ -227,9 +227,3 @@ def test_names_decomposed_on_disk_fit_the_lists(home):
     (home / "lfw/Zo\u00e9/Zo\u00e9_0001.jpg").write_bytes(jpeg())
     with pytest.raises(DataError, match="once more"):
         lfw(home)
-
-
-def test_pairs_of_one_picture_under_two_names_are_told(home):
-    shutil.copy(home / "lfw/Bo/Bo_0001.jpg", home / "lfw/Bo/Bo_0002.jpg")
-    with pytest.warns(UserWarning, match=r"1 pairs of .* are of one and the same picture"):
-        open_evaluation(home)

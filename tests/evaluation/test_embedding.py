@@ -11,9 +11,8 @@ from nets import TinySRNet, tiny_fnet
 from tinybench import assert_same_scores, run
 from torch import nn
 
-from idloss import create_fnet, create_srnet
+from idloss import create_srnet
 from idloss.data import lfw
-from idloss.encoder import fold_batch_norm
 from idloss.evaluation import get_protocol
 from idloss.evaluation.embedding import (
     cut_out,
@@ -223,36 +222,6 @@ def test_what_is_no_rgb_in_0_1_and_no_embedding_is_told(change, says, data, fnet
     told = pytest.raises((TypeError, ValueError), match=says)
     with pytest.warns(UserWarning, match=says) if says.startswith("SR") else told:
         run(data, {"f": fnet}, {"n": srnet}, cache=False)
-
-
-def test_folding_is_exact_and_gives_up_where_it_is_not():
-    net = create_fnet("mobilefacenet").eval()
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.5, 0.5)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    quick = fold_batch_norm(net, (3, 112, 112))
-    assert quick is not net
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in quick.modules())
-    x = torch.randn(3, 3, 112, 112)
-    with torch.no_grad():
-        expected = net(x)
-        assert (quick(x) - expected).norm() <= 1e-5 * expected.norm()
-
-    class Branching(nn.Module):
-        """The convolution's output is used beside the batch norm, too."""
-
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-            nn.init.constant_(self.norm.running_mean, 2.0)
-
-        def forward(self, x):
-            x = self.conv(x)
-            return (x + self.norm(x)).flatten(1)
-
-    branching = Branching().eval()
-    assert fold_batch_norm(branching, (3, 4, 4)) is branching
 
 
 def test_batch_size_and_threads_do_not_change_the_answer(data, fnet, srnets, threads):

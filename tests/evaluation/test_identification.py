@@ -177,16 +177,6 @@ def test_search_equals_full_sort(monkeypatch, block_bytes, k):
     assert nothing.scores.shape == nothing.places.shape == (0, k)
 
 
-def test_search_equals_faiss(monkeypatch):
-    monkeypatch.setattr(identification, "BLOCK_BYTES", 2**18)
-    faiss = pytest.importorskip("faiss")
-    gallery, probes = (unit(side).astype(np.float32) for side in drawn(4000, 50, 64))
-    scores, places = faiss.knn(probes, gallery, 5, metric=faiss.METRIC_INNER_PRODUCT)
-    found = search(gallery, torch.from_numpy(probes), 5)
-    np.testing.assert_array_equal(found.places.numpy(), places)
-    np.testing.assert_allclose(found.scores.numpy(), scores, atol=1e-6)
-
-
 def test_search_stays_within_its_memory(tmp_path, monkeypatch):
     """The rows read at once, and the scores, from a gallery on disk."""
     path = tmp_path / "gallery.npy"
