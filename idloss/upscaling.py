@@ -130,7 +130,7 @@ def upscale(
     mine = (one for one in photos if int(one[1][-16:], 16) % ours.count == ours.rank)
     due = (one for one in mine if "error" in (_record(out, one[1]) or {"error": ""}))
     bar = tqdm(desc="upscale", unit="photo", delay=2, disable=not lead)
-    with bar, _one_core_each() as threads:
+    with bar, one_core_each() as threads:
         for _ in map_ahead(work, due, threads):
             bar.update()
     ours.wait()
@@ -138,7 +138,7 @@ def upscale(
 
 
 @contextmanager
-def _one_core_each() -> Iterator[int]:
+def one_core_each() -> Iterator[int]:
     """How many photos to work at: on one core each nothing waits, and all photos come out alike."""
     cores = torch.get_num_threads()
     torch.set_num_threads(1)

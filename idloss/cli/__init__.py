@@ -15,7 +15,7 @@ try:
 except ModuleNotFoundError as missing:  # pragma: no cover - needs an install without extras
     sys.exit(f"the idloss command needs {missing.name}: pip install 'idloss[eval]'")
 
-from idloss.cli import evaluation, models, people, prepare, similarity, training, upscale
+from idloss.cli import evaluation, landmarks, models, people, prepare, similarity, training, upscale
 
 # what the library raises for what a user gave; all else is a bug, or a damaged file
 _EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
@@ -33,6 +33,7 @@ app.command()(prepare.prepare)
 app.command()(training.train)
 app.command("train-fnet")(training.train_fnet)
 app.command()(upscale.upscale)
+app.command()(landmarks.landmarks)
 app.command()(people.verify)
 app.command()(people.search)
 app.command()(evaluation.evaluate)

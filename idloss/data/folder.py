@@ -36,7 +36,8 @@ def folder_faces(path: str | os.PathLike[str] | Files, *, skip_missing: bool = F
     files = open_files(path)
     name = find_landmarks(files)
     if name is None:
-        raise FileNotFoundError(f"no {LANDMARKS} at the top of {files.location} or one folder down")
+        what = f"no {LANDMARKS} at the top of {files.location} or one folder down"
+        raise FileNotFoundError(f"{what}; idloss landmarks {files.location} FILE writes one")
     table = read_table(files, name)
     header_line, header = table.rows[0] if table.rows else (1, [])
     expected = ["image_id", *POINT_COLUMNS]

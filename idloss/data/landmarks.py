@@ -67,9 +67,14 @@ class Points:
 
 
 def read_points(table: Table) -> Points:
-    """Rows of an image name and ten numbers, each but once; further fields are left alone."""
+    """Rows of an image name and ten numbers, each but once; further fields are left alone.
+
+    A first row that names the columns is not one of them.
+    """
     points = Points()
     for line, cells in table.rows:
+        if cells[1:11] == list(POINT_COLUMNS):
+            continue
         try:
             numbers = [float(cell) for cell in cells[1:11]]
         except ValueError as error:

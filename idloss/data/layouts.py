@@ -108,8 +108,9 @@ def open_evaluation(
             "put landmarks.csv beside it" if kind == "pairs" else "name a table with landmarks=FILE"
         )
         raise ValueError(
-            f"{path} has no landmarks to align its photos by; {way}, or name the template the "
-            "pictures are aligned to with crop=sphereface or crop=arcface"
+            f"{path} has no landmarks to align its photos by; {way} (idloss landmarks {path} FILE "
+            "finds them), or name the template the pictures are aligned to with crop=sphereface or "
+            "crop=arcface"
         )
     if found.faces.crop is not None:
         warn_of_unaligned(found.faces, str(path))

@@ -6,11 +6,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 from minilfw import mini_lfw, photo_folder
 
 from idloss import create_srnet
+from idloss.detection import Detections
+from idloss.detection.base import DETECTORS, as_photos
 from idloss.evaluation.results import HR
+from idloss.geometry import get_template
 
 FOLDER = ROOT / "examples" / "benchmarks"
 
@@ -94,3 +98,26 @@ def test_a_script_runs_by_itself(script):
     assert done.stdout.count("\n") == 6
     timing = script("timing")
     assert 50 < timing.in_own_process(timing.peak_mebibytes) < 2000  # Python and torch alone
+
+
+def test_photos_from_file_to_face(script, tmp_path, monkeypatch):
+    """With a detector that finds the same face everywhere."""
+    module = script("photos")
+    points = torch.tensor(get_template("sphereface").points)
+
+    def detector():
+        def find(images):
+            scales = [0.24 if image.shape[-1] == 64 else 1.1 for image in images]
+            return [Detections(torch.zeros(1, 4), torch.ones(1), points[None] * s) for s in scales]
+
+        return lambda images: find(as_photos(images))
+
+    monkeypatch.setitem(DETECTORS, "everywhere", detector)
+    monkeypatch.setattr(module, "LARGE", (400, 300))
+    runs = module.compare(
+        str(mini_lfw(tmp_path, people=4, photos=3)), 10, "bicubic", "everywhere", 1
+    )
+    assert list(runs) == ["12 megapixels", "1 photos", "10 photos", "10 photos of 64x64"]
+    assert [run.faces for run in runs.values()] == [1, 1, 10, 10]
+    assert [run.restored for run in runs.values()] == [0, 0, 0, 10]
+    assert all(run.seconds > 0 and run.mebibytes > 50 for run in runs.values())
