@@ -251,6 +251,12 @@ def convert_crop(
     return _sample(images - fill, back, size, mode="bicubic", padding="zeros") + fill
 
 
+def coverage(source: str | Template, target: str | Template) -> float:
+    """The share of a crop of the template `target` that one of `source` holds."""
+    whole = torch.ones(1, 1, *get_template(source).size, device="cpu")
+    return float(convert_crop(whole, source, target, fill=0.0).mean())
+
+
 # a constant to a compiler: with free numbers, torch.compile(dynamic=True) took a quarter of an hour
 # (plain numbers, as torch before 2.13 cannot rebuild a dataclass there)
 @torch.compiler.assume_constant_result

@@ -433,3 +433,13 @@ def test_networks_that_cannot_tell_faces_apart_say_nothing_of_alignment(golden):
     encoder = FaceEncoder("mobilefacenet_relu6", pretrained=False)
     crops = align(photos, torch.from_numpy(golden["landmarks"]), "arcface")
     assert encoder.alignment_complaint(crops) is None
+
+
+def test_crops_that_lack_what_the_fnet_wants_are_told():
+    """The rest was a repeated border, without a word."""
+    wide = tiny_fnet(size=(64, 64))
+    wide.crop = "ffhq"
+    with pytest.warns(UserWarning, match=r"takes 'ffhq' crops, of which crop=arcface holds 56%"):
+        FaceEncoder(wide, crop="arcface")
+    for net, crop in ((wide, "psp"), (wide, "ffhq"), (wide, None), (tiny_fnet(), "vggface")):
+        FaceEncoder(net, crop=crop)

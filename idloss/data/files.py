@@ -13,7 +13,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, Protocol
 
 from huggingface_hub.utils.tqdm import tqdm
@@ -129,7 +129,7 @@ class FolderFiles:
 
     def names(self, prefix: str = "") -> Iterator[str]:
         """Names below a sub-folder, depth first, sorted within each folder."""
-        place = self.root / prefix
+        place = self._path(prefix)
         if place.is_dir():
             yield from self._below(place, prefix, {place.resolve()})
 
@@ -141,10 +141,15 @@ class FolderFiles:
             what = f"cannot be listed ({error.strerror or error})"
             raise DataError([Fault(str(folder), what)], "Let it be read.") from error
         for entry in entries:
+            name = readable(entry.name)
+            if name != entry.name and os.path.lexists(folder / name):
+                raise DataError(
+                    [Fault(str(folder / name), "is the name of two files")], "Rename one."
+                )
             if not entry.is_dir():
-                yield start + entry.name
+                yield start + name
             elif (real := Path(entry.path).resolve()) not in above:  # a link upwards is a loop
-                yield from self._below(Path(entry.path), f"{start}{entry.name}/", above | {real})
+                yield from self._below(Path(entry.path), f"{start}{name}/", above | {real})
 
     def read(self, name: str) -> bytes:
         """The bytes of one file."""
@@ -154,18 +159,35 @@ class FolderFiles:
             raise DataError([Fault(self.where(name), error.strerror or str(error))]) from error
 
     def _path(self, name: str) -> Path:
-        """The file of that name, in another composition of its accents where it has that."""
-        paths = [self.root / spelling for spelling in spellings(name)]
-        if len(paths) == 1:
-            return paths[0]
-        return next((path for path in paths if path.is_file()), paths[0])
+        """The file of that name, in another spelling of its accents where it has that."""
+        if name.isascii():
+            return self.root / name
+        found = self.root
+        for part in PurePosixPath(name).parts:
+            paths = [found / spelling for spelling in spellings(part)]
+            found = next((path for path in paths if path.exists()), paths[0])
+        return found
+
+
+def readable(name: str) -> str:
+    """A file's name as text; bytes that are not UTF-8 are taken for Latin-1."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(name).decode("latin-1")
+    return name
 
 
 def spellings(name: str) -> tuple[str, ...]:
-    """A name as it is, composed and decomposed: macOS writes `e` and an accent for `\u00e9`."""
+    """A name as it is, composed, decomposed (macOS: `e` and an accent), and in Latin-1's bytes."""
     if name.isascii():
         return (name,)
-    return name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)
+    composed = unicodedata.normalize("NFC", name)
+    spelt = (name, composed, unicodedata.normalize("NFD", name))
+    try:
+        return (*spelt, os.fsdecode(composed.encode("latin-1")))
+    except UnicodeEncodeError:
+        return spelt
 
 
 class _Members:
@@ -266,18 +288,18 @@ class TarFiles(_Members):
         try:
             with tarfile.open(fileobj=plain, mode="r:") as archive:
                 for member in archive:
-                    last = member.name
-                    name = posixpath.normpath(member.name)
+                    last = name = posixpath.normpath(readable(member.name))
+                    to = readable(member.linkname)
                     if member.issparse():
                         what = "a sparse member, whose holes this reader does not fill"
                         raise DataError([Fault(self.where(name), what)], UNPACK)
                     if member.isreg():
                         self._index[name] = (member.offset_data, member.size)
                     elif member.islnk():
-                        links[name] = posixpath.normpath(member.linkname)
+                        links[name] = posixpath.normpath(to)
                     elif member.issym():
                         links[name] = posixpath.normpath(
-                            posixpath.join(posixpath.dirname(name), member.linkname)
+                            posixpath.join(posixpath.dirname(name), to)
                         )
                 end = archive.offset
         except tarfile.TarError as error:

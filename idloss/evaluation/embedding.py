@@ -29,7 +29,7 @@ from idloss import __version__
 from idloss.create import create_fnet
 from idloss.data import DataError, Faces, Fault
 from idloss.data.files import skip_or_raise
-from idloss.encoder import FaceEncoder
+from idloss.encoder import COVERAGE, FaceEncoder
 from idloss.evaluation.cache import (
     ONCE,
     EmbeddingCache,
@@ -41,7 +41,7 @@ from idloss.evaluation.cache import (
 from idloss.evaluation.protocols import Protocol
 from idloss.evaluation.results import HR, Cell
 from idloss.frozen import fold_batch_norm
-from idloss.geometry import Template, convert_crop, get_template
+from idloss.geometry import Template, convert_crop, coverage, get_template
 from idloss.registry import SRNET_CROP, srnet_crop
 from idloss.resample import ImageWatch, Size, resize, to_float, to_uint8
 from idloss.srnets import Interpolation
@@ -169,7 +169,7 @@ class Networks:
             net = fold_batch_norm(fnet, fnet.pretrained_cfg["input_size"])  # type: ignore[index, arg-type]
             if net is not fnet and self.device.type == "cpu":
                 net = net.to(memory_format=torch.channels_last)
-            encoder = FaceEncoder(net, crop=SR_CROP, interpolation=self.protocol.up_mode)
+            encoder = FaceEncoder(net, interpolation=self.protocol.up_mode)
             encoder.to(self.device)
             # SR comes as its SRNet's crop, HR as the FNet's own; all go to the same network
             shown: dict[str | Template, Template] = {crop: crop for crop in self.crops.values()}
@@ -177,6 +177,20 @@ class Networks:
             for key, crop in shown.items():
                 self.encoders[name, key] = copy.copy(encoder)
                 self.encoders[name, key].crop = crop
+
+    def warn_of_borders(self, faces: Faces) -> None:
+        """Warn of crops that do not hold what an FNet or an SRNet wants to see."""
+        own, doubts = get_template(faces.crop) if faces.crop else None, []
+        for (name, shown), encoder in self.encoders.items():
+            # what aligned faces lack, they lack first
+            source = own if shown == HR or encoder.border_complaint(own) else encoder.crop
+            doubts += [f"{name}: {doubt}" for doubt in [encoder.border_complaint(source)] if doubt]
+        for name, crop in self.crops.items():
+            if own is not None and (share := coverage(own, crop)) < COVERAGE:
+                made = f"{name} makes {crop.name!r} crops, of which crop={own.name} holds"
+                doubts.append(f"{made} {share:.0%}: the rest is its border, repeated")
+        for doubt in dict.fromkeys(doubts):
+            warnings.warn(doubt, UserWarning, stacklevel=3)
 
     def copies(self, count: int) -> list[Networks]:
         """A set for each thread over the same weights; one alone where a network has no copy."""

@@ -20,7 +20,7 @@ from idloss.data import DataError, Faces, Fault
 from idloss.encoder import FaceEncoder
 from idloss.errors import some_of
 from idloss.evaluation.cache import digest_network
-from idloss.geometry import convert_crop, get_template
+from idloss.geometry import get_template
 from idloss.losses import IdentityPreservedLoss
 from idloss.resample import to_float
 from idloss.training.recipe import RunOptions
@@ -31,8 +31,6 @@ Batch = Mapping[str, Tensor]
 _EPOCH = 1  # purpose of the numbers that shuffle an epoch
 DEVICE_SHARE = 1 / 3
 """Of a GPU's free memory that crops may take; networks and activations need the rest."""
-COVERAGE = 0.75
-"""Least share of an FNet's crop that ours must hold: 112x96 crops hold 86 % of ArcFace's."""
 FEATURE_BATCH = 64
 ALIKE = 0.99
 """Least cosine of a stored feature with one of today, whatever the device and its rounding."""
@@ -193,16 +191,12 @@ def _as_it_is(read: Any) -> Any:
 
 def check_crop(encoder: FaceEncoder, crop: str) -> None:
     """Find out before training whether crops of a template hold what an FNet wants to see."""
-    template, wanted = get_template(crop), encoder.fnet_crop
-    if wanted is None:  # it is meant to be stretched
-        return
-    whole = torch.ones(1, 1, *template.size)
-    share = float(convert_crop(whole, template, wanted, fill=0.0).mean())
-    if share < COVERAGE:
+    doubt = encoder.border_complaint(get_template(crop))
+    if doubt is not None and encoder.fnet_crop is not None:
+        wanted = encoder.fnet_crop.name
         raise ValueError(
-            f"FNet and crop do not fit: {encoder} takes {wanted.name!r} crops, of which "
-            f"crop={template.name} holds {share:.0%}: prepare the faces with --crop {wanted.name} "
-            f"and set crop={wanted.name}"
+            f"FNet and crop do not fit: {doubt}: prepare the faces with --crop {wanted} and set "
+            f"crop={wanted}"
         )
 
 

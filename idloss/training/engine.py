@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, TorchDynamoPlugin
 from huggingface_hub.utils.tqdm import tqdm
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 from timm.scheduler.cosine_lr import CosineLRScheduler
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from idloss.encoder import resolve_device
-from idloss.errors import did_you_mean
+from idloss.errors import did_you_mean, some_of
 from idloss.training.batches import Batch, Draw, shares, shuffled_batches
 from idloss.training.recipe import RunOptions
 from idloss.training.saving import Checkpoints, first_line, together
@@ -255,9 +256,12 @@ class Engine:
         for group in self.optimizer.param_groups:  # the schedule sets the rate anew
             group["weight_decay"] = self.options.weight_decay
         if progress["content"] != self.task.content:
+            faces, before = self.task.crops.faces, progress.get("faces", "others")
+            gone = some_of([str(fault) for fault in faces.skipped], 3)
             raise ValueError(
-                f"the run in {self.folder} was on other faces than these: give it the same data, "
-                "or choose another folder"
+                f"the run in {self.folder} was on other faces than these: {before} then, "
+                f"{len(faces)} now (left out: {gone}). Their order hangs on all of them: put back "
+                "what is gone or changed, from a copy, or train anew in another folder"
             )
         return step
 
@@ -315,16 +319,19 @@ class Engine:
     def _refuse(self, step: int, losses: dict[str, float], batches: list[Batch]) -> None:
         process = self.accelerator.process_index
         path = self.folder / f"not-finite-step-{step:06d}-process-{process}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {
             f"{part}/{name}": tensor.detach().cpu().contiguous()
             for part, batch in enumerate(batches)
             for name, tensor in batch.items()
         }
-        save_file(tensors, path)
+        kept = f"its batch is in {path}"
+        try:
+            save_file(tensors, path)
+        except (OSError, SafetensorError) as error:
+            kept = f"its batch cannot be kept ({error})"
         self._skipped += 1
         shown = ", ".join(f"{name} {value}" for name, value in losses.items())
-        what = f"step {step} has a loss that is not finite ({shown}); its batch is in {path}"
+        what = f"step {step} has a loss that is not finite ({shown}); {kept}"
         calmer = "with a lower learning_rate, clip_norm or precision=fp32"
         if self.options.non_finite == "stop":
             raise TrainingStoppedError(
@@ -357,7 +364,8 @@ class Engine:
                 "resume with a lower learning_rate or clip_norm"
             )
         try:
-            progress = {"content": self.task.content, "losses": self.losses}
+            faces = {"content": self.task.content, "faces": len(self.task)}
+            progress = {**faces, "losses": self.losses}
             self.checkpoints.save(step, progress, self.ema)
         except OSError as error:
             if must:
@@ -390,6 +398,7 @@ class CsvTracker(GeneralTracker):
         super().__init__()
         self.folder = folder
         self.paths = folder / "training.csv", folder / "validation.csv"
+        self._waiting: dict[Path, list[list[Any]]] = {path: [] for path in self.paths}
 
     @property
     def tracker(self) -> Path:
@@ -412,15 +421,26 @@ class CsvTracker(GeneralTracker):
                     temporary.write_text(head + "".join(kept), encoding="utf-8")
 
     def log(self, values: Mapping[str, Any], step: int | None = None, **_: Any) -> None:
-        """Add a row of figures by name."""
+        """Add a row of figures by name; rows that the disk has no room for wait for the next."""
         path = self.paths[any(name.startswith(VALIDATION) for name in values)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = not path.exists()
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if new:
-                writer.writerow(["step", *(name.removeprefix(VALIDATION) for name in values)])
-            writer.writerow([step, *values.values()])
+        size = path.stat().st_size if path.exists() else 0
+        waiting = self._waiting[path]
+        if not size and not waiting:
+            waiting.append(["step", *(name.removeprefix(VALIDATION) for name in values)])
+        waiting.append([step, *values.values()])
+        try:
+            with path.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file, lineterminator="\n").writerows(waiting)
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(path, size)  # no half of a row
+            print(
+                f"{path} cannot be written ({error}): its rows are kept and training goes on. Make "
+                "room; a new run goes to another disk with another folder (--out)"
+            )
+        else:
+            waiting.clear()
 
 
 def create_optimizer(parameters: Iterable[nn.Parameter], options: RunOptions) -> Optimizer:

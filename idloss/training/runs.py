@@ -398,7 +398,10 @@ def _validation(run: _Run, fnet_name: str | None = None) -> Validate | None:
             del rates["HR"]  # always the same
             sheets = run.folder / "pictures" / f"step-{step:06d}"
             shown = {"bicubic": create_srnet("bicubic", crop=recipe.crop), "srnet": network}
-            write_sheets(sheets, data, fnets, shown, sizes, count=5, device=device)
+            try:
+                write_sheets(sheets, data, fnets, shown, sizes, count=5, device=device)
+            except OSError as error:
+                print(f"no pictures in {sheets} ({error}): training goes on. Make room")
         return rates
 
     return validate

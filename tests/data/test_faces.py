@@ -1,7 +1,9 @@
 """Folders with landmarks.csv and the two CelebA layouts, on miniature trees."""
 
+import os
 import re
 import tarfile
+import warnings
 
 import pytest
 import torch
@@ -216,6 +218,12 @@ def test_a_persons_number_in_two_spellings_is_told(tmp_path, other):
 def test_names_that_are_not_utf8_and_tables_that_are_not(tmp_path):
     path = folder(tmp_path, [f"Zoe\u0301.jpg,{NUMBERS},1"], images=["Zo\u00e9.jpg"])
     assert open_faces(path).read(0).shape == (3, 110, 100)
+    (path / "Zo\u00e9.jpg").rename(path / os.fsdecode("Zo\u00e9.jpg".encode("latin-1")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a picture without a line
+        faces = open_faces(path)
+    assert faces.read(0).shape == (3, 110, 100)
+    assert faces.names[0].encode()
     table = path / "landmarks.csv"
     table.write_bytes(table.read_text().encode("latin-1", "replace").replace(b"?", b"\xe9"))
     with pytest.raises(DataError, match=r"csv:2: not UTF-8 text .*save the table as UTF-8"):

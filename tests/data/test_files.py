@@ -104,6 +104,36 @@ def test_folder_tar_and_memory_hold_the_same_files(folder, archive):
         open_files(folder / "nothing")
 
 
+LATIN = os.fsdecode("Zo\u00eb/caf\u00e9.jpg".encode("latin-1"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "link"])
+def test_names_in_latin_1_are_read_as_text(tmp_path, kind):
+    if kind == "folder":
+        (tmp_path / LATIN).parent.mkdir()
+        (tmp_path / LATIN).write_bytes(b"photo")
+        files = open_files(tmp_path)
+    else:
+        link = [(LATIN.replace("caf", "link"), (tarfile.SYMTYPE, LATIN.partition("/")[2]))]
+        files = packed(tmp_path / "a.tar", (LATIN, b"photo"), *link * (kind == "link"))
+    name = "Zo\u00eb/caf\u00e9.jpg"
+    assert name in set(files.names())
+    assert next(iter(files.names("Zo\u00eb/"))) == name
+    for spelt in (name, "Zoe\u0308/cafe\u0301.jpg"):
+        assert spelt in files
+        assert files.read(spelt) == b"photo"
+    if kind == "link":
+        assert files.read(name.replace("caf", "link")) == b"photo"
+    assert all(one.encode() for one in files.names())
+
+
+def test_two_files_whose_names_read_alike_are_told(tmp_path):
+    for name in ("caf\u00e9.jpg", os.fsdecode("caf\u00e9.jpg".encode("latin-1"))):
+        (tmp_path / name).write_bytes(name.encode(errors="surrogateescape"))
+    with pytest.raises(DataError, match="is the name of two files"):
+        list(open_files(tmp_path).names())
+
+
 def test_tar_is_shared_by_threads(archive):
     files = open_files(archive)
     names = [*CONTENTS] * 160

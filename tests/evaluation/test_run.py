@@ -381,3 +381,18 @@ def test_pairs_that_cannot_be_judged_cost_no_time(data, fnet, calls):
         with pytest.raises(ValueError, match=message):
             run(replace(data, pairs=data.pairs.select(keep)), {"f": fnet}, {})
     assert not calls
+
+
+@pytest.mark.parametrize("photos", [False, True])
+def test_borders_that_would_be_made_up_are_told(data, fnet, tmp_path, photos):
+    """A wide-crop FNet on aligned crops, or on what an SRNet makes of narrow ones."""
+    fnet.crop, wide = "ffhq", create_srnet("bicubic", crop="ffhq")
+    srnets = {"narrow": create_srnet("bicubic"), "wide": wide}
+    data = open_evaluation(mini_lfw(tmp_path, people=4, photos=3)) if photos else data
+    with pytest.warns(UserWarning, match="holds") as told:
+        run(data, {"f": fnet}, srnets, cache=False)
+    with pytest.warns(UserWarning, match="holds"):
+        write_sheets(tmp_path, data, {"f": fnet}, srnets, [(14, 12)], count=1, device="cpu")
+    said = [str(one.message) for one in told if "holds" in str(one.message)]
+    assert any("of which crop=sphereface holds 48%" in one for one in said)
+    assert any("wide makes 'ffhq' crops" in one for one in said) is not photos

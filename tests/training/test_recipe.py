@@ -192,6 +192,7 @@ def criterion(wanted, **options):
         ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*the rest is its border")
 def test_what_does_not_fit_fails_before_training(tmp_path, message, given, fields):
     recipe = Recipe(
         **FIELDS | {"identity_weight": 0, "srnet_options": {"depth": 1, "width": 8}} | fields

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -12,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.utils import WeakFileLock
+from minilfw import photo_folder
 from tinytraining import assert_same, launch, losses, tiny_faces, tiny_run, weights
 
+from idloss.data import open_faces
 from idloss.training import TrainingStoppedError, load_recipe
+from idloss.training.engine import CsvTracker
 from idloss.training.recipe import read_notes
 from idloss.training.tasks import HallucinationTask
 from idloss.weights.files import file_sha256
@@ -211,6 +215,59 @@ def test_a_disk_that_fills_up_costs_no_step(tmp_path, monkeypatch, capfd):
     assert "the checkpoint of step 6 could not be written" in capfd.readouterr().out
     assert list(losses(tmp_path)) == list(range(1, 13))
     assert (tmp_path / "checkpoints" / "step-000012").is_dir()
+
+
+def test_a_log_that_cannot_be_written_costs_no_step(tmp_path, monkeypatch, capfd):
+    """The rows wait until there is room again."""
+    real = Path.open
+
+    def full(path, *args, **options):
+        if path.name == "training.csv" and 3 <= steps[0] <= 6:
+            raise OSError(28, "No space left on device", str(path))
+        return real(path, *args, **options)
+
+    steps, log = [0], CsvTracker.log
+
+    def counted(tracker, values, step=None, **options):
+        steps[0] = step
+        log(tracker, values, step, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr(CsvTracker, "log", counted)
+    tiny_run(tmp_path)
+    assert list(losses(tmp_path)) == list(range(1, 9))
+    assert re.search(r"training\.csv cannot be written .*Make room.*--out", capfd.readouterr().out)
+    assert weights(tmp_path)
+
+
+def test_half_of_a_row_is_taken_back(tmp_path, capsys):
+    """A real limit on file size."""
+    tracker = CsvTracker(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step, limit in enumerate((soft, 40, 40, soft), start=1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            tracker.log({"loss": 0.123456789, "rate": step}, step=step)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    lines = (tmp_path / "training.csv").read_text().splitlines()
+    assert lines == ["step,loss,rate", *(f"{step},0.123456789,{step}" for step in range(1, 5))]
+    assert capsys.readouterr().out.count("cannot be written") == 2
+
+
+def test_a_photo_that_is_gone_names_the_way_out(tmp_path):
+    root = tmp_path / "photos"
+    photo_folder(root)
+    root /= "lfw"
+    run = {"data": str(root), "workers": 0, "batch_size": 4}
+    photo = next(iter(sorted(root.rglob("*.jpg"))))
+    tiny_run(tmp_path / "run", faces=open_faces(root), iterations=2, **run)
+    photo.unlink()
+    with pytest.warns(UserWarning, match="left out"):
+        fewer = open_faces(root, skip_missing=True)
+    said = rf"on other faces.*12 then, 11 now \(left out: .*{photo.name} is not in.*put back"
+    with pytest.raises(ValueError, match=said):
+        tiny_run(tmp_path / "run", faces=fewer, iterations=4, resume=True, **run)
 
 
 def test_a_disk_that_is_full_after_the_last_step_costs_no_work(tmp_path, monkeypatch):
