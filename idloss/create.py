@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from numbers import Real
 from pathlib import Path
-from threading import get_ident
 from typing import Any
 
 import timm
 import torch
 from timm.models import get_pretrained_cfg, is_model, list_models, split_model_name_tag
 from torch import nn
-from torch.nn.modules import module as torch_module
-from torch.nn.parameter import is_lazy
 
 from idloss.errors import did_you_mean, some_of
 from idloss.geometry import Template, get_template
@@ -41,6 +40,7 @@ from idloss.weights.files import (
     WeightsError,
     checkpoint_in,
     load_checkpoint,
+    no_larger_than,
     without_prefixes,
 )
 from idloss.weights.loading import ChannelOrder, Keys, load_own
@@ -53,16 +53,13 @@ from idloss.weights.sources import (
     zoo_models,
 )
 
+logger = logging.getLogger(__name__)
+
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 _SPANDREL = "spandrel:"  # a file follows, without which nothing can be built
 _NORMALISATION = ("input_size", "mean", "std")
 _INPUT_EXAMPLE = "input_size=(3, 112, 112), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)"
 _MOST_SIDE = 1024  # pixels of an FNet's input, which a stranger's config.json may tell
-# What a network may have beyond its checkpoint: one of half precision or of 8 bits, tables that are
-# computed; and what one without a checkpoint may have, whose numbers are a stranger's, too.
-_SLACK = (8, 64 << 20)
-_MOST_DRAWN = 1 << 30
-_A_TENSOR = 64  # bytes that a file spends on the name of one
 
 
 def create_fnet(
@@ -321,14 +318,16 @@ def _open_published(
             path = checkpoint_in(Path(place))
     elif pretrained:
         path = hub_file(name, place, None, kwargs.get("cache_dir"))
+    size = None if path is None else path.stat().st_size
     try:  # without memory first: what it asks for is a stranger's number
-        with _no_larger_than(path), torch.device("meta"):
+        with no_larger_than(size), torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             _timm_create(name, False, kwargs)
     except WeightsError:
         raise
-    except RuntimeError:  # some need numbers while they are built
-        pass
-    with _no_larger_than(path):
+    except Exception:  # some need numbers while they are built; what else is wrong is told below
+        logger.debug("%s cannot be tried without memory", name, exc_info=True)
+    with no_larger_than(size):
         if path is None or not pretrained or arch in fnet_crops or arch in srnet_crops:
             return _timm_create(name, pretrained, kwargs), told
         # timm reads fewer kinds of checkpoints
@@ -338,37 +337,6 @@ def _open_published(
     model.pretrained_cfg = {**cfg_of(model), "source": source}  # type: ignore[assignment]
     cfg_of(model).pop("state_dict")
     return model, told
-
-
-@contextmanager
-def _no_larger_than(checkpoint: Path | None) -> Iterator[None]:
-    """Refuse a network while it is built, when it has more weights than its checkpoint tells."""
-    times, more = _SLACK
-    size = 0 if checkpoint is None else checkpoint.stat().st_size
-    limit = times * size + more if checkpoint else _MOST_DRAWN
-    builder, counted = get_ident(), 0
-
-    def count(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
-        nonlocal counted
-        if tensor is None or is_lazy(tensor) or get_ident() != builder:
-            return
-        counted += tensor.nbytes + _A_TENSOR
-        if counted > limit:
-            holds = f"its checkpoint has {size:,}" if checkpoint else "there is no checkpoint"
-            raise NotAsPromisedError(
-                f"its config.json asks for more than {limit:,} bytes of weights, and {holds}: "
-                f"{name} of a {type(module).__name__} is {list(tensor.shape)}"
-            )
-
-    hooks = [
-        torch_module.register_module_parameter_registration_hook(count),
-        torch_module.register_module_buffer_registration_hook(count),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

@@ -187,7 +187,8 @@ class FaceEncoder(nn.Module):
         if isinstance(is_small, torch.SymBool):  # exported for crops of any size
             resized: Tensor = torch.cond(is_small, enlarge, shrink, (images,))  # type: ignore[arg-type]
             return resized
-        return (enlarge if is_small else shrink)(images)
+        resized: Tensor = (enlarge if is_small else shrink)(images)
+        return resized
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed face crops; differentiable with respect to them.

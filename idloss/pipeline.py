@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,8 +15,15 @@ from idloss.create import create_srnet
 from idloss.data.pictures import read_photo
 from idloss.detection import Detections, Detector, create_detector
 from idloss.detection.base import as_photos
-from idloss.encoder import FaceEncoder, resolve_device
-from idloss.geometry import Template, convert_crop, fit_similarity, get_template, warp
+from idloss.encoder import COVERAGE, FaceEncoder, resolve_device
+from idloss.geometry import (
+    Template,
+    convert_crop,
+    coverage,
+    fit_similarity,
+    get_template,
+    warp,
+)
 from idloss.resample import Size, resize, to_float, to_uint8
 
 _SCALE = 4  # of pictures over templates, and of most SRNets: 448x384 for sphereface
@@ -95,6 +103,14 @@ class FacePipeline:
         encoder = fnet
         if encoder is not None and not isinstance(encoder, FaceEncoder):
             encoder = FaceEncoder(encoder, crop=self.template, interpolation="bicubic")
+        if encoder is not None:
+            takes = encoder.crop or encoder.fnet_crop, encoder.value_range, encoder.channel_order
+            if takes[0] not in (None, self.template) or takes[1:] != ((0, 1), "rgb"):
+                name = takes[0] and takes[0].name
+                raise ValueError(
+                    f"{encoder} takes crop={name}, value_range={takes[1]}, {takes[2]}, and is "
+                    f"shown crop={self.template.name} in (0, 1), rgb: make it with these"
+                )
         self.encoder = None if encoder is None else encoder.to(self.device).eval()
         rows, columns = self.template.size
         self.size = (rows * _SCALE, columns * _SCALE) if size is None else size
@@ -160,6 +176,12 @@ class FacePipeline:
     def _restore_crop(self, image: Tensor, template: Template) -> RestoredFaces:
         """The face of a crop `[3, H, W]`."""
         height, width = image.shape[1:]
+        if (share := coverage(template, self.template)) < COVERAGE:
+            warnings.warn(
+                f"crops of {template.name} hold {share:.0%} of {self.template.name}, which the "
+                "SRNet takes: the rest is their border, repeated",
+                stacklevel=3,
+            )
         scales = torch.tensor([width / template.size[1], height / template.size[0]])
         points = (torch.tensor(template.points) + 0.5) * scales - 0.5
         box = torch.tensor([[0.0, 0.0, width - 1, height - 1]])

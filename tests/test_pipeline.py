@@ -3,7 +3,7 @@ import torch
 from nets import TinySRNet, tiny_fnet
 from PIL import Image
 
-from idloss import FacePipeline, create_detector, weights
+from idloss import FaceEncoder, FacePipeline, create_detector, create_srnet, weights
 from idloss.data.faces import decode_image
 from idloss.data.files import DataError, open_files
 from idloss.detection import Detections
@@ -180,3 +180,24 @@ def test_real_photos(shared, tmp_path):
     (faces,) = FacePipeline(detector, "edsr16_64_id", tiny_fnet(), device="cpu")(image)
     assert [crop.shape for crop in faces.crops] == [(3, 28, 24)]
     assert faces.pictures.float().std() > 30
+
+
+def test_an_encoder_that_is_shown_something_else_is_refused():
+    """It was used as it is, and embedded what it was not made for."""
+    fnet = tiny_fnet(size=(112, 112))
+    fnet.crop = "arcface"
+    for encoder in (
+        FaceEncoder(fnet),
+        FaceEncoder(tiny_fnet(), crop="arcface"),
+        FaceEncoder(tiny_fnet(), value_range=(-1, 1)),
+        FaceEncoder(tiny_fnet(), channel_order="bgr"),
+    ):
+        with pytest.raises(ValueError, match=r"is shown crop=sphereface in .*: make it with these"):
+            FacePipeline(None, Enlarging(), encoder, device="cpu")
+    FacePipeline(None, Enlarging(), FaceEncoder(fnet, crop="sphereface"), device="cpu")
+
+
+def test_crops_narrower_than_the_srnets_are_told():
+    wide = FacePipeline(None, create_srnet("bicubic", crop="ffhq"), None, device="cpu")
+    with pytest.warns(UserWarning, match="crops of arcface hold 56% of ffhq"):
+        wide(torch.rand(3, 112, 112), crop="arcface")

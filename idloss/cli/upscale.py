@@ -27,6 +27,7 @@ def upscale(
 ) -> None:
     """Find the faces of photos, cut them out, and super-resolve them."""
     from idloss.cli.options import parse_sizes
+    from idloss.evaluation.cache import digest_weights
     from idloss.pipeline import FacePipeline
     from idloss.upscaling import FOUND, SHEET, Processes
     from idloss.upscaling import upscale as run
@@ -35,12 +36,15 @@ def upscale(
     processes = Processes.join(device)
     finder = detector if crop is None else None
     pipeline = FacePipeline(finder, srnet, None, size=rows, device=processes.device)
-    settings = {"srnet": srnet, "detector": detector, "size": size}
+    weights = digest_weights(pipeline.srnet)  # a folder's may be replaced
+    settings = {"srnet": srnet, "weights": weights, "detector": detector, "size": size}
     summary = run(
         pipeline, paths, out, crop=crop, paste=paste, settings=settings, processes=processes
     )
     if processes.rank:
         return
+    if not summary.photos + summary.failed:
+        raise FileNotFoundError(f"there are no pictures in {', '.join(paths)}")
     told = f"{summary.faces:,} faces in {summary.photos:,} photos"
     if large := summary.faces - summary.restored:
         told += f", {large:,} of them with pixels enough without an SRNet"

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.models import save_for_hf
 
+from idloss import create_srnet
 from idloss.detection import Detections
 from idloss.detection.base import DETECTORS
 from idloss.geometry import get_template
@@ -168,3 +170,20 @@ def test_two_processes_write_what_one_does(command, tmp_path):
     assert "broken.jpg: unreadable image" in run.stderr
     assert "broken.jpg: unreadable image" in command(*words, tmp_path / "one")
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_weights_that_were_replaced_and_folders_without_pictures_are_told(command, tmp_path):
+    """What the weights before had made was taken for theirs."""
+    noise(tmp_path / "photos" / "a.png", 112, 96)
+    srnet = create_srnet("edsr16_64", depth=1, width=8)
+    words = ("--crop", "sphereface", "--srnet", f"local-dir:{tmp_path / 'net'}", "--device", "cpu")
+    for run in range(2):
+        torch.nn.init.normal_(srnet.tail.weight)
+        save_for_hf(srnet, tmp_path / "net", model_args={"depth": 1, "width": 8})
+        error = command("upscale", tmp_path / "photos", "-o", tmp_path / "out", *words)
+        assert "holds a run with other settings" in error if run else not error
+    (tmp_path / "none").mkdir()
+    said = command(
+        "upscale", tmp_path / "none", "-o", tmp_path / "more", "--srnet", "bicubic", *words[:2]
+    )
+    assert "there are no pictures in" in said
