@@ -17,7 +17,8 @@ from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 from numpy.typing import NDArray
 
 from idloss.data.faces import decode_image
-from idloss.data.files import DataError, Fault, read_file
+from idloss.data.files import DataError, Fault
+from idloss.data.pictures import read_picture
 from idloss.evaluation.identification import search
 from idloss.matching import Face, FaceMatcher
 
@@ -107,7 +108,7 @@ class Gallery:
             for path in photos:
                 try:
                     if not self._is_known(path, run):
-                        new.append((path, read_file(path)))
+                        new.append((path, read_picture(path)))
                 except (DataError, OSError) as error:
                     faults.append(_fault(path, error))
                     self._forget(self._number(path))

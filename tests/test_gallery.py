@@ -98,14 +98,18 @@ def test_only_what_is_new_or_changed_is_embedded(matcher, tmp_path):
         draw(photos, f"{seed}.png", seed)
     (photos / "broken.png").write_bytes(b"no picture")
     draw(photos, "nobody.png", 9, (140, 70))
+    os.mkfifo(photos / "pipe.png")
     with Gallery(tmp_path / "index", matcher) as gallery:
         faults, seen = update(gallery, photos)
-        assert [fault.where for fault in faults] == [str(photos / "broken.png")]
+        assert {fault.where for fault in faults} == {
+            str(photos / name) for name in ("broken.png", "pipe.png")
+        }
         assert seen == 6
     os.utime(photos / "1.png", (1, 1))  # touched, with what it held
     draw(photos, "2.png", 22, (70, 140))
     (photos / "0.png").unlink()
     (photos / "broken.png").unlink()
+    (photos / "pipe.png").unlink()
     with Gallery(tmp_path / "index", matcher) as gallery:
         assert update(gallery, photos) == ([], 1)
         check(gallery, photos)

@@ -103,6 +103,7 @@ def search(
 
     from idloss.data.files import DataError, Fault
     from idloss.data.pictures import find_pictures
+    from idloss.errors import some_of
     from idloss.evaluation.cache import digest
     from idloss.gallery import Gallery
     from idloss.matching import FaceMatcher
@@ -127,12 +128,12 @@ def search(
             for number, (face, hits) in enumerate(
                 zip(faces, known.search(faces, top), strict=True), start=1
             ):
-                typer.echo(f"{_printable(path)}, face {number} of {face.rows:.0f} rows:")
+                typer.echo(f"{some_of([str(path)])}, face {number} of {face.rows:.0f} rows:")
                 for hit in hits:
                     cosine, odds = matcher.compare(face, hit.face)
                     left, upper, _, _ = hit.face.box
                     typer.echo(
-                        f"  {cosine:.3f}  {_printable(hit.photo)}, at ({left:.0f}, {upper:.0f})"
+                        f"  {cosine:.3f}  {some_of([str(hit.photo)])}, at ({left:.0f}, {upper:.0f})"
                         + (f": {_expected(odds, len(known))}" if odds else "")
                     )
                     measured |= odds is not None
@@ -147,7 +148,3 @@ def _expected(odds: Odds, count: int) -> str:
     expected = count * (odds.fmr or 3 / int(odds.about["strangers"]))
     less = "" if odds.fmr else "fewer than "
     return f"of {count:,} strangers {less}{expected:,.2g} are expected to be as alike"
-
-
-def _printable(path: Path) -> str:
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in str(path))

@@ -89,6 +89,11 @@ def _place(path: str | Path) -> str:
 
 def read_photo(path: str | os.PathLike[str]) -> Tensor:
     """A picture file as uint8 RGB `[3, H, W]`, upright; a DataError says what is wrong with it."""
+    return decode_image(read_picture(path), str(path))
+
+
+def read_picture(path: str | os.PathLike[str]) -> bytes:
+    """What a picture file holds; a DataError where that cannot be a picture."""
     place = Path(path)
     try:
         if place.exists() and not place.is_file():
@@ -97,4 +102,4 @@ def read_photo(path: str | os.PathLike[str]) -> Tensor:
             raise DataError([Fault(str(path), f"larger than a picture can be ({MOST_BYTES:,} B)")])
     except OSError as error:  # links in a circle
         raise DataError([Fault(str(path), error.strerror or str(error))]) from error
-    return decode_image(read_file(place), str(path))
+    return read_file(place)

@@ -97,6 +97,8 @@ def write_calibration(results: Results, folder: str | Path) -> list[Path]:
         for threshold, false, true in zip(THRESHOLDS, fmr, tmr, strict=True):
             rates = [f"{rate:.4g}" for rate in (threshold, false, true)]
             writer.writerow([cell.fnet, cell.srnet, cell.height, cell.width, *rates])
+            if not false and not true:  # nor at any higher one
+                break
     return write_together(Path(folder), {"calibration.csv": text.getvalue().encode()})
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 
@@ -39,7 +40,7 @@ from idloss.evaluation.cache import (
     digest_network,
 )
 from idloss.evaluation.protocols import Protocol
-from idloss.evaluation.results import HR, Cell
+from idloss.evaluation.results import HR, LR, Cell
 from idloss.frozen import fold_batch_norm
 from idloss.geometry import Template, convert_crop, coverage, get_template
 from idloss.registry import SRNET_CROP, srnet_crop
@@ -226,6 +227,23 @@ class Networks:
         # the paper's flipped view is the mirrored LR image, super-resolved on its own
         views = torch.cat((probes, probes.flip(-1)))
         return show_probe(self.srnets[srnet], views, self.protocol, self.watch)
+
+    def restore(
+        self, fnet: str, probes: Canvases, reference: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """LR and what each SRNet makes of it, `[B, 3, H, W]`; their cosines to embeddings, `[B]`.
+
+        Probes are given for each crop that an SRNet takes.
+        """
+        columns: dict[str, Tensor] = {}
+        cosines: dict[str, Tensor] = {}
+        for method, crop in self.crops.items():
+            lr = probes[crop]
+            shown = self.show(method, lr)
+            columns |= {LR: columns.get(LR, lr), method: shown[: len(lr)]}
+            found = self.embed_sr(fnet, method, shown)
+            cosines[method] = F.cosine_similarity(found, reference).cpu()
+        return columns, cosines
 
 
 @contextmanager

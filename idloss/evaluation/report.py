@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from huggingface_hub.utils.tqdm import tqdm
-from torch import Tensor, nn
+from torch import nn
 
 from idloss.data import EvaluationSet, Fault
 from idloss.encoder import resolve_device
@@ -39,7 +38,6 @@ from idloss.evaluation.figures import (
 from idloss.evaluation.protocols import Protocol, get_protocol
 from idloss.evaluation.results import (
     HR,
-    LR,
     Cell,
     Results,
     Task,
@@ -283,14 +281,11 @@ def write_sheets(
         canvases = {crop: one[good].to(place) for crop, one in read.items()}
         reference = networks.embed_hr(name, cut_out(canvases, own), own)
         for size in bar:
-            columns: dict[str, Tensor] = {}
-            cosines: dict[str, Tensor] = {}
-            for method, crop in networks.crops.items():
-                lr = prepare_probe(cut_out(canvases, crop), fit_size(size, crop), fixed)
-                shown = networks.show(method, lr)
-                columns |= {LR: columns.get(LR, lr), method: shown[: len(lr)]}
-                found = networks.embed_sr(name, method, shown)
-                cosines[method] = F.cosine_similarity(found, reference).cpu()
+            probes = {
+                crop: prepare_probe(cut_out(canvases, crop), fit_size(size, crop), fixed)
+                for crop in networks.crops.values()
+            }
+            columns, cosines = networks.restore(name, probes, reference)
             columns[HR] = cut_out(canvases, next(iter(networks.crops.values()), SR_CROP))
             figure = picture_sheet(columns, cosines, names=names, title=f"FNet: {name}")
             files += save_figure(figure, Path(folder) / f"faces-{size[0]}x{size[1]}")

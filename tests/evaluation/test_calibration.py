@@ -1,3 +1,5 @@
+from hashlib import sha256
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ from nets import TinySRNet
 from tinybench import run
 
 from idloss.evaluation import HR, Calibration, Cell, Results, write_calibration
-from idloss.evaluation.calibration import THRESHOLDS, count_reached, identity
+from idloss.evaluation.calibration import THRESHOLDS, count_reached, identity, zoo_tables
 
 
 def test_pairs_are_counted_at_each_threshold():
@@ -113,3 +115,20 @@ def test_what_is_no_table_is_refused(table, harm):
 def test_runs_without_pairs_have_none(tmp_path):
     assert write_calibration(Results(), tmp_path) == []
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fnet", ["mobilefacenet", "mobilefacenet_relu6"])
+def test_the_zoos_tables(fnet):
+    zoo = Calibration(zoo_tables())
+    weights = {one for _, nets, _ in zoo._tables for arch, one in nets.values() if arch == fnet}
+    assert weights
+    bicubic = ("interpolation_bicubic", sha256().hexdigest())
+    for judge in weights:
+        for rows, size in (((14, 112), 14), ((60, 130), 56), ((130, 200), 112)):
+            cosines = np.arange(-2, 10) / 10
+            odds = [zoo.odds((fnet, judge), bicubic, rows, cosine) for cosine in cosines]
+            assert {one.size[0] for one in odds} == {size}
+            rates = [(one.fmr, one.tmr) for one in odds]
+            assert rates == sorted(rates, reverse=True)
+            assert rates[0][0] > 0.7
+            assert rates[-1][0] == 0

@@ -1,5 +1,6 @@
 """The benchmark scripts: what they count and compare; times are looked at by people."""
 
+import argparse
 import importlib
 import re
 import subprocess
@@ -121,3 +122,8 @@ def test_photos_from_file_to_face(script, tmp_path, monkeypatch):
     assert [run.faces for run in runs.values()] == [1, 1, 10, 10]
     assert [run.restored for run in runs.values()] == [0, 0, 0, 10]
     assert all(run.seconds > 0 and run.mebibytes > 50 for run in runs.values())
+
+
+def test_a_gallery_is_searched(script, capsys):
+    script("gallery_search").main(argparse.Namespace(faces=3000, width=8, probes=4))
+    assert "4 probes in 3,000 faces of 8" in capsys.readouterr().out
