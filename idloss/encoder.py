@@ -187,8 +187,7 @@ class FaceEncoder(nn.Module):
         if isinstance(is_small, torch.SymBool):  # exported for crops of any size
             resized: Tensor = torch.cond(is_small, enlarge, shrink, (images,))  # type: ignore[arg-type]
             return resized
-        resized: Tensor = (enlarge if is_small else shrink)(images)
-        return resized
+        return (enlarge if is_small else shrink)(images)
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed face crops; differentiable with respect to them.
