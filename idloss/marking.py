@@ -41,6 +41,9 @@ def mark(data: str | os.PathLike[str], out: Path, detector: Detector) -> tuple[i
         top = out.resolve().parent.relative_to(files.root.resolve()).as_posix().strip(".")
         names = [name for name in names if not top or name.startswith(f"{top}/")]
 
+    if not names:
+        raise DataError([Fault(files.location, "holds no pictures that the table could name")])
+
     def work(name: str) -> Tensor | Fault:
         try:
             photo = decode_image(files.read(name), files.where(name))

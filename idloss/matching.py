@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from idloss.data.files import DataError, Fault
 from idloss.data.pictures import read_photo
 from idloss.detection import Detections, Detector, create_detector
 from idloss.encoder import resolve_device
-from idloss.evaluation.cache import as_tested, digest
+from idloss.evaluation.cache import as_tested, digest, digest_network, is_plain
 from idloss.evaluation.calibration import Calibration, Odds, identity, zoo_tables
 from idloss.evaluation.embedding import Networks
 from idloss.evaluation.protocols import get_protocol
@@ -99,9 +100,15 @@ class FaceMatcher:
             self.detector = create_detector(detector) if isinstance(detector, str) else detector
             if isinstance(self.detector, nn.Module):
                 self.detector.to(place)
-        finder = detector if isinstance(detector, str) else repr(detector)
-        about = (*self._identities, repr(self.srnet))
-        self.settings = digest(about, finder if self.crop is None else self.crop)
+        self._networks.warn_of_borders(self.crop)
+        plain = {
+            key: one for key, one in getattr(detector, "__dict__", {}).items() if is_plain(one)
+        }
+        finder = detector if isinstance(detector, str) else (repr(detector), sorted(plain.items()))
+        about = digest_network(self.fnet), digest_network(self.srnet, (3, 14, 12))
+        # networks that cannot be told from others have embeddings of their own
+        once = uuid.uuid4().hex if None in about else ""
+        self.settings = digest(about, once, finder if self.crop is None else self.crop)
         """Digest of all that embeddings depend on beside the picture."""
 
     def read(self, path: str | os.PathLike[str]) -> list[Face]:

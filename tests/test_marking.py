@@ -3,7 +3,7 @@ import torch
 from minilfw import mini_lfw
 from PIL import Image
 
-from idloss.data import folder_faces, lfw, open_evaluation, open_faces
+from idloss.data import DataError, folder_faces, lfw, open_evaluation, open_faces
 from idloss.detection import Detections
 from idloss.detection.base import as_photos
 from idloss.geometry import get_template
@@ -55,6 +55,13 @@ def test_a_folder_gets_the_table_that_it_lacked(tmp_path):
     with pytest.warns(UserWarning, match="no line of 2 pictures"):
         faces = open_faces(tmp_path)
     assert sorted(faces.names) == ["c/y.png", "x.png"]
+
+
+def test_a_folder_without_pictures_gets_no_table(tmp_path):
+    (tmp_path / "a.txt").write_text("none")
+    with pytest.raises(DataError, match="holds no pictures"):
+        mark(tmp_path, tmp_path / "landmarks.csv", finds)
+    assert not (tmp_path / "landmarks.csv").exists()
 
 
 def test_the_main_face_is_large_and_near_the_middle():

@@ -1,10 +1,13 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from nets import TinySRNet, tiny_fnet
 from tinybench import SIZES, drawn_pairs, run
+from torch import nn
 
-from idloss import create_fnet
+from idloss import create_fnet, create_srnet
 from idloss.data.files import DataError
 from idloss.detection import Detections
 from idloss.evaluation import HR, Cell, get_protocol, write_calibration
@@ -13,6 +16,20 @@ from idloss.geometry import get_template
 from idloss.matching import FaceMatcher
 
 POINTS = torch.tensor(get_template("sphereface").points)
+
+
+INPUT = {"input_size": (3, 112, 96), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+
+
+class Hidden(nn.Module):
+    """A network whose numbers torch does not see."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.answer = lambda x: (x * factor).cos().mean((2, 3))
+
+    def forward(self, x):
+        return self.answer(x)
 
 
 @pytest.fixture
@@ -66,6 +83,17 @@ def test_settings_tell_embeddings_apart(nets):
     assert settings(nets[0], create_fnet(tiny_fnet(seed=3, size=(112, 96)))) != same
     assert settings(*nets, crop="arcface") != same
     assert settings(*nets, lambda photos: [], crop=None) != same
+    finders = [SimpleNamespace(min_face=size) for size in (12, 20)]
+    one, other = (settings(*nets, finder, crop=None) for finder in finders)
+    assert one != other
+    hidden = [create_fnet(Hidden(factor), **INPUT, crop="sphereface") for factor in (1, 2)]
+    one, other = (settings(nets[0], fnet) for fnet in hidden)
+    assert one != other
+
+
+def test_crops_that_lack_what_the_networks_want_are_told(nets):
+    with pytest.warns(UserWarning, match="makes 'ffhq' crops, of which crop=arcface holds 56%"):
+        FaceMatcher(create_srnet("bicubic", crop="ffhq"), nets[1], crop="arcface", device="cpu")
 
 
 def test_crops_of_other_shapes_are_refused_and_large_ones_shrunk(nets):

@@ -116,8 +116,9 @@ def search(
         photos = find_pictures([str(gallery)], faults, without=folder)
         known.update(tqdm(photos, desc="gallery", unit="photo", delay=2), faults)
         typer.echo(f"{len(known):,} faces in the gallery, kept in {folder}")
-        measured = False
+        measured, looked = False, 0
         for path in find_pictures([probe], faults):
+            looked += 1
             try:
                 faces = matcher.read(path)
             except DataError as error:
@@ -138,6 +139,9 @@ def search(
                     )
                     measured |= odds is not None
         typer.echo(_MEANING if measured else _told(None, fnet, srnet))
+        for count, place in ((len(known), gallery), (looked, probe)):
+            if not count:
+                faults.append(Fault(str(place), "no picture or face is there"))
     if faults:
         raise DataError(faults, "The rest is done; the same command tries these again.")
 

@@ -172,7 +172,7 @@ def digest_network(net: nn.Module, shape: tuple[int, int, int] | None = None) ->
         parts.append(TEMPLATES.get(crop, crop) if isinstance(crop, str) else crop)
     for name, module in net.named_modules():
         # repr leaves out the likes of a residual's factor
-        settings = {k: v for k, v in vars(module).items() if k != "training" and _is_plain(v)}
+        settings = {k: v for k, v in vars(module).items() if k != "training" and is_plain(v)}
         kind = type(module)
         parts += [name, kind.__qualname__, sorted(settings.items()), module.extra_repr()]
         if kind.__module__.partition(".")[0] != "torch":
@@ -223,7 +223,8 @@ def _answer(net: nn.Module, shape: tuple[int, int, int] | None) -> str | None:
     return digest(given.shape, given.dtype, values.tobytes())
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Whether a setting can be written down: a number, text, or a list of these."""
     if isinstance(value, (tuple, list)):
-        return all(_is_plain(one) for one in value)
+        return all(is_plain(one) for one in value)
     return value is None or isinstance(value, (bool, int, float, str))

@@ -179,9 +179,10 @@ class Networks:
                 self.encoders[name, key] = copy.copy(encoder)
                 self.encoders[name, key].crop = crop
 
-    def warn_of_borders(self, faces: Faces) -> None:
-        """Warn of crops that do not hold what an FNet or an SRNet wants to see."""
-        own, doubts = get_template(faces.crop) if faces.crop else None, []
+    def warn_of_borders(self, faces_crop: str | Template | None) -> None:
+        """Warn of crops (None: photos) that do not hold what an FNet or an SRNet wants to see."""
+        own = None if faces_crop is None else get_template(faces_crop)
+        doubts: list[str] = []
         for (name, shown), encoder in self.encoders.items():
             # what aligned faces lack, they lack first
             source = own if shown == HR or encoder.border_complaint(own) else encoder.crop

@@ -271,7 +271,7 @@ def write_sheets(
     bar = tqdm(dict.fromkeys(sizes), desc="drawing", unit="sheet", delay=2, disable=not progress)
     fixed, place = get_protocol(protocol), resolve_device(device)
     with bar, ready({name: fnets[name]}, srnets, fixed, place) as networks:
-        networks.warn_of_borders(data.faces)
+        networks.warn_of_borders(data.faces.crop)
         own = networks.crop_of(name, HR)
         read = read_canvases(data.faces, places, (own, *networks.crops.values()), faults)
         good = [row for row, place in enumerate(places.tolist()) if place not in faults]

@@ -139,7 +139,7 @@ def evaluate(
         ready(fnets, srnets, fixed, place) as networks,
         EmbeddingCache(Path(folder) if folder else None) as store,
     ):
-        networks.warn_of_borders(data.faces)
+        networks.warn_of_borders(data.faces.crop)
         results.run["networks"] = {
             name: _describe_network(net) for name, net in (*fnets.items(), *srnets.items())
         }

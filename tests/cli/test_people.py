@@ -114,3 +114,6 @@ def test_search_keeps_its_gallery_and_fails_where_something_failed(people, tmp_p
     assert "1.000" in capsys.readouterr().out
     assert "there is no such file" in search(tmp_path / "gone.png", *words[1:])
     assert "other networks" in people("search", *words, "--crop", "sphereface")
+    (empty := tmp_path / "empty").mkdir()
+    for places in ((empty, gallery), (probe, empty)):
+        assert f"{empty}: no picture or face is there" in search(*places)
