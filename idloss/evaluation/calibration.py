@@ -110,7 +110,8 @@ class Odds:
         fmr: Share of pairs of strangers that reach it (false-match rate).
         tmr: Share of pairs of one person that do.
         size: Rows and columns of the probes that were measured.
-        about: What was measured: `data`, `protocol`, `probe`, `strangers` and `mates` (pairs).
+        about: What was measured: `data`, `protocol`, `probe` (`"both"` faces of that size, or the
+            `"second"`), and how many pairs, `strangers` and `mates`.
     """
 
     fmr: float
@@ -120,15 +121,15 @@ class Odds:
 
     def __str__(self) -> str:
         """In words, with the number of pairs that they rest on."""
-        strangers = int(self.about["strangers"])
-        few = "none is"
+        strangers, mates = (int(self.about[key]) for key in ("strangers", "mates"))
+        few = f"none of {strangers:,} pairs of strangers"
         if self.fmr:
-            few = f"1 pair in {1 / self.fmr:,.0f} is (false-match rate {100 * self.fmr:.2g} %)"
+            few = f"1 in {1 / self.fmr:,.0f} of {strangers:,} pairs of strangers"
         which = "both faces" if self.about["probe"] == "both" else "one face"
         return (
-            f"of strangers {few}, of pairs of one person {100 * self.tmr:.3g} % are "
-            f"({strangers:,} and {int(self.about['mates']):,} pairs of {self.about['data']}, "
-            f"{which} {self.size[0]}x{self.size[1]})"
+            f"as alike: {few} (false-match rate {100 * self.fmr:.2g} %), and "
+            f"{100 * self.tmr:.3g} % of {mates:,} pairs of one person, of {self.about['data']} "
+            f"with {which} at {self.size[0]}x{self.size[1]}"
         )
 
 
@@ -192,7 +193,8 @@ class Calibration:
                 size = max(fitting)
                 below = [row for row in fitting[size] if row[0] <= max(cosine, -1)]
                 _, fmr, tmr = below[-1]
-                return Odds(fmr, tmr, size, about)
+                told = "both" if size[0] >= full else probe
+                return Odds(fmr, tmr, size, {**about, "probe": told})
         return None
 
 

@@ -69,8 +69,8 @@ def test_verify_says_how_often_strangers_are_as_alike(verify, command, lfw, fnet
         crop.save(path)
         assert not verify(one, path, "--crop", "sphereface", "--table", out / "calibration.csv")
         said = capsys.readouterr().out
-        assert f"one face {size})" in said
-        assert "of pairs of one person" in said
+        assert f"{'both faces' if path == other else 'one face'} at {size}" in said
+        assert "pairs of one person" in said
         assert "bare" not in said
     # both of few pixels: that was not measured
     assert not verify(path, path, "--crop", "sphereface", "--table", out / "calibration.csv")

@@ -80,7 +80,7 @@ def test_interpolations_are_told_apart(table, fnet, srnets):
 
 def test_in_words(table, fnet, srnets):
     odds = asked(table[1], fnet, srnets["tiny"], [14, 112], 1.01)
-    assert "pairs of drawn, one face 14x12" in str(odds)
+    assert "of drawn with one face at 14x12" in str(odds)
     assert f"{int(table[0].arrays[Cell('verification', 'f', HR, 112, 96)]['strangers'][0])}" in str(
         odds
     )
@@ -90,7 +90,7 @@ def test_both_faces_small(data, fnet, srnets, tmp_path):
     (path,) = write_calibration(run(data, {"f": fnet}, srnets, probe="both"), tmp_path)
     odds = asked(path, fnet, srnets["tiny"], [14, 30], 0.5)
     assert odds.size == (14, 12)
-    assert "both faces 14x12" in str(odds)
+    assert "with both faces at 14x12" in str(odds)
     assert asked(path, fnet, srnets["tiny"], [14, 112], 0.5) is None
 
 
