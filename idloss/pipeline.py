@@ -48,7 +48,7 @@ class RestoredFaces:
         embeddings: Of the SRNet's output, or of the crop where it has the template's full size,
             float32 `[N, D]`.
         restored: Whether each is super-resolved. A network that enlarges, as its `scale` says, sees
-            faces of fewer pixels than the template, as when it was trained.
+            faces of at most half the template's rows, as when it was trained.
         left_out: Why others could not be aligned: their points lie on one line, say.
     """
 

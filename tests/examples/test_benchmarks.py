@@ -108,7 +108,7 @@ def test_photos_from_file_to_face(script, tmp_path, monkeypatch):
 
     def detector():
         def find(images):
-            scales = [0.24 if image.shape[-1] == 64 else 1.1 for image in images]
+            scales = [0.24 if image.shape[-1] == 48 else 1.1 for image in images]
             return [Detections(torch.zeros(1, 4), torch.ones(1), points[None] * s) for s in scales]
 
         return lambda images: find(as_photos(images))
@@ -118,7 +118,7 @@ def test_photos_from_file_to_face(script, tmp_path, monkeypatch):
     runs = module.compare(
         str(mini_lfw(tmp_path, people=4, photos=3)), 10, "bicubic", "everywhere", 1
     )
-    assert list(runs) == ["12 megapixels", "1 photos", "10 photos", "10 photos of 64x64"]
+    assert list(runs) == ["12 megapixels", "1 photos", "10 photos", "10 photos of 48x48"]
     assert [run.faces for run in runs.values()] == [1, 1, 10, 10]
     assert [run.restored for run in runs.values()] == [0, 0, 0, 10]
     assert all(run.seconds > 0 and run.mebibytes > 50 for run in runs.values())
