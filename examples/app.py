@@ -28,6 +28,7 @@ from idloss.evaluation import HR, Calibration, get_protocol, picture_sheet
 from idloss.evaluation.calibration import identity, zoo_tables
 from idloss.evaluation.embedding import Networks, prepare_probe
 from idloss.geometry import get_template
+from idloss.matching import face_rows
 from idloss.pipeline import cut_face
 from idloss.resample import to_uint8
 from idloss.weights import WeightsError
@@ -55,13 +56,14 @@ class Page:
     @torch.no_grad()
     def show(self, photo: str | None, size: str, other: str | None) -> tuple[Any, str]:
         """The pictures side by side, and what the cosines under them mean."""
-        face = self.cut(photo, "Drop a photo first.")
-        target = face if other is None else self.cut(other, "")
+        face, rows = self.cut(photo)
+        target = face if other is None else self.cut(other)[0]
         full = [crop.shape[-2:] == CROP.size for crop in (face, target)]
         if size != AS_IT_IS and not full[0]:
-            raise gr.Error(f"The face has {face.shape[-2]} rows or fewer: take it {AS_IT_IS}.")
+            raise gr.Error(f"The face has {rows:.0f} rows of pixels: take it {AS_IT_IS}.")
         if other is not None and not full[1]:
             raise gr.Error("The face on the other photo has too few pixels to compare with.")
+        rows = rows if size == AS_IT_IS else SIZES[size][0]
         lr = face if size == AS_IT_IS else prepare_probe(face, SIZES[size], self.protocol)
         reference = self.networks.embed_hr(self.name, target, CROP)
         columns, cosines = self.networks.restore(self.name, {CROP: lr}, reference)
@@ -69,23 +71,25 @@ class Page:
             return picture_sheet(columns), WARNING
         columns |= {HR: target}
         figures = {method: float(cosine) for method, cosine in cosines.items()}
-        lines = [self.tell(method, figures[method], lr.shape[-2]) for method in figures]
+        lines = [self.tell(method, figures[method], rows) for method in figures]
         return picture_sheet(columns, {**cosines}), "\n".join([*lines, "", WARNING])
 
-    def cut(self, photo: str | None, missing: str) -> Tensor:
-        """The surest face of a photo with the pixels it has, uint8 `[1, 3, h, w]`."""
+    def cut(self, photo: str | None) -> tuple[Tensor, float]:
+        """The surest face of a photo, uint8 `[1, 3, h, w]`, and the rows of pixels that it has."""
         if photo is None:
-            raise gr.Error(missing)
+            raise gr.Error("Drop a photo first.")
         try:
             image = read_photo(photo)
             (found,) = self.detector([image])
             if not len(found):
                 raise gr.Error("No face was found.")
-            return to_uint8(cut_face(image, found.landmarks[0], CROP))[None]
+            points, place = found.landmarks[0], (image.shape[-2], image.shape[-1])
+            face = to_uint8(cut_face(image, points, CROP))[None]
+            return face, face_rows(points, CROP, place)
         except (DataError, ValueError) as error:
             raise gr.Error(str(error)) from error
 
-    def tell(self, method: str, cosine: float, rows: int) -> str:
+    def tell(self, method: str, cosine: float, rows: float) -> str:
         """How often a cosine is reached, where that was measured."""
         nets = identity(self.fnet), identity(self.networks.srnets[method])
         odds = self.calibration.odds(*nets, (rows, CROP.size[0]), cosine)
@@ -103,7 +107,7 @@ def build(page: Page) -> Any:
             other = gr.Image(type="filepath", label="Another of the person, or none", height=300)
         size = gr.Radio([*SIZES, AS_IT_IS], value="14x12", label="Rows and columns of the face")
         button = gr.Button("Show", variant="primary")
-        sheet, told = gr.Plot(label="LR, each method, full size"), gr.Markdown()
+        sheet, told = gr.Plot(show_label=False), gr.Markdown()
         button.click(page.show, [photo, size, other], [sheet, told], api_name="show")
     return blocks
 

@@ -150,7 +150,7 @@ class FaceMatcher:
         height, width = photo.shape[-2:]
         for box, points in zip(found.boxes.tolist(), found.landmarks, strict=True):
             try:
-                (matrix,) = fit_similarity(points[None], self.template, image_size=(height, width))
+                rows = face_rows(points, self.template, (height, width))
                 crop, own = cut_face(photo, points, self.template), None
                 if crop.shape[1:] == self.template.size:
                     own = self._networks.crop_of(_NAME, HR)
@@ -158,7 +158,6 @@ class FaceMatcher:
             except ValueError as error:
                 warnings.warn(f"a face is left out: {error}", UserWarning, stacklevel=5)
                 continue
-            rows = self.template.size[0] / float(torch.linalg.vector_norm(matrix[0, :2]))
             cuts.append(_Cut(tuple(box), rows, to_uint8(crop), own))
         return cuts
 
@@ -192,3 +191,9 @@ class FaceMatcher:
                     rows = self._networks.embed_hr(_NAME, pixels, own)
                 embeddings[part] = F.normalize(rows.float()).cpu()
         return embeddings
+
+
+def face_rows(points: Tensor, template: Template, photo: tuple[int, int]) -> float:
+    """Rows of pixels that a face `[5, 2]` of a photo of some size has in a crop of the template."""
+    (matrix,) = fit_similarity(points[None].cpu(), template, image_size=photo)
+    return template.size[0] / float(torch.linalg.vector_norm(matrix[0, :2]))

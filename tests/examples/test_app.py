@@ -76,14 +76,20 @@ def test_a_face_made_small_and_compared(page, photo):
     assert shown(other)[1] != cosines
 
 
-def test_a_face_as_it_is(page, module, photo):
+def test_a_face_as_it_is(page, module, photo, monkeypatch):
     figure, told = page.show(photo(60), module.AS_IT_IS, None)
     titles, cosines = shown(figure)
     assert titles == ["LR 28x24", "bilinear", "edsr16_64", "edsr16_64_id"]
     assert not any(cosines)
     assert told == module.WARNING
+    asked = []
+    odds = page.calibration.odds
+    record = lambda *given: asked.append(given[2]) or odds(*given)  # noqa: E731
+    monkeypatch.setattr(page.calibration, "odds", record)
     figure, _ = page.show(photo(60), module.AS_IT_IS, photo(360))
     assert all(shown(figure)[1][1:4])
+    # its own pixels, fewer than those of the crop that it is cut to
+    assert asked == [(pytest.approx(112 * 60 / 288), 112)] * 3
 
 
 def test_what_cannot_be_shown_is_said(page, module, photo, tmp_path):
