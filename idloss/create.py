@@ -59,7 +59,7 @@ _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 _SPANDREL = "spandrel:"  # a file follows, without which nothing can be built
 _NORMALISATION = ("input_size", "mean", "std")
 _INPUT_EXAMPLE = "input_size=(3, 112, 112), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)"
-_MOST_SIDE = 1024  # pixels of an FNet's input, which a stranger's config.json may tell
+_MOST_SIDE = 768  # pixels of an FNet's input, which a stranger's config.json may tell
 
 
 def create_fnet(

@@ -372,6 +372,7 @@ def test_given_input_replaces_the_models_own():
         (TinyFNet, {"std": 0.5}, "std must be numbers"),
         (TinyFNet, {"std": (0.5, 0, 0.5)}, "std must be 3 positive"),
         (TinyFNet, {"input_size": (3, 0, 5)}, "input_size must be"),
+        (TinyFNet, {"input_size": (3, 10**6, 10**6)}, "no side has more than 768 pixels"),
         (TinyFNet, {"input_size": 112}, "input_size must be numbers"),
     ],
 )
