@@ -104,13 +104,13 @@ def open_evaluation(
     kind = kind or SUFFIXES.get(Path(path).suffix.lower())
     found = EVALUATIONS[kind](path, **options) if kind else _find(path, options)
     if found.faces.crop is None and found.faces.landmarks is None:
-        way = (
-            "put landmarks.csv beside it" if kind == "pairs" else "name a table with landmarks=FILE"
-        )
+        way, photos = "name a table with landmarks=FILE", Path(path)
+        if kind == "pairs":
+            way, photos = "put landmarks.csv beside it", photos.parent
         raise ValueError(
-            f"{path} has no landmarks to align its photos by; {way} (idloss landmarks {path} FILE "
-            "finds them), or name the template the pictures are aligned to with crop=sphereface or "
-            "crop=arcface"
+            f"{path} has no landmarks to align its photos by; {way} (idloss landmarks {photos} "
+            "FILE finds them), or name the template the pictures are aligned to with "
+            "crop=sphereface or crop=arcface"
         )
     if found.faces.crop is not None:
         warn_of_unaligned(found.faces, str(path))

@@ -259,7 +259,8 @@ def test_pictures_that_are_no_crops_are_told(tmp_path):
 
 def test_photos_with_nothing_to_align_them_by_are_refused(tmp_path):
     path = listed(tmp_path, "a.jpg,c.jpg,1\n")
-    with pytest.raises(ValueError, match=r"put landmarks\.csv beside it, .*crop=sphereface"):
+    said = rf"put landmarks\.csv beside it \(idloss landmarks {tmp_path} FILE .*crop=sphereface"
+    with pytest.raises(ValueError, match=said):
         open_evaluation(path)
     with pytest.raises(ValueError, match="unknown template"):
         open_evaluation(path, crop="spherefaec")
