@@ -21,13 +21,13 @@ def main(options: argparse.Namespace) -> None:
     """Fill a gallery with noise, search it twice, and print what the second time took."""
     rng = np.random.default_rng(0)
     with TemporaryDirectory() as folder:
-        path, shape = Path(folder) / "rows.npy", (options.faces, options.width)
-        rows = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-        for start in range(0, options.faces, 10_000):
-            part = rows[start : start + 10_000]
-            part[:] = rng.standard_normal(part.shape, np.float32)
-        del rows
-        gallery, probes = np.load(path, mmap_mode="r"), torch.randn(options.probes, options.width)
+        path, shape = Path(folder) / "rows", (options.faces, options.width)
+        with path.open("wb") as file:
+            for start in range(0, options.faces, 10_000):
+                size = (min(10_000, options.faces - start), options.width)
+                file.write(rng.standard_normal(size, np.float32).tobytes())
+        gallery = np.memmap(path, np.float32, "r", shape=shape)
+        probes = torch.randn(options.probes, options.width)
         for _ in range(2):
             wall, cpu = time.perf_counter(), time.process_time()
             search(gallery, probes, 5)
