@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -123,11 +124,14 @@ def create_fnet(
     with _naming(fnet):
         if model is None:
             load_plugins()
-            model = _build_fnet(str(fnet), pretrained and checkpoint is None, kwargs)
+            build = partial(_build_fnet, str(fnet), kwargs=kwargs)
             if checkpoint is not None:
-                channel_order = load_own(model, checkpoint, str(fnet), keys, channel_order)
-            elif channel_order == "bgr":
-                refuse_reversal(str(fnet))
+                make = partial(build, pretrained=False)
+                model, channel_order = load_own(make, checkpoint, str(fnet), keys, channel_order)
+            else:
+                model = build(pretrained=pretrained)
+                if channel_order == "bgr":
+                    refuse_reversal(str(fnet))
             if channel_order == "bgr":
                 reverse_first(model, str(fnet))
         elif channel_order == "bgr":

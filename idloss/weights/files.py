@@ -246,6 +246,18 @@ def is_of_the_disk(error: OSError) -> bool:
     return error.errno in _DISK or (error.filename is not None and error.errno in _DENIED)
 
 
+@contextmanager
+def disk_advice() -> Iterator[None]:
+    """Say where else to, when the cache cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if not is_of_the_disk(error):
+            raise
+        told = f"{error.strerror}. HF_HOME, or cache_dir=, names another folder"
+        raise OSError(error.errno, told, error.filename) from error
+
+
 def _receive(
     response: http.client.HTTPResponse, partial: Path, offset: int, total: int | None, piece: Piece
 ) -> int:
@@ -355,7 +367,8 @@ def load_checkpoint(path: Path, name: str) -> dict[str, Tensor]:
     """Read a state dict, of safetensors or of torch, without running any code in the file."""
     try:
         if is_safetensors(path):
-            return safetensors.torch.load_file(path)
+            # in memory of their own: a mapped file may change, or be cut short, under a model
+            return safetensors.torch.load_file(path, backend="pread")
         _refuse_compressed(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     # a damaged or hostile file may raise whatever it likes

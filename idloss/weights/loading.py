@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
@@ -31,13 +30,14 @@ from idloss.weights.files import (
     NotFoundError,
     Piece,
     checkpoint_in,
-    is_of_the_disk,
+    disk_advice,
     is_safetensors,
     load_checkpoint,
     save_tensors,
     verified_metadata,
     without_prefixes,
 )
+from idloss.weights.placing import give_numbers, without_numbers
 from idloss.weights.sources import Cache, Source, hub_file
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -222,7 +222,7 @@ def fetch(name: str, *, cache_dir: CacheDir = None, force: bool = False) -> Path
     target = cache.converted_path(name, key)
     if not force and _is_made(target, key):
         return target
-    with _disk_advice():
+    with disk_advice():
         paths = weights.source.obtain(cache, name, force=force)
         if weights.adapter is None and len(paths) == 1 and is_safetensors(paths[0]):
             load_checkpoint(paths[0], name)  # whole
@@ -236,18 +236,6 @@ def fetch(name: str, *, cache_dir: CacheDir = None, force: bool = False) -> Path
                 about["source_hash"] = weights.source.fingerprint(cache, name)
                 _save_adapted(checkpoint, target, weights, name, about)
     return target
-
-
-@contextmanager
-def _disk_advice() -> Iterator[None]:
-    """Say where else to, when the cache cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        if not is_of_the_disk(error):
-            raise
-        told = f"{error.strerror}. HF_HOME, or cache_dir=, names another folder"
-        raise OSError(error.errno, told, error.filename) from error
 
 
 def _is_made(target: Path, key: str) -> bool:
@@ -343,15 +331,17 @@ def _adapted(checkpoint: Path, weights: Weights, name: str) -> StateDict:
 
 
 def load_own(
-    model: nn.Module,
+    make: Callable[[], nn.Module],
     checkpoint: str | os.PathLike[str],
     name: str,
     keys: Keys = None,
     channel_order: ChannelOrder | None = None,
-) -> ChannelOrder:
-    """Load a checkpoint of one's own into FNet `name` (see `create_fnet`); what it takes then."""
+) -> tuple[nn.Module, ChannelOrder]:
+    """Make FNet `name` with a checkpoint of one's own (see `create_fnet`); what it takes then."""
     path = Path(checkpoint)
     path = checkpoint_in(path) if path.is_dir() else path
+    bare = without_numbers(make)
+    model = make() if bare is None else bare
     tensors, orders = _in_own_layout(load_checkpoint(path, name), model, name, keys)
     if channel_order is None and len(orders) > 1:
         raise ValueError(
@@ -363,12 +353,15 @@ def load_own(
     heads = {} if name.startswith("timm/") else cfg
     fitting = _fitting(tensors, model, name, heads, None)
     own = model.state_dict().keys()
-    try:
-        model.load_state_dict({key: fitting[key] for key in own & fitting.keys()})
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise NotAsPromisedError(f"{path} does not fit {name}: {reason}") from error
-    return channel_order or orders.pop()
+    wanted = {key: fitting[key] for key in own & fitting.keys()}
+    if bare is None or not give_numbers(bare, wanted):
+        model = make()
+        try:
+            model.load_state_dict(wanted)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise NotAsPromisedError(f"{path} does not fit {name}: {reason}") from error
+    return model, channel_order or orders.pop()
 
 
 def _in_own_layout(
@@ -511,6 +504,13 @@ def build_model(
     }
 
     def build(**arguments: Any) -> _Model:
+        bare = None
+        if tensors is not None and not cfg.state_dict:  # which stays the caller's own
+            bare = without_numbers(lambda: model_cls(**arguments))
+        if bare is not None and tensors is not None:
+            fitting = _fitting(tensors, bare, name, told, pretrained_filter_fn)
+            if give_numbers(bare, fitting):
+                return bare
         model = model_cls(**arguments)
         if kwargs.get("features_only") and not hasattr(model, "feature_info"):
             raise ValueError(
@@ -547,7 +547,7 @@ def find_tensors(cfg: PretrainedCfg, name: str, cache_dir: CacheDir) -> StateDic
         piece = Piece(PurePosixPath(urlsplit(url).path).name, url, limit=URL_LIMIT)
         owner = hashlib.sha256(url.encode()).hexdigest()
         cache = Cache.at(cache_dir)
-        with _disk_advice():
+        with disk_advice():
             return load_checkpoint(cache.download(piece, owner), name)
     raise NotFoundError(
         f"there are no weights for {name!r}. Use pretrained=False, or a tag that has some: "

@@ -127,3 +127,19 @@ def test_photos_from_file_to_face(script, tmp_path, monkeypatch):
 def test_a_gallery_is_searched(script, capsys):
     script("gallery_search").main(argparse.Namespace(faces=3000, width=8, probes=4))
     assert "4 probes in 3,000 faces of 8" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_loading_holds_little_more_than_the_file():
+    """No second copy: neither numbers that are drawn first, nor a file that stays mapped."""
+    script = FOLDER / "loading.py"
+    done = subprocess.run(
+        [sys.executable, script, "--model", "iresnet18"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=True,
+    )
+    rows = re.findall(r"\| (model\.\w+, .*?) \| (\d+) \| ([\d.]+) \| [\d.]+ \|", done.stdout)
+    assert len(rows) == 6
+    assert all(int(size) > 90 and float(peak) <= 1.3 for _, size, peak in rows), done.stdout

@@ -1,8 +1,11 @@
 """From a name to weights and a model that has every one of them."""
 
+import functools
 import io
+import re
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from servers import Fault
@@ -20,10 +23,11 @@ from tinyweights import (
 )
 from torch import nn
 
-from idloss import weights
-from idloss.weights import loading
+from idloss import create_fnet, list_fnets, list_srnets, weights
+from idloss.weights import loading, sources
+from idloss.weights.files import load_checkpoint
 from idloss.weights.loading import get_weights
-from idloss.weights.sources import GITHUB_RAW
+from idloss.weights.sources import GITHUB_RAW, ZooFile
 
 
 class TestBuildModel:
@@ -155,6 +159,62 @@ class TestCatalogue:
         register(blob("a", b""))
         with pytest.raises(ValueError, match="registered already"):
             register(blob("b", b""))
+
+
+REFUSED = "http://127.0.0.1:9"  # where nobody listens
+NAMES = [*list_fnets(pretrained=True), *list_srnets(pretrained=True)]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name in loading._registered])
+def test_without_a_network_one_error_tells_all(name, home, naps, monkeypatch):
+    """Which source was tried, why it gave nothing, and what to do, in five lines at most."""
+    for function in ("hf_hub_download", "hf_hub_url"):
+        client = functools.partial(getattr(sources, function), endpoint=REFUSED)
+        monkeypatch.setattr(sources, function, client)
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(variable, REFUSED)
+    source = get_weights(name).source
+    if isinstance(source, ZooFile):  # which comes with the package
+        assert weights.fetch(name).is_file()
+        return
+    with pytest.raises(weights.WeightsError) as caught:
+        weights.fetch(name)
+    told = str(caught.value)
+    assert told.count("\n") < 5
+    assert f"{name}: {source.pieces[0].filename}" in told
+    assert source.pieces[0].url in told
+    by_hand = isinstance(source, weights.ManualFile)
+    assert re.search("by hand" if by_hand else "no connection|not reached", told)
+    assert f"idloss fetch {name} --file" in told
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth"])
+@pytest.mark.parametrize("way", ["checkpoint", "pretrained"])
+def test_what_was_read_is_not_copied_nor_drawn_before(form, way, tmp_path, monkeypatch):
+    """Half precision becomes float32, tensors that share memory part, and it can be trained."""
+    few = {"depths": (0, 0, 0, 0), "img_size": (32, 32)}
+    net = create_fnet("sface", **few)
+    tensors = net.state_dict() | {"stages.0.act.weight": net.state_dict()["stages.0.conv.bias"]}
+    tensors["embedding.weight"] = tensors["embedding.weight"].half()
+    path = tmp_path / f"net.{form}"
+    if form == "pth":
+        torch.save(tensors, path)
+    else:
+        safetensors.torch.save_file({key: value.clone() for key, value in tensors.items()}, path)
+    given = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+    options = {"checkpoint": path} if way == "checkpoint" else given
+    kept = []
+    read = lambda *words: kept.append(load_checkpoint(*words)) or kept[0]  # noqa: E731
+    monkeypatch.setattr(loading, "load_checkpoint", read)
+    again = create_fnet("sface", **few, **options)
+    assert again.embedding.bias.data_ptr() == kept[0]["embedding.bias"].data_ptr()
+    assert all(value.dtype == torch.float32 for value in again.state_dict().values())
+    assert all(torch.equal(value, tensors[k].float()) for k, value in again.state_dict().items())
+    places = {value.untyped_storage().data_ptr() for value in again.state_dict().values()}
+    assert len(places) == len(tensors)
+    assert all(parameter.requires_grad for parameter in again.parameters())
+    path.write_bytes(b"")  # as who trains into the same file does
+    assert torch.equal(again.state_dict()["embedding.weight"], tensors["embedding.weight"].float())
 
 
 def test_real_mobilefacenet(shared, server, home, naps, monkeypatch):
