@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from idloss.create import create_fnet, describe_output
 from idloss.frozen import freeze, quicken, reference
 from idloss.geometry import Template, convert_crop, coverage, get_template
-from idloss.resample import ImageWatch, check_images, is_computed, resize
+from idloss.resample import ImageWatch, check_images, interpolate, is_computed, resize
 
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
 ChannelOrder = Literal["rgb", "bgr"]
@@ -179,15 +179,19 @@ class FaceEncoder(nn.Module):
 
     def _resized(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         rows, columns = images.shape[-2:]
-        enlarge = partial(resize, size=size, mode=self.interpolation)
         # shrunk with antialiasing, so that every pixel has its say
         mode = "bilinear" if self.interpolation == "nearest" else self.interpolation
-        shrink = partial(resize, size=size, mode=mode, convention="antialias")
         is_small: Any = (rows <= size[0]) & (columns <= size[1])
         if isinstance(is_small, torch.SymBool):  # exported for crops of any size
-            resized: Tensor = torch.cond(is_small, enlarge, shrink, (images,))  # type: ignore[arg-type]
-            return resized
-        return (enlarge if is_small else shrink)(images)
+            enlarge, shrink = (
+                partial(interpolate, height=size[0], width=size[1], mode=mode, antialias=antialias)
+                for antialias in (False, True)
+            )
+            fitted: Tensor = torch.cond(is_small, enlarge, shrink, (images,))  # type: ignore[arg-type]
+            return fitted
+        if is_small:
+            return resize(images, size, mode=self.interpolation)
+        return resize(images, size, mode=mode, convention="antialias")
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed face crops; differentiable with respect to them.

@@ -60,7 +60,7 @@ def resize(
         return _nearest(images, height, width)
     if images.dtype != torch.uint8:
         antialias = convention == "antialias"
-        return _interpolate(images, height, width, mode, antialias=antialias).to(images.dtype)
+        return interpolate(images, height, width, mode, antialias=antialias).to(images.dtype)
     if convention == "antialias":
         return _antialiased_bytes(images, height, width, mode)
     if mode == "bilinear":
@@ -188,7 +188,7 @@ def _check(images: Tensor, size: Sequence[int], mode: str, convention: str) -> t
     return int(size[0]), int(size[1])
 
 
-def _interpolate(images: Tensor, height: int, width: int, mode: Mode, *, antialias: bool) -> Tensor:
+def interpolate(images: Tensor, height: int, width: int, mode: Mode, *, antialias: bool) -> Tensor:
     """`F.interpolate` for any number of leading axes, in float32 or better."""
     exact = images if images.dtype in (torch.float32, torch.float64) else images.float()
     # it takes exactly one batch axis
@@ -203,7 +203,7 @@ def _antialiased_bytes(images: Tensor, height: int, width: int, mode: Mode) -> T
     """Pillow's uint8 resampling: columns first, 8 bits between the passes too, halves upwards."""
     exact = images
     for size in ((images.shape[-2], width), (height, width)):
-        exact = (_interpolate(exact, *size, mode, antialias=True) + 0.5).floor().clamp(0, _LEVELS)
+        exact = (interpolate(exact, *size, mode, antialias=True) + 0.5).floor().clamp(0, _LEVELS)
     return exact.to(torch.uint8)
 
 

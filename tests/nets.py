@@ -2,6 +2,7 @@
 
 import collections
 
+import pytest
 import torch
 from torch import nn
 
@@ -61,3 +62,11 @@ def tiny_fnet(seed=0, **options):
         net.norm.running_mean.uniform_(-0.5, 0.5)
         net.norm.running_var.uniform_(0.5, 2)
     return net
+
+
+def opened(path):
+    """What an exported file computes, as a function; skips where onnxruntime is not installed."""
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()
+    session = pytest.importorskip("onnxruntime").InferenceSession(path)
+    return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])

@@ -15,7 +15,17 @@ try:
 except ModuleNotFoundError as missing:  # pragma: no cover - needs an install without extras
     sys.exit(f"the idloss command needs {missing.name}: pip install 'idloss[eval]'")
 
-from idloss.cli import evaluation, landmarks, models, people, prepare, similarity, training, upscale
+from idloss.cli import (
+    evaluation,
+    export,
+    landmarks,
+    models,
+    people,
+    prepare,
+    similarity,
+    training,
+    upscale,
+)
 
 # what the library raises for what a user gave; all else is a bug, or a damaged file
 _EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
@@ -39,6 +49,7 @@ app.command()(people.search)
 app.command()(evaluation.evaluate)
 app.command()(evaluation.compare)
 app.command()(similarity.ids)
+app.command()(export.export)
 
 
 def _show_version(wanted: bool) -> None:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from nets import opened
 from timm.models import get_arch_pretrained_cfgs, model_entrypoint, save_for_hf
 
 from idloss import create_srnet, list_srnets, register_srnet
+from idloss.export import export
 from idloss.registry import srnet_crop
 from idloss.srnets import EDSR, Interpolation
 from idloss.srnets.edsr import OFFICIAL
@@ -101,14 +103,35 @@ def test_deepcopy_channels_last_and_double(name):
 
 def test_compiles_without_a_break(name):
     model = make(name)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.compiler.reset()
+    backend = "inductor" if name == "edsr16_64" else "eager"
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
         assert torch.allclose(compiled(faces()), model(faces()), atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_exports_with_any_batch_and_size(name, suffix, tmp_path):
+    model = make(name)
+    made = export(model, tmp_path / f"net{suffix}")
+    assert made.inputs == ("batch", 3, "height", "width")
+    x = faces(3, (9, 5))
+    with torch.no_grad():
+        assert torch.allclose(opened(made.path)(x), model(x), atol=1e-4)
+
+
+def test_computes_in_bfloat16(name):
+    model = make(name)
+    with torch.no_grad():
+        expected, got = model(faces()), model.bfloat16()(faces().bfloat16())
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), expected, atol=0.02, rtol=0.02)
 
 
 def test_documented(name):
     cfg = make(name).pretrained_cfg
     assert (cfg["mean"], cfg["std"]) == ((0, 0, 0), (1, 1, 1))  # RGB in [0, 1]
+    assert cfg["input_size"] in ((3, 28, 24), (3, 28, 28))
     entry_point = model_entrypoint(timm_name(name))
     assert inspect.getdoc(entry_point)
     assert list(inspect.signature(entry_point).parameters) == ["pretrained", "kwargs"]
