@@ -316,6 +316,7 @@ def test_faces_of_nobody_and_identities_without_faces_are_left_out(tmp_path, cap
         ("no identities to tell apart: give labelled ones, or a", {"faces": NOBODY}, {}),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*the rest is its border")
 def test_runs_that_do_not_fit_say_so_before_they_start(tmp_path, message, given, fields):
     fnet = create_fnet(tiny_fnet(), crop=given.pop("crop", "sphereface"))
     fnet.requires_grad_(not given.pop("frozen", False))
