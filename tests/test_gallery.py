@@ -1,5 +1,6 @@
 import os
 import random
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -123,7 +124,7 @@ def test_only_what_is_new_or_changed_is_embedded(matcher, tmp_path):
 def test_whatever_is_done_to_photos_and_wherever_it_stops(matcher, tmp_path, monkeypatch):
     """Photos come, change and go, updates are cut off at any write: afterwards all is right."""
     photos, draws = tmp_path / "photos", random.Random(0)
-    write, left = Gallery._write, [0]
+    write, left, made = Gallery._write, [0], {}
 
     def cut_off(self, first, rows):
         left[0] -= 1
@@ -140,6 +141,8 @@ def test_whatever_is_done_to_photos_and_wherever_it_stops(matcher, tmp_path, mon
             else:
                 shape = draws.choice([(70, 70), (70, 140), (140, 70)])
                 draw(photos, path.name, 100 * round_ + name, shape)
+                for face in matcher.read(path):
+                    made[sha256(path.read_bytes()).digest(), face.box[0]] = face.embedding
         left[0] = draws.randrange(1, 9)
         with Gallery(tmp_path / "index", matcher) as gallery:
             try:
@@ -147,10 +150,42 @@ def test_whatever_is_done_to_photos_and_wherever_it_stops(matcher, tmp_path, mon
             except KeyboardInterrupt:
                 for path in [*photos.glob("*.png")][:2]:
                     path.unlink()
+        # whatever the index says of a row is true, of photos that are gone as well
+        with Gallery(tmp_path / "index", matcher) as gallery:
+            rows = np.fromfile(gallery.folder / "embeddings.npy", "<f4", offset=gallery._head)
+            rows = torch.from_numpy(rows.reshape(-1, matcher.num_features))
+            told = "SELECT row, hash, x0 FROM faces JOIN photos ON photo = id"
+            for row, content, left in gallery._index.execute(told):
+                torch.testing.assert_close(rows[row], made[content, left], atol=1e-5, rtol=0)
     left[0] = 0
     with Gallery(tmp_path / "index", matcher) as gallery:
         update(gallery, photos)
         check(gallery, photos)
+
+
+@pytest.mark.parametrize("harm", ["gone", "changed"])
+def test_rows_are_written_over_only_when_nobody_owns_them(matcher, tmp_path, monkeypatch, harm):
+    """A row of a photo that is gone, or was changed, is still its own if the update is cut off."""
+    first, _ = (draw(tmp_path / "photos", f"{name}.png", name) for name in (1, 2))
+    with Gallery(tmp_path / "index", matcher) as gallery:
+        update(gallery, tmp_path / "photos")
+        before = gallery.rows().copy()
+    first.unlink() if harm == "gone" else draw(tmp_path / "photos", "2.png", 3)
+    write = Gallery._write
+
+    def cut_off(self, place, rows):
+        write(self, place, rows)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Gallery, "_write", cut_off)
+    with Gallery(tmp_path / "index", matcher) as gallery, pytest.raises(KeyboardInterrupt):
+        update(gallery, tmp_path / "photos")
+    with Gallery(tmp_path / "index", matcher) as gallery:
+        places = [row for (row,) in gallery._index.execute("SELECT row FROM faces")]
+        stored = np.fromfile(gallery.folder / "embeddings.npy", "<f4", offset=gallery._head)
+        stored = stored.reshape(-1, matcher.num_features)
+        assert places
+        np.testing.assert_array_equal(stored[places], before[places])
 
 
 def test_other_settings_and_damage(matcher, tmp_path):
