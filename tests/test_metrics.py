@@ -87,3 +87,24 @@ def test_a_real_face_is_itself_and_nobody_else(shared):
     ids.reset()
     ids.update(crops.roll(1, 0), crops)
     assert ids.values.max() < 0.5
+
+
+@pytest.mark.filterwarnings("ignore:.*has points of")
+def test_ffhq_crops_are_to_an_fnet_what_aligned_photos_are(shared):
+    """At 512x512, on 100 real faces; and every pixel of the face has a gradient."""
+    from idloss.data import lfw
+
+    folder = shared("weights/edgeface_xxs")
+    found = lfw(shared("data/lfw.tar"), landmarks=shared("data/lfw_landmarks.csv"), pairs=None)
+    wide, own = (
+        FaceEncoder(f"local-dir:{folder}", crop=crop, interpolation="bicubic")
+        for crop in ("ffhq", "arcface")
+    )
+    for places in torch.arange(0, 10_000, 100).split(25):
+        large, small = (found.faces.crops_at(places, c).float() / 255 for c in ("ffhq", "arcface"))
+        assert large.shape[-2:] == (512, 512)
+        with torch.no_grad():
+            assert torch.cosine_similarity(wide(large), own(small)).min() > 0.99
+    face = large[:2].requires_grad_()
+    wide(face).square().sum().backward()
+    assert (face.grad[..., 170:420, 160:350] != 0).all()
