@@ -165,8 +165,7 @@ def test_two_processes_write_what_one_does(command, tmp_path):
         [sys.executable, *launch, *words, tmp_path / "two"], capture_output=True, text=True
     )
     assert run.returncode == 1
-    told = [line for line in run.stdout.splitlines() if "[Gloo]" not in line]  # of torch 2.8
-    assert told[0].startswith("12 faces in 12 photos, 3 of them")
+    assert "12 faces in 12 photos, 3 of them" in run.stdout  # behind what gloo of torch 2.8 says
     assert run.stdout.count("\n") == 1
     assert "broken.jpg: unreadable image" in run.stderr
     assert "broken.jpg: unreadable image" in command(*words, tmp_path / "one")
