@@ -1,13 +1,17 @@
 """The package that shows how others add to idloss, installed by pip and used by its names."""
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from importlib import metadata
+from textwrap import dedent
 
 import pytest
+import torch
 from conftest import ROOT
 
 USE = """
@@ -47,3 +51,36 @@ def test_pip_installs_it_and_idloss_lists_it(tmp_path):
     assert (fnet["name"], fnet["kind"], fnet["crop"]) == ("facekit_fnet", "FNet", "arcface")
     assert (srnet["name"], srnet["kind"]) == ("facekit_espcn", "SRNet")
     assert all(one["parameters"] and one["multiply_adds"] for one in (fnet, srnet))
+
+
+FAMILY = """
+import sys, torch, idloss, mini
+idloss.weights.add("mini.faces", "mini.pth")
+net = idloss.create_fnet("mini", pretrained=True)
+given = torch.load("mini.pth")
+assert all(torch.equal(value, given[name]) for name, value in net.state_dict().items())
+sr = torch.rand(2, 3, 112, 112, requires_grad=True)
+idloss.IdentityPreservedLoss("mini")(sr, torch.rand(2, 3, 112, 112)).backward()
+assert sr.grad.any()
+"""
+
+
+def test_contributings_family_works_with_its_weights(tmp_path):
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    code = dedent(re.search(r' +"""Mini: .*?(?=\n +```)', text, re.S).group())
+    assert len(code.splitlines()) < 40
+    sizes = {"0": (16, 3, 3, 3), "2": (16, 16, 3, 3), "4": (64, 784)}
+    weights = {f"{layer}.weight": torch.randn(size) for layer, size in sizes.items()}
+    weights |= {f"{layer}.bias": torch.randn(size[0]) for layer, size in sizes.items()}
+    torch.save(weights | {"1.weight": torch.rand(1)}, tmp_path / "mini.pth")
+    digest = hashlib.sha256((tmp_path / "mini.pth").read_bytes()).hexdigest()
+    pinned = code.replace('sha256="0" * 64', f'sha256="{digest}"')
+    assert pinned != code
+    (tmp_path / "mini.py").write_text(pinned, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hub")}
+    subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", FAMILY],
+        env=environment,
+        cwd=tmp_path,
+        check=True,
+    )
