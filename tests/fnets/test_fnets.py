@@ -238,7 +238,8 @@ def test_exports_with_any_batch(name, suffix, tmp_path):
     assert made.inputs == ("batch", 3, *model.img_size)
     x = images(model, batch=3)
     with torch.no_grad():
-        assert torch.allclose(opened(made.path)(x), model(x), rtol=1e-4, atol=1e-4)
+        expected = model(x)  # a thousand, with these batch norms
+        assert (opened(made.path)(x) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def test_documented(name):
