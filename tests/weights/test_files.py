@@ -276,7 +276,7 @@ class TestKept:
             raise safetensors.SafetensorError("No space left on device")
 
         monkeypatch.setattr(safetensors.torch, "save_file", full_too)
-        with pytest.raises(OSError, match=r"not written: .*HF_HOME"), loading._disk_advice():
+        with pytest.raises(OSError, match=r"not written: .*HF_HOME"), files.disk_advice():
             files.save_tensors({"a": torch.ones(1)}, home / "x" / "y", {})
 
     def test_converted_weights_with_a_layer_zeroed(self, web):
