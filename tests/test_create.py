@@ -262,7 +262,7 @@ def test_damaged_weights_in_a_folder_are_named(tmp_path, spoil):
     path = tmp_path / "model.safetensors"
     body = path.read_bytes()
     tensors = safetensors.torch.load_file(path)
-    name = next(iter(tensors))
+    name = "embedding.weight"  # torch takes three numbers for one that has no dimension
     changed = {
         "cut": body[: len(body) // 2],
         "header": b"\xff" * 8 + body[8:],
