@@ -47,7 +47,7 @@ class Page:
     """The networks behind the page."""
 
     def __init__(self, fnet: str = "mobilefacenet", detector: str | Detector = "mtcnn") -> None:
-        self.detector = create_detector(detector) if isinstance(detector, str) else detector
+        self.detector = create_detector(detector)
         nets = {name: create_srnet(name, pretrained=True).eval() for name in METHODS}
         self.fnet, self.protocol = create_fnet(fnet, pretrained=True).eval(), get_protocol("paper")
         self.networks = Networks({fnet: self.fnet}, nets, self.protocol, torch.device("cpu"))

@@ -97,9 +97,7 @@ class FaceMatcher:
         self._identities = identity(self.fnet), identity(self.srnet)
         self.detector = None
         if self.crop is None:
-            self.detector = create_detector(detector) if isinstance(detector, str) else detector
-            if isinstance(self.detector, nn.Module):
-                self.detector.to(place)
+            self.detector = create_detector(detector, device=place)
         self._networks.warn_of_borders(self.crop)
         plain = {
             key: one for key, one in getattr(detector, "__dict__", {}).items() if is_plain(one)

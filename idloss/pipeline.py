@@ -94,9 +94,9 @@ class FacePipeline:
         device: str | torch.device = "auto",
     ) -> None:
         self.device = resolve_device(device)
-        self.detector = create_detector(detector) if isinstance(detector, str) else detector
-        if isinstance(self.detector, nn.Module):
-            self.detector.to(self.device)
+        self.detector = None
+        if detector is not None:
+            self.detector = create_detector(detector, device=self.device)
         self.srnet = create_srnet(srnet, pretrained=isinstance(srnet, str)).to(self.device).eval()
         own: str | Template | None = getattr(self.srnet, "crop", None)
         self.template = get_template(crop or own or "sphereface")

@@ -15,16 +15,12 @@ def landmarks(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
 ) -> None:
     """Find the main face of each photo, and write its five points."""
-    from torch import nn
-
     from idloss.data.files import DataError
     from idloss.detection import create_detector
     from idloss.encoder import resolve_device
     from idloss.marking import mark
 
-    finder = create_detector(detector)
-    if isinstance(finder, nn.Module):
-        finder.to(resolve_device(device))
+    finder = create_detector(detector, device=resolve_device(device))
     count, faults = mark(data, out, finder)
     typer.echo(f"five points of {count:,} photos in {out}")
     if faults:

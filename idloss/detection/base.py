@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from idloss.plugins import Registry, load_plugins
 from idloss.resample import to_uint8
@@ -71,11 +71,14 @@ def register_detector(name: str) -> Callable[[_Factory], _Factory]:
     return register
 
 
-def create_detector(name: str = "mtcnn", **options: Any) -> Detector:
+def create_detector(
+    detector: str | Detector = "mtcnn", *, device: torch.device | None = None, **options: Any
+) -> Detector:
     """Make a face detector.
 
     Args:
-        name: One of `list_detectors()`.
+        detector: One of `list_detectors()`, or a detector, which is given back.
+        device: Where one that is a module goes; None to leave it.
         **options: Its own, such as `min_face=12` of `mtcnn`.
 
     Returns:
@@ -85,7 +88,10 @@ def create_detector(name: str = "mtcnn", **options: Any) -> Detector:
         ValueError: If no detector has the name.
         WeightsError: If its weights cannot be had.
     """
-    return DETECTORS.find(name)(**options)
+    made = DETECTORS.find(detector)(**options) if isinstance(detector, str) else detector
+    if device is not None and isinstance(made, nn.Module):
+        made.to(device)
+    return made
 
 
 def list_detectors() -> list[str]:
