@@ -15,6 +15,7 @@ from idloss.data.files import DataError, Fault, FolderFiles, open_files
 from idloss.data.landmarks import POINT_COLUMNS
 from idloss.detection import Detections, Detector
 from idloss.upscaling import one_core_each
+from idloss.weights.files import written_whole
 
 
 def mark(data: str | os.PathLike[str], out: Path, detector: Detector) -> tuple[int, list[Fault]]:
@@ -55,9 +56,11 @@ def mark(data: str | os.PathLike[str], out: Path, detector: Detector) -> tuple[i
         return found.landmarks[main_face(found, photo.shape[1:])]
 
     faults: list[Fault] = []
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f"{out.name}.tmp")
-    with unfinished.open("w", encoding="utf-8", newline="") as file, one_core_each() as threads:
+    with (
+        written_whole(out) as unfinished,
+        unfinished.open("w", encoding="utf-8", newline="") as file,
+        one_core_each() as threads,
+    ):
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["image_id", *POINT_COLUMNS])
         bar = tqdm(map_ahead(work, names, threads), total=len(names), unit="photo", delay=2)
@@ -67,7 +70,6 @@ def mark(data: str | os.PathLike[str], out: Path, detector: Detector) -> tuple[i
                 continue
             below = name.removeprefix(f"{top}/") if top else name
             table.writerow([below, *(f"{value:.3f}" for value in points.flatten().tolist())])
-    unfinished.replace(out)
     return len(names) - len(faults), faults
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from idloss.data.pictures import find_pictures, read_photo
 from idloss.errors import import_extra
 from idloss.pipeline import FacePipeline
 from idloss.resample import resize
+from idloss.weights.files import written_whole
 
 FOUND, SHEET = "found.jsonl", "sheet.png"
 _SETTINGS = "settings.json"
@@ -221,15 +223,15 @@ def _finish_photo(
 
 
 def _save(picture: Tensor, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.tmp")
+    content = io.BytesIO()
     # a fifth of the time that Pillow's level takes, for pictures that are no larger
     image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-    image.save(unfinished, format="PNG", compress_level=1)
-    unfinished.replace(path)
+    image.save(content, format="PNG", compress_level=1)
+    _write(path, content.getvalue())
 
 
 def _write(path: Path, content: bytes) -> None:
+    """Write a file whole; `written_whole` would list a folder of a million for each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.tmp")
     unfinished.write_bytes(content)
@@ -239,8 +241,7 @@ def _write(path: Path, content: bytes) -> None:
 def _gather(paths: Sequence[str], out: Path) -> Summary:
     """Write the records of all photos into one file, and the first faces on a sheet."""
     summary, shown, folders = Summary(), list[dict[str, str]](), list[Fault]()
-    unfinished = out / f"{FOUND}.tmp"
-    with unfinished.open("w", encoding="utf-8") as told:
+    with written_whole(out / FOUND) as unfinished, unfinished.open("w", encoding="utf-8") as told:
         for path in find_pictures(paths, folders, without=out):
             record = _record(out, _name(path))
             if record is None:  # it has come, or was changed, since
@@ -257,7 +258,6 @@ def _gather(paths: Sequence[str], out: Path) -> Summary:
             shown += record["faces"][: _ON_SHEET - len(shown)]
         for fault in folders:
             print(json.dumps({"photo": fault.where, "error": fault.what}), file=told)
-    unfinished.replace(out / FOUND)
     summary.failed += len(folders)
     summary.faults = [*folders, *summary.faults][:SHOWN]
     if shown:
