@@ -22,7 +22,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from huggingface_hub.utils.tqdm import tqdm
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -107,17 +106,6 @@ class PreparedFaces(AlignedCrops):
         kept = positions(keep)
         hashes = self.hashes[kept.numpy()]
         return replace(self, rows=self.rows[kept], hashes=hashes, **selected(self, kept))
-
-    def verify(self, *, progress: bool = True) -> None:
-        """Compare every crop with its hash, and raise a DataError that names those damaged."""
-        bar = tqdm(self.rows.tolist(), "verifying", delay=2, disable=not progress)
-        faults = [
-            Fault(name, "damaged: its hash is not that of the index")
-            for name, row, own in zip(self.names, bar, self.hashes, strict=True)
-            if crop_hash(self.pixels[row]) != own.tobytes()
-        ]
-        if faults:
-            raise DataError(faults, f"Delete {self.folder} and prepare the faces anew.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -185,13 +185,3 @@ def test_a_forged_index_is_refused(own, column, value):
     edit(own, tables={**tables, "index.csv": hashlib.sha256(text).hexdigest()})
     with pytest.raises(DataError, match=r"index\.csv: not as it was written"):
         open_prepared(own)
-
-
-def test_damaged_pixels_are_found_on_demand(own):
-    open_prepared(own).verify(progress=False)
-    stored = np.lib.format.open_memmap(own / "crops.npy", mode="r+")
-    stored[7, 0, 0, 0] ^= 1
-    stored[13, 2, 111, 95] ^= 128
-    stored.flush()
-    with pytest.raises(DataError, match=r"2 faults:\n  1/3: damaged: .*\n  3/1: damaged: "):
-        open_prepared(own).verify(progress=False)
