@@ -142,10 +142,6 @@ class FolderFiles:
             raise DataError([Fault(str(folder), what)], "Let it be read.") from error
         for entry in entries:
             name = readable(entry.name)
-            if name != entry.name and os.path.lexists(folder / name):
-                raise DataError(
-                    [Fault(str(folder / name), "is the name of two files")], "Rename one."
-                )
             if not entry.is_dir():
                 yield start + name
             elif (real := Path(entry.path).resolve()) not in above:  # a link upwards is a loop
@@ -290,9 +286,6 @@ class TarFiles(_Members):
                 for member in archive:
                     last = name = posixpath.normpath(readable(member.name))
                     to = readable(member.linkname)
-                    if member.issparse():
-                        what = "a sparse member, whose holes this reader does not fill"
-                        raise DataError([Fault(self.where(name), what)], UNPACK)
                     if member.isreg():
                         self._index[name] = (member.offset_data, member.size)
                     elif member.islnk():

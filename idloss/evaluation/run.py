@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +147,8 @@ def evaluate(
         options = (batch_size, skip_missing, progress)
         embedded = EmbeddedGrid(networks, data.faces, wanted, store, *options)
         embedded.fill()
+        if "verification" in own:
+            run.warn_of_doubles(embedded)
         about["content"] = {task: embedded.content(torch.cat(run.sides(task))) for task in own}
         about["skipped"] += dict.fromkeys(map(str, embedded.faults.values()))
         for task in own:
@@ -249,6 +252,19 @@ class _Run:
                 enrolled = rows
             figures, arrays = judge(rows if self.probe == "both" else enrolled, rows)
             self.results.add(cell, figures, arrays)
+
+    def warn_of_doubles(self, embedded: EmbeddedGrid) -> None:
+        """Say which pairs are of one and the same picture under two names."""
+        pairs = self._pairs()
+        both = zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)
+        doubles = [(a, b) for a, b in both if embedded.are_one(a, b)]
+        if doubles:
+            first, second = (ascii(self.data.faces.names[place]) for place in doubles[0])
+            warnings.warn(
+                f"{len(doubles)} pairs of {self.data.name} are of one and the same picture under "
+                f"two names, such as {first} and {second}",
+                stacklevel=3,
+            )
 
     def _verification(self, lost: Tensor) -> Judge:
         pairs = self._pairs(lost)

@@ -118,16 +118,6 @@ def test_missing_images_and_points_are_counted_and_can_be_skipped(home):
     assert (len(found.pairs), len(found.faces), len(found.faces.skipped)) == (4, 5, 7)
 
 
-def test_people_lists_are_counted(home):
-    listed = "".join(f"{name}\t{count}\n" for name, count in COUNTS.items())
-    path = home / "people.txt"
-    path.write_text("1\n4\n" + listed)
-    assert len(lfw(home, people=path).faces) == 8
-    path.write_text(listed.replace("Bo\t2", "Bo\t4"))
-    with pytest.raises(DataError, match=r"people\.txt:2: Bo has 2 of 4 images, .*Bo_0003\.jpg"):
-        lfw(home, people=path)
-
-
 def test_pairs_and_points_are_optional_and_images_are_not(home):
     (home / "pairs.txt").unlink()
     (home / "lfw_landmarks.csv").unlink()
