@@ -92,32 +92,11 @@ PROTOCOLS = Registry("protocol", paper=_PAPER, sphereface=_SPHEREFACE, standard=
 
 
 def register_protocol(protocol: Protocol) -> Protocol:
-    """Let a protocol be found by its name, by the command too; for plug-ins.
-
-    Args:
-        protocol: The protocol.
-
-    Returns:
-        The protocol.
-
-    Raises:
-        ValueError: There is another one of that name.
-    """
+    """Let a protocol be found by its name, by the command too; `ValueError` if that is taken."""
     PROTOCOLS.register(protocol.name, protocol)
     return protocol
 
 
 def get_protocol(name: str | Protocol) -> Protocol:
-    """Look a protocol up by name.
-
-    Args:
-        name: `"paper"`, `"sphereface"`, `"standard"`, one that was registered, or a protocol, which
-            is given back.
-
-    Returns:
-        The protocol.
-
-    Raises:
-        ValueError: There is none of that name.
-    """
+    """`"paper"`, `"sphereface"`, `"standard"` or a registered one; a protocol is given back."""
     return name if isinstance(name, Protocol) else PROTOCOLS.find(name)
