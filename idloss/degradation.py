@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from idloss.errors import did_you_mean
-from idloss.plugins import Registry, load_plugins
+from idloss.plugins import Registry
 from idloss.resample import Convention, Mode, resize, to_float
 
 __all__ = [
@@ -85,44 +85,18 @@ class Degradation(Protocol):
         """
 
 
-_Kind = TypeVar("_Kind", bound=Callable[..., Degradation])
 _degradations: Registry[Callable[..., Degradation]] = Registry("degradation")
+register_degradation = _degradations.named
+"""Name what makes a degradation, so that recipes can ask for it as `degradation:`.
 
-
-def register_degradation(name: str) -> Callable[[_Kind], _Kind]:
-    """Name a degradation, so that recipes can ask for it.
-
-    Args:
-        name: What recipes write as `degradation:`.
-
-    Returns:
-        A decorator for a class or function that makes the degradation; its arguments are what
-        recipes write as `degradation_options:`.
-    """
-
-    def register(kind: _Kind) -> _Kind:
-        _degradations.register(name, kind)
-        return kind
-
-    return register
-
-
-def list_degradations() -> list[str]:
-    """Names of the registered degradations, plug-ins included, sorted."""
-    load_plugins()
-    return sorted(_degradations)
+Its arguments are what they write as `degradation_options:`.
+"""
+list_degradations = _degradations.names
+"""Names of the registered degradations, plug-ins included, sorted."""
 
 
 def get_degradation(name: str, **options: Any) -> Degradation:
-    """Make a degradation from its name.
-
-    Args:
-        name: One of `list_degradations()`.
-        **options: Its arguments.
-
-    Raises:
-        ValueError: The name or an option is unknown, or an option is out of range.
-    """
+    """Make a degradation from its name and options; `ValueError` where one is unknown."""
     kind = _degradations.find(name)
     arguments = inspect.signature(kind).parameters
     if all(argument.kind is not argument.VAR_KEYWORD for argument in arguments.values()):
@@ -174,9 +148,6 @@ class RealWorldDegradation:
         sinc_probability: Of a sinc filter at the end, for the ringing of sharpened images.
         sinc_cutoff: Its cut-off in radians a pixel. Real-ESRGAN's begins at pi / 3, where a small
             face is blurred rather than sharpened.
-
-    Raises:
-        ValueError: An option is out of range.
     """
 
     blur_sigma: Range = (0.2, 3.0)

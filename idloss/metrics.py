@@ -76,15 +76,7 @@ class IdentitySimilarity(nn.Module):
         return values
 
     def update(self, restored: Tensor, reference: Tensor) -> None:
-        """Take pictures in.
-
-        Args:
-            restored: Restored faces `[B, 3, h, w]` of any size, in `value_range`.
-            reference: Faces of the same people, `[B, 3, H, W]` of any size, in the same order.
-
-        Raises:
-            ValueError: If the batch is empty or the two do not go in pairs.
-        """
+        """Take in restored faces `[B, 3, h, w]`, and references of the same people, in order."""
         self(restored, reference)
 
     @property
@@ -129,9 +121,6 @@ def identity_similarity(
 
     Returns:
         The cosine of each picture, `[N]`; `.mean()` is IDS.
-
-    Raises:
-        ValueError: If the two do not go in pairs.
     """
     if len(restored) != len(reference):
         raise ValueError(f"{len(restored)} restored pictures and {len(reference)} references")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from idloss.errors import did_you_mean
 
@@ -17,6 +18,7 @@ from it, torchvision.transforms.functional is the place today."""
 
 _loaded = False
 _Thing = TypeVar("_Thing")
+_Any = TypeVar("_Any")
 
 
 class Registry(dict[str, _Thing]):
@@ -30,6 +32,20 @@ class Registry(dict[str, _Thing]):
         """Add a thing whose name no other has."""
         if self.setdefault(name, thing) != thing:
             raise ValueError(f"there is another {self.kind} {name!r}: give this one its own name")
+
+    def named(self, name: str) -> Callable[[_Any], _Any]:
+        """Decorate a thing of this kind, so that it is found by a name that no other has."""
+
+        def register(thing: _Any) -> _Any:
+            self.register(name, cast("_Thing", thing))
+            return thing
+
+        return register
+
+    def names(self) -> list[str]:
+        """All names, those of plug-ins included, sorted."""
+        load_plugins()
+        return sorted(self)
 
     def find(self, name: str) -> _Thing:
         """The thing of a name, looked for among those of plug-ins too."""

@@ -139,9 +139,6 @@ def open_prepared(path: str | os.PathLike[str]) -> PreparedFaces:
     Args:
         path: What `prepare` wrote.
 
-    Returns:
-        The faces.
-
     Raises:
         FileNotFoundError: Nothing was prepared there.
         DataError: The preparation is not finished, or files are missing or damaged; names them.

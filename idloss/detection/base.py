@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from idloss.plugins import Registry, load_plugins
+from idloss.plugins import Registry
 from idloss.resample import to_uint8
 
 
@@ -49,26 +49,14 @@ class Detector(Protocol):
         """
 
 
-_Factory = TypeVar("_Factory", bound=Callable[..., Detector])
 DETECTORS: Final[Registry[Callable[..., Detector]]] = Registry("detector")
 """What makes each detector, by its name."""
 
 
-def register_detector(name: str) -> Callable[[_Factory], _Factory]:
-    """Let `create_detector` make a detector by its name; decorates its class or function.
-
-    Args:
-        name: A name that no other has.
-
-    Returns:
-        The decorator, which gives back what it is given.
-    """
-
-    def register(factory: _Factory) -> _Factory:
-        DETECTORS.register(name, factory)
-        return factory
-
-    return register
+register_detector = DETECTORS.named
+"""Let `create_detector` make a detector by a name; decorates its class or function."""
+list_detectors = DETECTORS.names
+"""Names of the face detectors, plug-ins' included."""
 
 
 def create_detector(
@@ -80,24 +68,11 @@ def create_detector(
         detector: One of `list_detectors()`, or a detector, which is given back.
         device: Where one that is a module goes; None to leave it.
         **options: Its own, such as `min_face=12` of `mtcnn`.
-
-    Returns:
-        The detector: photos to a list of `Detections`.
-
-    Raises:
-        ValueError: If no detector has the name.
-        WeightsError: If its weights cannot be had.
     """
     made = DETECTORS.find(detector)(**options) if isinstance(detector, str) else detector
     if device is not None and isinstance(made, nn.Module):
         made.to(device)
     return made
-
-
-def list_detectors() -> list[str]:
-    """Names of the face detectors, plug-ins' included."""
-    load_plugins()
-    return sorted(DETECTORS)
 
 
 def as_photos(images: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -295,19 +295,13 @@ def add(name: str, *paths: str | os.PathLike[str], cache_dir: CacheDir = None) -
 def convert(name: str, path: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
     """Convert your own checkpoint in the released layout of a model, such as one you retrained.
 
-    The result is for `create_fnet(arch, pretrained=True,
+    `target`, which is given back, is for `create_fnet(arch, pretrained=True,
     pretrained_cfg_overlay={"file": target})`, which checks that it has every tensor.
 
     Args:
         name: Weights whose layout the checkpoint has, `arch.tag` or `arch`.
         path: The checkpoint; no hash is asked of it, and no code in it is run.
         target: The safetensors file to write.
-
-    Returns:
-        `target`.
-
-    Raises:
-        NotAsPromisedError: If the checkpoint has another layout, or wants to run code.
     """
     name, weights, _ = _look_up(name, None)
     _save_adapted(Path(path), Path(target), weights, name, {"source": str(path)})
