@@ -389,8 +389,7 @@ def _describe_input(
     model: nn.Module, img_size: int | Sequence[int] | None = None, **given: Any
 ) -> None:
     """See to it that `model.pretrained_cfg` holds `input_size`, `mean` and `std`."""
-    known = getattr(model, "pretrained_cfg", None) or {}
-    cfg = dict(known if isinstance(known, dict) else known.to_dict())
+    cfg = dict(cfg_of(model))
     # what a network was built for, where it can be built for several sizes
     built_for = img_size or getattr(getattr(model, "patch_embed", model), "img_size", None)
     if built_for is not None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, overload
 
 import torch
 from timm.models import (
+    PretrainedCfg,
     is_model,
     list_models,
     model_entrypoint,
@@ -294,6 +295,6 @@ def reverse_first(model: nn.Module, name: str) -> None:
 
 
 def cfg_of(model: nn.Module) -> dict[str, Any]:
-    """The `pretrained_cfg` of a network; empty where it has no dict of that name."""
-    cfg = getattr(model, "pretrained_cfg", None)
-    return cfg if isinstance(cfg, dict) else {}
+    """The `pretrained_cfg` of a network as a dict; empty where it has none."""
+    cfg: Any = getattr(model, "pretrained_cfg", None)
+    return cfg.to_dict() if isinstance(cfg, PretrainedCfg) else cfg if isinstance(cfg, dict) else {}

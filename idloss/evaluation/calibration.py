@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from idloss.evaluation.cache import digest_weights
 from idloss.evaluation.results import HR, Results, write_together
 from idloss.evaluation.statistics import Floats, Ints
 from idloss.evaluation.verification import pair_scores
+from idloss.registry import cfg_of
 from idloss.weights.sources import zoo_folder
 
 THRESHOLDS = np.concatenate(([-1.0], np.arange(-10, 50) / 50))
@@ -137,8 +137,7 @@ Identity = tuple[str, str]
 
 def identity(net: nn.Module) -> Identity:
     """What tables know a network by: its architecture's name and the hash of its weights."""
-    cfg: Any = getattr(net, "pretrained_cfg", None) or {}
-    return str(cfg.get("architecture", "")), digest_weights(net)
+    return str(cfg_of(net).get("architecture", "")), digest_weights(net)
 
 
 class Calibration:

@@ -36,7 +36,7 @@ from idloss.evaluation.results import HR, LR, Cell, Results, Task, read_task
 from idloss.evaluation.statistics import Estimate, require_scipy
 from idloss.evaluation.verification import pair_scores, summarise, verify
 from idloss.geometry import Template, get_template
-from idloss.registry import srnet_crop
+from idloss.registry import cfg_of, srnet_crop
 from idloss.resample import Size
 
 Probe = Literal["second", "both"]
@@ -178,7 +178,7 @@ def _require_sense(
 
 
 def _describe_network(net: nn.Module) -> dict[str, Any]:
-    cfg = getattr(net, "pretrained_cfg", None) or {}
+    cfg = cfg_of(net)
     wanted = ("architecture", "tag", "url", "hf_hub_id", "license", "origin_url")
     known = {key: str(cfg[key]) for key in wanted if cfg.get(key)}
     parameters = sum(parameter.numel() for parameter in net.parameters())

@@ -99,7 +99,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, function, name, proto
         # STACK_GLOBAL lets a pickle ask for an attribute of an attribute
         (b"\x80\x04\x8c\x08builtins\x8c\x0fbytes.__class__\x93.", r"it asks for .*__class__"),
         ((IMAGES, np.array([Run(os.system, "true"), None], object)), "(it asks for|.*not allowed)"),
-        ((np.array(IMAGES, dtype=object), SAME), "arrays of 'O8' are not allowed"),
+        ((np.array(IMAGES, dtype=object), SAME), "expected a list of images"),
         *((pickle.dumps((IMAGES, SAME))[:size], "") for size in (3000, 15000, 29000)),
     ],
 )

@@ -124,10 +124,7 @@ def test_digest_sees_what_repr_does_not():
     strong.load_state_dict(weak.state_dict())
     assert digest_weights(weak) == digest_weights(strong)
     assert digest_network(weak) != digest_network(strong)
-    before = digest_network(weak)
-    assert before == digest_network(weak.train())
-    weak.crop = 4  # pixels of the border, in many an SRNet
-    assert before != digest_network(weak)
+    assert digest_network(weak) == digest_network(weak.train())
 
 
 class Wrapped(nn.Module):
