@@ -126,7 +126,6 @@ def change_row(**values):
         (change_row(value="0.9"), "'value' is '0.9', no number"),
         (change_row(value=None), "'value' is 'None', no number"),
         (change_row(repeats=True), "'repeats' is 'True', no number"),
-        (change_row(value=10**400), "too large"),
         (change_row(height=True), "whole rows and columns, got True"),
         (change_row(task="v" * 9999), "unknown task 'v"),
         (change_row(fnet="f" * 9999), "cannot be the name of an FNet"),
