@@ -16,6 +16,8 @@ from idloss.fnets.sphereface import sface_released
 from idloss.weights.loading import reverse_input
 
 ROOT = Path(__file__).resolve().parent.parent
+HANGS = 3600
+"""Seconds after which what a test waits for will not come, however slow or paused the machine."""
 SHARED = Path(os.environ.get("IDLOSS_SHARED", ROOT.parent / "shared"))
 
 

@@ -9,7 +9,7 @@ from collections import deque
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import HANGS, ROOT
 from torch import nn
 
 from idloss import (
@@ -30,7 +30,7 @@ def run(code, cwd):
         text=True,
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": os.pathsep.join((str(cwd), str(ROOT)))},
-        timeout=120,
+        timeout=HANGS,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from conftest import HANGS
 from nets import tiny_fnet
 from safetensors.torch import load_file
 
@@ -95,7 +96,7 @@ def launch(script, *arguments, processes=1):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=HANGS,
         check=False,
     )
     return done.returncode, done.stdout

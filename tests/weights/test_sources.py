@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from conftest import HANGS
 from huggingface_hub import constants
 from nets import tiny_fnet
 from servers import Fault, FileServer
@@ -411,7 +412,7 @@ class TestProcesses:
 
     def kill_half_way(self, pid, home):
         downloads = home / "idloss" / "downloads"
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + HANGS
         while not any(path.stat().st_size > 50_000 for path in downloads.glob("*.partial")):
             assert time.monotonic() < deadline
             time.sleep(0.005)
