@@ -1,11 +1,12 @@
 """How long photos take from file to super-resolved faces, and how much memory.
 
-    python examples/benchmarks/photos.py lfw.tar --photos 1000
+    python examples/benchmarks/photos.py lfw.tar --photos 10000
 
 One small face in a JPEG of 12 megapixels, file to picture; and `idloss upscale` of folders: photos
 as they are, where faces of LFW have pixels enough and are cut out, and those shrunk to 48x48, where
-each face that is found goes through the SRNet as 28x24. Every row is a process of its own; the
-loading of networks is not timed.
+each face that is found goes through the SRNet as 28x24. A hundredth and a tenth of the photos come
+first, to show whether memory grows with them. Every row is a process of its own; the loading of
+networks is not timed.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ def compare(data: str, photos: int, srnet: str, detector: str, rounds: int) -> d
         runs["12 megapixels"] = in_own_process(
             one_large, data, Path(place), srnet, detector, rounds
         )
-    few = max(1, photos // 10)
-    for most, small in ((few, False), (photos, False), (photos, True)):
+    some, few = (max(1, photos // part) for part in (10, 100))
+    for most, small in ((few, False), (some, False), (photos, False), (some, True)):
         name = f"{most} photos{f' of {SMALL[0]}x{SMALL[1]}' if small else ''}"
         with tempfile.TemporaryDirectory() as place:
             runs[name] = in_own_process(
@@ -95,7 +96,7 @@ def compare(data: str, photos: int, srnet: str, detector: str, rounds: int) -> d
 
 def main(
     data: str,
-    photos: int = 1000,
+    photos: int = 10_000,
     srnet: str = "edsr16_64_id",
     detector: str = "mtcnn",
     rounds: int = 5,

@@ -6,9 +6,10 @@ import re
 import subprocess
 import sys
 
+import cv2
 import pytest
 import torch
-from conftest import ROOT
+from conftest import HANGS, ROOT
 from minilfw import mini_lfw, photo_folder
 
 from idloss import create_srnet
@@ -60,7 +61,8 @@ def test_both_ways_of_evaluating_agree(script, tmp_path):
     shown = module.show([released, ours, single])
     assert shown.count("|\n") == 5
     apart = float(re.search(r"differ by (\S+) at most", shown)[1])
-    assert apart <= 3e-3  # OpenCV's warp places pixels to 1/32; 0.0027 with torch 2.8
+    # OpenCV 4's warp places pixels to 1/32 (0.0027 apart), OpenCV 5's does not (0.0004)
+    assert apart <= (3e-3 if cv2.__version__ < "5" else 1e-3)
 
 
 def test_evaluation_needs_pairs(script, tmp_path):
@@ -118,9 +120,9 @@ def test_photos_from_file_to_face(script, tmp_path, monkeypatch):
     runs = module.compare(
         str(mini_lfw(tmp_path, people=4, photos=3)), 10, "bicubic", "everywhere", 1
     )
-    assert list(runs) == ["12 megapixels", "1 photos", "10 photos", "10 photos of 48x48"]
-    assert [run.faces for run in runs.values()] == [1, 1, 10, 10]
-    assert [run.restored for run in runs.values()] == [0, 0, 0, 10]
+    assert list(runs) == ["12 megapixels", "1 photos", "10 photos", "1 photos of 48x48"]
+    assert [run.faces for run in runs.values()] == [1, 1, 10, 1]
+    assert [run.restored for run in runs.values()] == [0, 0, 0, 1]
     assert all(run.seconds > 0 and run.mebibytes > 50 for run in runs.values())
 
 
@@ -137,7 +139,7 @@ def test_loading_holds_little_more_than_the_file():
         [sys.executable, script],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=HANGS,
         check=True,
     )
     rows = re.findall(r"\| (model\.\w+, .*?) \| (\d+) \| ([\d.]+) \| [\d.]+ \|", done.stdout)
