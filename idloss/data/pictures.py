@@ -9,11 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from idloss.data.faces import MOST_PIXELS, decode_image, is_picture
+from idloss.data.faces import decode_image, is_picture
 from idloss.data.files import DataError, Fault, read_file
-
-MOST_BYTES = 8 * MOST_PIXELS
-"""Of a picture file: four channels of 16 bits, not compressed."""
 
 
 def find_pictures(
@@ -21,9 +18,8 @@ def find_pictures(
 ) -> Iterator[Path]:
     """The picture files meant by photos, folders and patterns, but those below a folder.
 
-    They come as they are found, in the file system's order, and no list of them is kept. A folder
-    is looked into once, however many ways lead to it. What is none, or cannot be listed, is added
-    to the faults.
+    They come as they are found, in the file system's order; a folder is looked into once, however
+    many ways lead to it. What is none, or cannot be listed, is added to the faults.
     """
     seen = set() if without is None or not without.is_dir() else {_identity(without)}
     for text in paths:
@@ -40,30 +36,17 @@ def find_pictures(
 
 
 def _below(top: str, seen: set[tuple[int, int]], faults: list[Fault]) -> Iterator[Path]:
-    """Pictures in a folder and those in it, depth first, without recursion: folders may be deep."""
-    folders = [top]
-    while folders:
-        folder = folders.pop()
-        try:
-            identity = _identity(folder)
-            if identity in seen:
-                continue
-            seen.add(identity)
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if _is_folder(entry):
-                        folders.append(entry.path)
-                    elif is_picture(entry.name):
-                        yield Path(entry.path)
-        except OSError as error:
-            faults.append(Fault(folder, f"cannot be listed ({error.strerror or error})"))
+    """Pictures in a folder and in those below it."""
 
+    def note(error: OSError) -> None:
+        faults.append(Fault(error.filename, f"cannot be listed ({error.strerror or error})"))
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # links in a circle: told when it is read
-        return False
+    for folder, inner, names in os.walk(top, onerror=note, followlinks=True):
+        if (identity := _identity(folder)) in seen:
+            inner.clear()
+            continue
+        seen.add(identity)
+        yield from (Path(folder, name) for name in names if is_picture(name))
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:
@@ -77,13 +60,8 @@ def read_photo(path: str | os.PathLike[str]) -> Tensor:
 
 
 def read_picture(path: str | os.PathLike[str]) -> bytes:
-    """What a picture file holds; a DataError where that cannot be a picture."""
+    """What a picture file holds; a DataError where it cannot be read."""
     place = Path(path)
-    try:
-        if place.exists() and not place.is_file():
-            raise DataError([Fault(str(path), "it is no regular file")])
-        if place.exists() and place.stat().st_size > MOST_BYTES:
-            raise DataError([Fault(str(path), f"larger than a picture can be ({MOST_BYTES:,} B)")])
-    except OSError as error:  # links in a circle
-        raise DataError([Fault(str(path), error.strerror or str(error))]) from error
+    if place.is_fifo():  # reading it would wait for ever
+        raise DataError([Fault(str(path), "it is no regular file")])
     return read_file(place)

@@ -31,8 +31,6 @@ Embeddings = NDArray[np.float32]
 
 ONCE = "once-"
 """Keys that begin with it hold for one run: nothing else could be told from what they stand for."""
-SHARD_BYTES = 256 * 2**20
-"""No shard of ours comes near this size; a larger file is not read into memory."""
 
 
 class EmbeddingCache:
@@ -129,8 +127,6 @@ def _write(folder: Path, content: bytes) -> None:
 
 def _read(path: Path, width: int | None) -> tuple[list[bytes], Embeddings]:
     """The faces and embeddings of a shard; it is looked at in full before it is believed."""
-    if (size := path.stat().st_size) > SHARD_BYTES:
-        raise ValueError(f"a shard of {size:,} bytes, more than the {SHARD_BYTES:,} expected")
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != path.stem:
         raise ValueError("its content is not what its name says")

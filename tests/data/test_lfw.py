@@ -14,7 +14,6 @@ from servers import Fault, FileServer
 
 from idloss.data import DataError, lfw
 from idloss.data.pairs import balanced_folds, lfw_name
-from idloss.weights import NotAsPromisedError
 from idloss.weights.files import Piece
 
 COUNTS = {"Ann_Li": 3, "Bo": 2, "Cy_de_la_Cruz": 1, "Dee": 2}
@@ -170,13 +169,6 @@ def test_only_what_is_missing_is_downloaded_and_into_a_folder(host, home):
     assert asked(host) == ["/pairs.txt"]
     with pytest.raises(NotADirectoryError, match=r"pairs\.txt is a file; .* into a folder"):
         lfw(home / "pairs.txt", download=True)
-
-
-def test_download_of_another_file_is_refused(host, tmp_path):
-    host.files["/pairs.txt"] += b"more"
-    with pytest.raises(NotAsPromisedError, match=r"pairs\.txt is not the pinned file"):
-        lfw(tmp_path / "new", download=True)
-    assert not (tmp_path / "new" / "pairs.txt").exists()
 
 
 def test_aligned_copies_in_png_fit_the_lists(home):

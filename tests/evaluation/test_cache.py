@@ -45,7 +45,6 @@ DAMAGES = {
     "other rows": lambda shard: put_rows(shard, np.zeros((2, 3), np.float32)),
     "no rows": lambda shard: put_rows(shard, np.zeros((), np.float32)),
     "not finite": lambda shard: put_rows(shard, np.full((2, 16), np.nan, np.float32)),
-    "grown": lambda shard: os.truncate(shard, 300 * 2**20),
 }
 
 
