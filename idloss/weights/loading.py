@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
@@ -160,16 +161,7 @@ def _look_up(name: str, cache_dir: CacheDir) -> tuple[str, Weights, Cache]:
 def describe(name: str, *, cache_dir: CacheDir = None) -> dict[str, Any]:
     """What is known of weights, for people: source, hash, licence, training data, size.
 
-    Args:
-        name: `arch.tag`, or `arch` for its default tag.
-        cache_dir: As in `fetch`.
-
-    Returns:
-        Readable values by readable key; `size` and `cached` are None for what is not here yet.
-        Nothing is downloaded.
-
-    Raises:
-        NotFoundError: If the name is not known.
+    Nothing is downloaded: `size` and `cached` are None for what is not here yet.
     """
     name, weights, cache = _look_up(name, cache_dir)
     key = weights.key(cache, name)
@@ -232,9 +224,16 @@ def fetch(name: str, *, cache_dir: CacheDir = None, force: bool = False) -> Path
                 return target
             with cache.scratch() as scratch:
                 checkpoint = weights.source.assemble(paths, scratch, name)
-                about = {"idloss.key": key, "source": weights.source.pieces[0].url}
-                about["source_hash"] = weights.source.fingerprint(cache, name)
-                _save_adapted(checkpoint, target, weights, name, about)
+                about = {
+                    "idloss.name": name,
+                    "idloss.key": key,
+                    "source": weights.source.pieces[0].url,
+                    "source_hash": weights.source.fingerprint(cache, name),
+                    "licence": weights.licence,
+                    "training_data": weights.training_data,
+                    "adapter": _adapter_name(weights),
+                }
+                save_tensors(_adapted(checkpoint, weights, name), target, about)
     return target
 
 
@@ -243,22 +242,13 @@ def _is_made(target: Path, key: str) -> bool:
     return (verified_metadata(target) or {}).get("idloss.key") == key
 
 
-def _save_adapted(
-    checkpoint: Path, target: Path, weights: Weights, name: str, about: Mapping[str, str]
-) -> None:
-    """Write what a checkpoint in the released layout holds in ours, with what is known of it."""
-    told = {"idloss.name": name, "licence": weights.licence}
-    told |= {"training_data": weights.training_data, "adapter": _adapter_name(weights)}
-    save_tensors(_adapted(checkpoint, weights, name), target, {**told, **about})
-
-
 def _adapter_name(weights: Weights) -> str:
     name = getattr(weights.adapter, "__name__", "of its own")
     return "none" if weights.adapter is None else f"{name}, version {weights.version}"
 
 
 def add(name: str, *paths: str | os.PathLike[str], cache_dir: CacheDir = None) -> Path:
-    """Bring files that you downloaded by hand: they are verified, kept, and converted.
+    """Bring files downloaded by hand: they are verified, kept, and converted as `fetch` does it.
 
     Args:
         name: `arch.tag`, or `arch` for its default tag.
@@ -266,13 +256,9 @@ def add(name: str, *paths: str | os.PathLike[str], cache_dir: CacheDir = None) -
             left out are downloaded.
         cache_dir: As in `fetch`.
 
-    Returns:
-        A safetensors file in the model's own layout, which `fetch` returns from now on.
-
     Raises:
         NotAsPromisedError: If a file is none of those that are pinned, or has another layout;
             nothing is kept then.
-        WeightsError: As in `fetch`.
     """
     name, weights, cache = _look_up(name, cache_dir)
     matched = []
@@ -292,36 +278,23 @@ def add(name: str, *paths: str | os.PathLike[str], cache_dir: CacheDir = None) -
     return fetch(name, cache_dir=cache_dir)
 
 
-def convert(name: str, path: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
-    """Convert your own checkpoint in the released layout of a model, such as one you retrained.
-
-    `target`, which is given back, is for `create_fnet(arch, pretrained=True,
-    pretrained_cfg_overlay={"file": target})`, which checks that it has every tensor.
-
-    Args:
-        name: Weights whose layout the checkpoint has, `arch.tag` or `arch`.
-        path: The checkpoint; no hash is asked of it, and no code in it is run.
-        target: The safetensors file to write.
-    """
-    name, weights, _ = _look_up(name, None)
-    _save_adapted(Path(path), Path(target), weights, name, {"source": str(path)})
-    return Path(target)
-
-
 def _adapted(checkpoint: Path, weights: Weights, name: str) -> StateDict:
     """What a checkpoint in the released layout holds, in ours."""
-    released = load_checkpoint(checkpoint, name)
-    if weights.adapter is None:
-        return released
     try:
-        adapted = dict(weights.adapter(without_prefixes(released, name)))
-        cfg = get_pretrained_cfg(name) if weights.channel_order == "bgr" else None
-        return reverse_input(adapted, str(cfg.first_conv)) if cfg else adapted
+        return _in_our_layout(load_checkpoint(checkpoint, name), weights, name)
     except (KeyError, ValueError) as error:
         reason = error.args[0] if error.args else error
         raise NotAsPromisedError(
             f"{name}: {checkpoint.name} does not have the layout it was released with: {reason}"
         ) from error
+
+
+def _in_our_layout(released: StateDict, weights: Weights, name: str) -> StateDict:
+    if weights.adapter is None:
+        return released
+    adapted = dict(weights.adapter(without_prefixes(released, name)))
+    cfg = get_pretrained_cfg(name) if weights.channel_order == "bgr" else None
+    return reverse_input(adapted, str(cfg.first_conv)) if cfg else adapted
 
 
 def load_own(
@@ -463,7 +436,7 @@ def build_model(
     """Build a model as timm's `build_model_with_cfg` does, from verified weights.
 
     Weights that the caller names in `pretrained_cfg`, `hf-hub:` or `local-dir:` have the model's
-    own layout (`idloss.weights.convert` makes it).
+    own layout, or that in which the weights of its name were released.
 
     Args:
         model_cls: The model's class.
@@ -560,6 +533,9 @@ def _fitting(
     # timm's own comparison is not strict where num_classes differs
     own = model.state_dict().keys()
     state_dict = without_prefixes(tensors, name, own)
+    if not own <= state_dict.keys() and name in _registered:
+        with suppress(KeyError, ValueError):  # of another layout
+            state_dict = dict(_in_our_layout(tensors, _registered[name], name))
     fit = getattr(model, "fit_weights", None)
     if fit is not None:
         state_dict = fit(state_dict)
@@ -572,7 +548,7 @@ def _fitting(
         raise NotAsPromisedError(
             f"{name}: the weights do not fit the model; missing: {some_of(sorted(wrong & own))}; "
             f"unexpected: {some_of(sorted(wrong - own))}. Other keys go through "
-            f"create_fnet(checkpoint=, keys=) or idloss.weights.convert({name!r}, path, target)"
+            "create_fnet(checkpoint=, keys=)"
         )
     return state_dict
 

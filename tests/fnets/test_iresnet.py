@@ -5,7 +5,7 @@ import timm
 import torch
 from released import conv, norm, overhead, random_weights, run, shapes
 
-from idloss import create_fnet, weights
+from idloss import create_fnet
 from idloss.fnets.arcface_resnet import arcface_resnet_gfpgan
 from idloss.fnets.ir_se import ir_released, ir_se_released
 from idloss.fnets.iresnet import DEPTHS, iresnet_insightface
@@ -160,11 +160,12 @@ def test_adafaces_own_files_take_bgr(tmp_path, tag, prefix):
     torch.save({"epoch": 3, "state_dict": file}, path)
     small = {"img_size": (32, 32), "widths": SMALL}
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    converted = weights.convert(f"ir18.{tag}", path, tmp_path / "ours.safetensors")
+    own = {"checkpoint": path, "channel_order": "bgr" if bgr else "rgb"}
+    overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
     with torch.no_grad():
         expected = run(steps, released, x.flip(1) if bgr else x)
-        for own, said in ((path, "bgr" if bgr else "rgb"), (converted, None)):
-            model = create_fnet("ir18", checkpoint=own, channel_order=said, **small).eval()
+        for name, options in (("ir18", own), (f"ir18.{tag}", overlay)):
+            model = create_fnet(name, **options, **small).eval()
             assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"takes RGB or BGR.* Say which, channel_order="):
         create_fnet("ir18", checkpoint=path, **small)

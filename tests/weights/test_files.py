@@ -440,13 +440,3 @@ class TestReading:
         assert after != before
         assert_tiny(after)
         assert len(server.gets(url_path)) == 1
-
-    def test_convert_own_checkpoint(self, home, register, tmp_path):
-        own = tmp_path / "retrained.pth"
-        own.write_bytes(saved({**state_dict("net."), "net.fc.bias": torch.zeros(5)}))
-        target = tmp_path / "ours" / "model.safetensors"
-        assert weights.convert(NAME, own, target) == target
-        overlay = {"file": str(target)}
-        model = timm.create_model("idloss_tiny", pretrained=True, pretrained_cfg_overlay=overlay)
-        assert not model.fc.bias.any()
-        assert not home.exists()

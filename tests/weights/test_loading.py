@@ -86,11 +86,12 @@ class TestBuildModel:
                 pretrained_cfg_overlay={"state_dict": spoiled},
             )
 
-    def test_released_layout_in_an_overlay_says_what_to_do(self, home, tmp_path):
-        path = tmp_path / "released.pth"
-        path.write_bytes(RELEASED)
-        with pytest.raises(weights.NotAsPromisedError, match=r"weights\.convert\('idloss_tiny\.a'"):
-            timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+    def test_an_overlay_may_have_the_released_layout(self, home, tmp_path):
+        path = tmp_path / "retrained.pth"
+        path.write_bytes(saved({**state_dict("net."), "net.fc.bias": torch.zeros(5)}))
+        model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+        assert not model.fc.bias.any()
+        assert not home.exists()
 
     def test_overlay_of_the_hub(self, hub, home, monkeypatch):
         """Read as any other checkpoint: out of its entry, its prefix off, safetensors first."""
