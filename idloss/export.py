@@ -30,18 +30,11 @@ _CALIBRATION = 8  # faces at a time; they are held in memory, layer by layer
 
 @dataclass(frozen=True)
 class Export:
-    """What was written, and how far its outputs are from torch's.
-
-    Args:
-        path: The file.
-        inputs: Shape of what it takes; names stand for any number.
-        error: Largest deviation from torch in fp32, absolute up to 1, then relative to the largest
-            output.
-    """
+    """What was written, and how far its outputs are from torch's."""
 
     path: Path
-    inputs: tuple[int | str, ...]
-    error: float
+    inputs: tuple[int | str, ...]  # shape of what it takes; names stand for any number
+    error: float  # the largest, absolute up to 1, then relative to the largest output
 
 
 def export(

@@ -72,9 +72,6 @@ def register_fnet(
         crop: Template of the aligned crops that the model takes, such as `"sphereface"`; `None` if
             crops of any geometry are stretched to its input.
 
-    Returns:
-        The entry point, or a decorator when only `crop` is given.
-
     Raises:
         ValueError: If no template is called `crop`, or another model has the name.
     """
@@ -97,9 +94,6 @@ def register_srnet(
             `[B, 3, scale * H, scale * W]`.
         crop: Template of the crops that it makes: `"sphereface"` (112x96), `"arcface"` (112x112)
             for recognisers of today, `"ffhq"` for restorers of 512x512, ...
-
-    Returns:
-        The entry point, or a decorator when only `crop` is given.
     """
     return _registered(fn, srnet_crops, checked_crop(crop))
 

@@ -25,19 +25,12 @@ Remainder = Literal["first", "spread"]
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Pairs of faces to verify.
+    """Pairs of faces to verify, `[P]` each."""
 
-    Attributes:
-        first: Positions of the first faces, int64 `[P]`.
-        second: Positions of the second faces, int64 `[P]`.
-        same: Whether both show one person, bool `[P]`.
-        fold: The cross-validation fold of each pair, int64 `[P]`, from 0.
-    """
-
-    first: Tensor
-    second: Tensor
-    same: Tensor
-    fold: Tensor
+    first: Tensor  # positions of the first faces, int64
+    second: Tensor  # and of the second
+    same: Tensor  # whether both show one person, bool
+    fold: Tensor  # of cross-validation, int64, from 0
 
     def __len__(self) -> int:
         return len(self.same)
@@ -49,22 +42,16 @@ class Pairs:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationSet:
-    """Faces to evaluate on, with what to compare.
+    """Faces to evaluate on, with what to compare: pairs, or a gallery of its own and probe sets.
 
-    Attributes:
-        name: What the set is called in tables.
-        faces: All its faces.
-        pairs: The pairs to verify, where it has some.
-        gallery: Positions of the enrolled faces, int64, where it has a fixed gallery.
-        probes: Positions of the faces to identify, by the name of the probe set. A probe whose
-            label is -1 is of nobody in the gallery.
+    A probe whose label is -1 is of nobody in the gallery.
     """
 
-    name: str
-    faces: Faces
+    name: str  # in tables
+    faces: Faces  # all of them
     pairs: Pairs | None = None
-    gallery: Tensor | None = None
-    probes: Mapping[str, Tensor] = field(default_factory=dict)
+    gallery: Tensor | None = None  # positions of the enrolled faces, int64
+    probes: Mapping[str, Tensor] = field(default_factory=dict)  # positions by probe set
 
 
 @dataclass

@@ -105,17 +105,13 @@ def write_calibration(results: Results, folder: str | Path) -> list[Path]:
 class Odds:
     """How often a similarity is reached, as it was measured.
 
-    Attributes:
-        fmr: Share of pairs of strangers that reach it (false-match rate).
-        tmr: Share of pairs of one person that do.
-        size: Rows and columns of the probes that were measured.
-        about: What was measured: `data`, `protocol`, `probe` (`"both"` faces of that size, or the
-            `"second"`), and how many pairs, `strangers` and `mates`.
+    `about` tells what was measured: `data`, `protocol`, `probe` (`"both"` faces of that size, or
+    the `"second"`), and how many pairs, `strangers` and `mates`.
     """
 
-    fmr: float
-    tmr: float
-    size: tuple[int, int]
+    fmr: float  # share of pairs of strangers that reach it (false-match rate)
+    tmr: float  # share of pairs of one person that do
+    size: tuple[int, int]  # rows and columns of the probes
     about: Mapping[str, str]
 
     def __str__(self) -> str:
