@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -41,7 +39,6 @@ from idloss.weights.files import (
     WeightsError,
     checkpoint_in,
     load_checkpoint,
-    no_larger_than,
     without_prefixes,
 )
 from idloss.weights.loading import ChannelOrder, Keys, load_own
@@ -53,8 +50,6 @@ from idloss.weights.sources import (
     zoo_folder,
     zoo_models,
 )
-
-logger = logging.getLogger(__name__)
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 _SPANDREL = "spandrel:"  # a file follows, without which nothing can be built
@@ -312,32 +307,21 @@ def _open_published(
     name: str, kind: str, pretrained: bool, kwargs: dict[str, Any]
 ) -> tuple[nn.Module, Mapping[str, Any]]:
     """Build what a folder or a Hub repository holds; the model, and what idloss tells of it."""
-    config = published_config(name, kwargs.get("cache_dir")) or {}
+    cache_dir = kwargs.get("cache_dir")
+    config = published_config(name, cache_dir) or {}
     arch, told = config["architecture"], config["idloss"] | {"architecture": config["architecture"]}
     source, _, place = name.partition(":")
     _check_kind(name, kind, arch, told)
     path = None
-    if source == "local-dir":
-        with nullcontext() if pretrained else suppress(NotFoundError):
-            path = checkpoint_in(Path(place))
-    elif pretrained:
-        path = hub_file(name, place, None, kwargs.get("cache_dir"))
-    size = None if path is None else path.stat().st_size
-    try:  # without memory first: what it asks for is a stranger's number
-        with no_larger_than(size), torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            _timm_create(name, False, kwargs)
-    except WeightsError:
-        raise
-    except Exception:  # some need numbers while they are built; what else is wrong is told below
-        logger.debug("%s cannot be tried without memory", name, exc_info=True)
-    with no_larger_than(size):
-        if path is None or not pretrained or arch in fnet_crops or arch in srnet_crops:
-            return _timm_create(name, pretrained, kwargs), told
-        # timm reads fewer kinds of checkpoints
-        tensors = without_prefixes(load_checkpoint(path, name), name)
-        overlay = {"state_dict": tensors, "source": "", **kwargs.get("pretrained_cfg_overlay", {})}
-        model = _timm_create(name, True, {**kwargs, "pretrained_cfg_overlay": overlay})
+    if pretrained:
+        local = source == "local-dir"
+        path = checkpoint_in(Path(place)) if local else hub_file(name, place, None, cache_dir)
+    if path is None or arch in fnet_crops or arch in srnet_crops:
+        return _timm_create(name, pretrained, kwargs), told
+    # timm reads fewer kinds of checkpoints
+    tensors = without_prefixes(load_checkpoint(path, name), name)
+    overlay = {"state_dict": tensors, "source": "", **kwargs.get("pretrained_cfg_overlay", {})}
+    model = _timm_create(name, True, {**kwargs, "pretrained_cfg_overlay": overlay})
     model.pretrained_cfg = {**cfg_of(model), "source": source}  # type: ignore[assignment]
     cfg_of(model).pop("state_dict")
     return model, told
