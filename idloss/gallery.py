@@ -198,10 +198,7 @@ class Gallery:
         self._index.commit()
 
     def _number(self, path: Path) -> int | None:
-        found: int | None = self._one(
-            "SELECT id FROM photos WHERE path = ?", os.fsencode(path.absolute())
-        )
-        return found
+        return self._one("SELECT id FROM photos WHERE path = ?", os.fsencode(path.absolute()))
 
     def _forget(self, photo: int | None) -> None:
         self._index.execute("DELETE FROM faces WHERE photo = ?", (photo,))

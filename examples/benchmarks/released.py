@@ -20,8 +20,7 @@ def read_aligned(faces: FileFaces, index: int, template: Template) -> NDArray[np
     photo = cv2.imdecode(data, cv2.IMREAD_COLOR)
     matrix = fit_similarity(faces.landmarks[index : index + 1], template)[0].numpy()
     rows, columns = template.size
-    face: NDArray[np.uint8] = cv2.warpAffine(photo, matrix, (columns, rows), flags=cv2.INTER_CUBIC)
-    return face
+    return cv2.warpAffine(photo, matrix, (columns, rows), flags=cv2.INTER_CUBIC)
 
 
 def to_tensor(bgr: NDArray[np.uint8]) -> Tensor:

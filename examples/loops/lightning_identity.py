@@ -26,8 +26,7 @@ class FaceSR(lightning.LightningModule):
         sr = self.srnet(lr)
         image, identity = F.l1_loss(sr, hr), self.identity(sr, hr)
         self.log_dict({"image": image, "identity": identity})
-        total: Tensor = image + self.weight * identity
-        return total
+        return image + self.weight * identity
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """All parameters, which are the SRNet's."""

@@ -47,8 +47,7 @@ class SmallFNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised RGB `[B, 3, 112, 112]` to embeddings `[B, num_features]`."""
-        embeddings: Tensor = self.embedding(self.convs(x).flatten(1))
-        return embeddings
+        return self.embedding(self.convs(x).flatten(1))
 
 
 class ESPCN(nn.Module):
@@ -83,8 +82,7 @@ def facekit_espcn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 def chord(a: Tensor, b: Tensor) -> Tensor:
     """Length of the chord between two embeddings on the unit sphere, in [0, 2]."""
-    length: Tensor = (F.normalize(a, dim=1) - F.normalize(b, dim=1)).norm(dim=1)
-    return length
+    return (F.normalize(a, dim=1) - F.normalize(b, dim=1)).norm(dim=1)
 
 
 register_distance("facekit_chord", chord)

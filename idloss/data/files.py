@@ -197,8 +197,7 @@ class MemoryFiles(_Members):
 
     def read(self, name: str) -> bytes:
         """The bytes of one file."""
-        content: bytes = self._found(name)
-        return content
+        return self._found(name)
 
 
 class TarFiles(_Members):

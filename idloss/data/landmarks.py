@@ -171,8 +171,7 @@ def warn_of_unaligned(faces: Faces, where: str) -> None:
 
 
 def _sample(faces: Faces) -> Tensor:
-    places: Tensor = torch.linspace(0, len(faces) - 1, min(SAMPLE, len(faces))).long().unique()
-    return places
+    return torch.linspace(0, len(faces) - 1, min(SAMPLE, len(faces))).long().unique()
 
 
 def _check_order(faces: FileFaces, points: Tensor, where: str) -> None:

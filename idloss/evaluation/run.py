@@ -382,5 +382,4 @@ class _Run:
 
 
 def _without(places: Tensor, lost: Tensor) -> NDArray[np.int64]:
-    kept: NDArray[np.int64] = places[~torch.isin(places, lost)].numpy()
-    return kept
+    return places[~torch.isin(places, lost)].numpy()

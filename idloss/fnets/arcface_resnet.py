@@ -56,13 +56,11 @@ class ArcFaceResNet(FNet):
         if self.in_chans == 3:
             # gray_resize_for_identity of gfpgan_model.py
             x = 0.2989 * x[:, 0:1] + 0.5870 * x[:, 1:2] + 0.1140 * x[:, 2:3]
-        features: Tensor = self.norm(self.blocks(self.pool(self.stem(x))))
-        return features
+        return self.norm(self.blocks(self.pool(self.stem(x))))
 
     def forward_embedding(self, x: Tensor) -> Tensor:
         """Feature map `[B, 512, 8, 8]` to embeddings `[B, 512]`, flattened channel first."""
-        embedding: Tensor = self.embedding_norm(self.embedding(self.drop(x).flatten(1)))
-        return embedding
+        return self.embedding_norm(self.embedding(self.drop(x).flatten(1)))
 
 
 class _Block(nn.Module):
@@ -80,8 +78,7 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         residual = self.norm2(self.conv2(self.act(self.norm1(self.conv1(self.norm0(x))))))
-        out: Tensor = self.act(self.shortcut(x) + residual)
-        return out
+        return self.act(self.shortcut(x) + residual)
 
 
 _TOP = {"stem.conv": "conv1", "stem.norm": "bn1", "stem.act": "prelu"}

@@ -75,13 +75,11 @@ class IResNet(FNet):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised RGB `[B, 3, 112, 112]` to the last feature map `[B, 512, 7, 7]`."""
-        features: Tensor = self.norm(self.blocks(self.stem(x)))
-        return features
+        return self.norm(self.blocks(self.stem(x)))
 
     def forward_embedding(self, x: Tensor) -> Tensor:
         """Feature map `[B, 512, 7, 7]` to embeddings `[B, 512]`, flattened channel first."""
-        embedding: Tensor = self.embedding_norm(self.embedding(self.drop(x).flatten(1)))
-        return embedding
+        return self.embedding_norm(self.embedding(self.drop(x).flatten(1)))
 
 
 def conv_stem(in_channels: int, width: int, slopes: int | None = None) -> nn.Sequential:
@@ -129,8 +127,7 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         residual = self.act(self.norm2(self.conv1(self.norm1(x))))
         residual = self.se(self.norm3(self.conv2(residual)))
-        out: Tensor = self.shortcut(x) + residual
-        return out
+        return self.shortcut(x) + residual
 
 
 _TOP = {"stem.conv": "conv1", "stem.norm": "bn1", "stem.act": "prelu"}

@@ -93,14 +93,12 @@ class MobileFaceNet(FNet):
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised RGB `[B, 3, 112, 112]` to the last feature map `[B, 512, 7, 7]`."""
         x = self.stem_pointwise(self.stem_depthwise(self.stem(x)))
-        features: Tensor = self.expand(self.blocks(x))
-        return features
+        return self.expand(self.blocks(x))
 
     def forward_embedding(self, x: Tensor) -> Tensor:
         """Feature map `[B, 512, 7, 7]` to embeddings `[B, 128]`."""
         x = self.global_depthwise(x).flatten(1)
-        embedding: Tensor = self.embedding_norm(self.embedding(x))
-        return embedding
+        return self.embedding_norm(self.embedding(x))
 
 
 class _ConvNormAct(nn.Module):
@@ -122,8 +120,7 @@ class _ConvNormAct(nn.Module):
         self.act = act(out_channels) if act is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.act(self.bn(self.conv(x)))
-        return out
+        return self.act(self.bn(self.conv(x)))
 
 
 class _Bottleneck(nn.Module):

@@ -55,13 +55,11 @@ class SphereFace(FNet):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised RGB `[B, 3, 112, 96]` to the last feature map `[B, 512, 7, 6]`."""
-        features: Tensor = self.stages(x)
-        return features
+        return self.stages(x)
 
     def forward_embedding(self, x: Tensor) -> Tensor:
         """Feature map `[B, 512, 7, 6]` to FC1, flattened channel first: `[B, 512]`."""
-        embedding: Tensor = self.embedding(x.flatten(1))
-        return embedding
+        return self.embedding(x.flatten(1))
 
 
 class _Stage(nn.Module):
@@ -74,8 +72,7 @@ class _Stage(nn.Module):
         self.blocks = nn.Sequential(*(_Unit(width) for _ in range(depth)))
 
     def forward(self, x: Tensor) -> Tensor:
-        features: Tensor = self.blocks(self.act(self.conv(x)))
-        return features
+        return self.blocks(self.act(self.conv(x)))
 
 
 class _Unit(nn.Module):

@@ -41,13 +41,11 @@ class TimmFace(FNet):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised RGB `[B, 3, 112, 112]` to `[B, C, h, w]`, or a ViT's `[B, tokens, C]`."""
-        features: Tensor = self.trunk.forward_features(x)
-        return features
+        return self.trunk.forward_features(x)
 
     def forward_embedding(self, x: Tensor) -> Tensor:
         """Map or tokens to embeddings `[B, 512]`."""
-        embedding: Tensor = self.embedding(self.trunk.forward_head(x, pre_logits=True))
-        return embedding
+        return self.embedding(self.trunk.forward_head(x, pre_logits=True))
 
 
 def timm_face(state_dict: StateDict) -> dict[str, Tensor]:

@@ -445,7 +445,7 @@ class CsvTracker(GeneralTracker):
 
 def create_optimizer(parameters: Iterable[nn.Parameter], options: RunOptions) -> Optimizer:
     """The optimizer by name, its update fused into one kernel; SGD has Nesterov's momentum."""
-    optimizer: Optimizer = create_optimizer_v2(
+    return create_optimizer_v2(
         list(parameters),
         options.optimizer,
         lr=options.learning_rate,
@@ -453,7 +453,6 @@ def create_optimizer(parameters: Iterable[nn.Parameter], options: RunOptions) ->
         momentum=0.9,
         fused=True,
     )
-    return optimizer
 
 
 def create_schedule(optimizer: Optimizer, options: RunOptions) -> Scheduler:
@@ -511,7 +510,6 @@ def _sent_to_host(row: Tensor) -> Callable[[], list[float]]:
 
     def read() -> list[float]:
         arrived.synchronize()
-        values: list[float] = host.tolist()
-        return values
+        return host.tolist()
 
     return read

@@ -122,10 +122,9 @@ def register_weights(entries: Mapping[str, Weights], **shared: Any) -> dict[str,
         known = _registered.setdefault(name, weights)
         if (known.source, known.version) != (weights.source, weights.version):
             raise ValueError(f"weights {name!r} are registered already, from another source")
-    default_cfgs: dict[str, Any] = generate_default_cfgs(
+    return generate_default_cfgs(
         {name: weights.pretrained_cfg(**shared) for name, weights in entries.items()}
     )
-    return default_cfgs
 
 
 def get_weights(name: str) -> Weights:
@@ -474,8 +473,7 @@ def build_model(
             _load(fitting, model, name, told, arguments.get("in_chans", 3))
         return model
 
-    built: _Model = build_model_with_cfg(build, variant, False, pretrained_cfg=told, **kwargs)
-    return built
+    return build_model_with_cfg(build, variant, False, pretrained_cfg=told, **kwargs)
 
 
 def _is_ours(cfg: PretrainedCfg, name: str) -> bool:
