@@ -9,6 +9,8 @@ from nets import faces, tiny_fnet
 
 from idloss import FaceEncoder, IdentitySimilarity, identity_similarity
 from idloss.geometry import convert_crop
+from idloss.metrics import grid_ratio
+from idloss.resample import resize
 
 
 def sets(batch=5, size=(28, 24)):
@@ -108,3 +110,22 @@ def test_ffhq_crops_are_to_an_fnet_what_aligned_photos_are(shared):
     face = large[:2].requires_grad_()
     wide(face).square().sum().backward()
     assert (face.grad[..., 170:420, 160:350] != 0).all()
+
+
+@pytest.mark.parametrize("period", [2, 4])
+@pytest.mark.parametrize("value_range", [(0, 1), (0, 255)])
+def test_grid_of_an_up_sampler_stands_out(period, value_range):
+    smooth = resize(torch.rand(32, 3, 7, 6, generator=torch.Generator().manual_seed(0)), (28, 24))
+    noise = 0.02 * torch.randn(smooth.shape, generator=torch.Generator().manual_seed(1))
+    pattern = torch.zeros(28, 24)
+    pattern[::period, ::period] = 0.1
+    low, high = value_range
+    clean, grid = (low + (high - low) * x for x in (smooth + noise, smooth + noise + pattern))
+    assert grid_ratio(clean, period) < 2
+    assert grid_ratio(grid, period) > 10
+    assert grid_ratio(grid.roll((1, 1), (-2, -1)), period) > 10  # wherever it begins
+
+
+def test_grid_needs_whole_periods():
+    with pytest.raises(ValueError, match="30x24 images have no grid of 4 pixels"):
+        grid_ratio(torch.rand(1, 3, 30, 24))
