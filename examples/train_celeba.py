@@ -29,12 +29,11 @@ from torch import nn
 
 from idloss import FaceEncoder, HallucinationLoss, create_fnet, create_srnet
 from idloss.data import (
-    AlignedFaces,
     EvaluationSet,
     Exclusion,
-    Pairs,
     align_all,
     draw_faces,
+    draw_pairs,
     lfw,
     open_faces,
     prepare,
@@ -104,23 +103,11 @@ def quick_start(options: argparse.Namespace) -> None:
             criterion=HallucinationLoss(fnet, weight=weight),
             resume=True,
         )
-    test = EvaluationSet("people not trained on", unseen, random_pairs(unseen, 1200, options.seed))
+    test = EvaluationSet(
+        "people not trained on", unseen, draw_pairs(unseen, 1200, seed=options.seed)
+    )
     report(test, {"small": fnet}, trained, options.out)
     console.print(f"{time.perf_counter() - start:.0f} s on {torch.get_num_threads()} CPU threads")
-
-
-def random_pairs(faces: AlignedFaces, count: int, seed: int) -> Pairs:
-    """As many pairs of one person as of two, in ten folds, each half and half."""
-    if faces.labels is None:
-        raise SystemExit("pairs need identities")
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(faces), (2, 100 * count), generator=generator)
-    drawn = drawn[:, drawn[0] != drawn[1]]
-    equal = faces.labels[drawn[0]] == faces.labels[drawn[1]]
-    both = torch.stack((drawn[:, equal][:, : count // 2], drawn[:, ~equal][:, : count // 2]))
-    first, second = both.permute(1, 2, 0).reshape(2, -1)
-    fold = torch.arange(count) * 10 // count
-    return Pairs(first, second, faces.labels[first] == faces.labels[second], fold)
 
 
 def report(

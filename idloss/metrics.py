@@ -148,7 +148,8 @@ def grid_ratio(images: Tensor, period: int = 4) -> float:
     window = [torch.hann_window(side, device=grey.device) for side in (rows, columns)]
     grey = (grey - grey.mean(dim=(1, 2), keepdim=True)) * torch.outer(*window)
     power = torch.fft.fft2(grey).abs().square().mean(dim=0)
-    on, beside = [], []
+    on: list[float] = []
+    beside: list[float] = []
     for place in range(1, period * period):
         row, column = (place // period) * rows // period, (place % period) * columns // period
         around = power.roll((3 - row, 3 - column), (0, 1))[:7, :7].clone()

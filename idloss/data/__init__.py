@@ -7,7 +7,7 @@ from idloss.data.folder import folder_faces
 from idloss.data.layouts import EVALUATIONS, open_evaluation, open_faces
 from idloss.data.lfw import lfw
 from idloss.data.overlap import Exclusion, Match
-from idloss.data.pairs import EvaluationSet, Pairs
+from idloss.data.pairs import EvaluationSet, Pairs, draw_pairs
 from idloss.data.preparation import prepare
 from idloss.data.prepared import PreparedFaces, Report, open_prepared
 from idloss.data.synthetic import draw_faces
@@ -28,6 +28,7 @@ __all__ = [
     "align_all",
     "celeba_faces",
     "draw_faces",
+    "draw_pairs",
     "folder_faces",
     "lfw",
     "open_evaluation",

@@ -143,6 +143,26 @@ def index_of(names: Sequence[str]) -> dict[str, int]:
     return {name: position for position, name in enumerate(names)}
 
 
+def draw_pairs(faces: Faces, count: int, *, seed: int = 0) -> Pairs:
+    """Draw pairs to verify from labelled faces, half of one person and half of two, in ten folds.
+
+    Every pair there is can be drawn, none twice: for some thousand faces, not for a million.
+    """
+    if faces.labels is None:
+        raise ValueError("pairs of one person and of two need faces with identities")
+    first, second = torch.combinations(torch.arange(len(faces))).T
+    known = (faces.labels >= 0)[first] & (faces.labels >= 0)[second]
+    alike = faces.labels[first] == faces.labels[second]
+    generator, kinds = torch.Generator().manual_seed(seed), []
+    for kind in (alike & known, ~alike & known):
+        places = kind.nonzero().flatten()
+        if len(places) < count // 2:
+            raise ValueError(f"{count} pairs need {count // 2} of each kind; one has {len(places)}")
+        kinds.append(places[torch.randperm(len(places), generator=generator)[: count // 2]])
+    drawn = torch.stack(kinds, dim=1).flatten()
+    return Pairs(first[drawn], second[drawn], alike[drawn], contiguous_folds(len(drawn)))
+
+
 def contiguous_folds(count: int, folds: int = FOLDS, remainder: Remainder = "first") -> Tensor:
     """Cut a list of `count` pairs, in its order, into folds: int64 `[count]`, rising from 0."""
     # the first folds are a pair longer in scikit-learn and insightface; "spread": the paper's code

@@ -12,7 +12,7 @@ from data.test_faces import HEADER, NUMBERS, write
 from data.test_files import jpeg
 from sklearn.model_selection import KFold
 
-from idloss.data import DataError, open_evaluation
+from idloss.data import DataError, draw_faces, draw_pairs, open_evaluation
 from idloss.data.insightface import insightface_bin
 from idloss.data.pairs import balanced_folds, contiguous_folds, pairs_csv
 
@@ -242,3 +242,18 @@ def test_balanced_folds_hold_both_kinds_whatever_their_order():
     assert folds[~same].bincount().tolist() == [3, 3, 3]
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
     assert balanced_folds(same[order], 3)[same[order]].bincount().tolist() == [3, 2, 2]
+
+
+def test_drawn_pairs_are_of_people_known_half_and_half_and_none_twice():
+    faces = draw_faces(12, 5)
+    faces.labels[:7] = -1
+    pairs = draw_pairs(faces, 60, seed=3)
+    assert pairs.same.sum() == 30
+    assert (faces.labels[pairs.first] == faces.labels[pairs.second]).equal(pairs.same)
+    assert (pairs.first < pairs.second).all()  # nobody with himself
+    assert min(faces.labels[pairs.first].min(), faces.labels[pairs.second].min()) == 1
+    assert len(set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))) == 60
+    assert all(pairs.same[pairs.fold == fold].sum() == 3 for fold in range(10))
+    assert not pairs.first.equal(draw_pairs(faces, 60, seed=4).first)
+    with pytest.raises(ValueError, match="need 500 of each kind; one has"):
+        draw_pairs(faces, 1000)
