@@ -28,8 +28,10 @@ def test_each_variant_is_trained_judged_and_taken_up_again(example, photos, shar
     judge = f"local-dir:{shared('weights/edgeface_xxs')}"
     study = {
         "recipe": "paper_edsr16_64_id",
-        "fields": [f"fnet={judge}", "iterations=2", "batch_size=4", "trackers=[]", "device=cpu"]
-        + ["srnet_options={depth: 1, width: 8}"],
+        "fields": [
+            *(f"fnet={judge}", "iterations=2", "batch_size=4", "trackers=[]", "device=cpu"),
+            "srnet_options={depth: 1, width: 8}",
+        ],
         "sizes": ["7x6"],
         "judges": {"edgeface": judge},
         "variants": {"without": ["identity_weight=0"], "with": ["identity_weight=0.5"]},
