@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -39,6 +41,7 @@ from idloss.weights.files import (
     WeightsError,
     checkpoint_in,
     load_checkpoint,
+    no_larger_than,
     without_prefixes,
 )
 from idloss.weights.loading import ChannelOrder, Keys, load_own
@@ -50,6 +53,8 @@ from idloss.weights.sources import (
     zoo_folder,
     zoo_models,
 )
+
+logger = logging.getLogger(__name__)
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 _SPANDREL = "spandrel:"  # a file follows, without which nothing can be built
@@ -303,21 +308,32 @@ def _open_published(
     name: str, kind: str, pretrained: bool, kwargs: dict[str, Any]
 ) -> tuple[nn.Module, Mapping[str, Any]]:
     """Build what a folder or a Hub repository holds; the model, and what idloss tells of it."""
-    cache_dir = kwargs.get("cache_dir")
-    config = published_config(name, cache_dir) or {}
+    config = published_config(name, kwargs.get("cache_dir")) or {}
     arch, told = config["architecture"], config["idloss"] | {"architecture": config["architecture"]}
     source, _, place = name.partition(":")
     _check_kind(name, kind, arch, told)
     path = None
-    if pretrained:
-        local = source == "local-dir"
-        path = checkpoint_in(Path(place)) if local else hub_file(name, place, None, cache_dir)
-    if path is None or arch in fnet_crops or arch in srnet_crops:
-        return timm.create_model(name, pretrained=pretrained, **kwargs), told
-    # timm reads fewer kinds of checkpoints
-    tensors = without_prefixes(load_checkpoint(path, name), name)
-    overlay = {"state_dict": tensors, "source": "", **kwargs.get("pretrained_cfg_overlay", {})}
-    model = timm.create_model(name, True, **{**kwargs, "pretrained_cfg_overlay": overlay})
+    if source == "local-dir":
+        with nullcontext() if pretrained else suppress(NotFoundError):
+            path = checkpoint_in(Path(place))
+    elif pretrained:
+        path = hub_file(name, place, None, kwargs.get("cache_dir"))
+    size = None if path is None else path.stat().st_size
+    try:  # without memory first: what it asks for is a stranger's number
+        with no_larger_than(size), torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            timm.create_model(name, **kwargs)
+    except WeightsError:
+        raise
+    except Exception:  # some need numbers while they are built; what else is wrong is told below
+        logger.debug("%s cannot be tried without memory", name, exc_info=True)
+    with no_larger_than(size):
+        if path is None or not pretrained or arch in fnet_crops or arch in srnet_crops:
+            return timm.create_model(name, pretrained=pretrained, **kwargs), told
+        # timm reads fewer kinds of checkpoints
+        tensors = without_prefixes(load_checkpoint(path, name), name)
+        overlay = {"state_dict": tensors, "source": "", **kwargs.get("pretrained_cfg_overlay", {})}
+        model = timm.create_model(name, True, **{**kwargs, "pretrained_cfg_overlay": overlay})
     model.pretrained_cfg = {**cfg_of(model), "source": source}  # type: ignore[assignment]
     cfg_of(model).pop("state_dict")
     return model, told
@@ -369,7 +385,8 @@ def _describe_input(
     model: nn.Module, img_size: int | Sequence[int] | None = None, **given: Any
 ) -> None:
     """See to it that `model.pretrained_cfg` holds `input_size`, `mean` and `std`."""
-    cfg = dict(cfg_of(model))
+    known = getattr(model, "pretrained_cfg", None) or {}
+    cfg = dict(known if isinstance(known, dict) else known.to_dict())
     # what a network was built for, where it can be built for several sizes
     built_for = img_size or getattr(getattr(model, "patch_embed", model), "img_size", None)
     if built_for is not None:

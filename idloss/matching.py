@@ -19,7 +19,7 @@ from idloss.data.files import DataError, Fault
 from idloss.data.pictures import read_photo
 from idloss.detection import Detections, Detector, create_detector
 from idloss.encoder import resolve_device
-from idloss.evaluation.cache import as_tested, digest, digest_network
+from idloss.evaluation.cache import as_tested, digest, digest_network, is_plain
 from idloss.evaluation.calibration import Calibration, Odds, identity, zoo_tables
 from idloss.evaluation.embedding import Networks
 from idloss.evaluation.protocols import get_protocol
@@ -90,7 +90,7 @@ class FaceMatcher:
             self.detector = create_detector(detector, device=place)
         self._networks.warn_of_borders(self.crop)
         plain = {
-            key: one for key, one in getattr(detector, "__dict__", {}).items() if _is_plain(one)
+            key: one for key, one in getattr(detector, "__dict__", {}).items() if is_plain(one)
         }
         finder = detector if isinstance(detector, str) else (repr(detector), sorted(plain.items()))
         about = digest_network(self.fnet), digest_network(self.srnet, (3, 14, 12))
@@ -179,13 +179,6 @@ class FaceMatcher:
                     rows = self._networks.embed_hr(_NAME, pixels, own)
                 embeddings[part] = F.normalize(rows.float()).cpu()
         return embeddings
-
-
-def _is_plain(value: object) -> bool:
-    """Whether a setting can be written down: a number, text, or a list of these."""
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def face_rows(points: Tensor, template: Template, photo: tuple[int, int]) -> float:

@@ -13,7 +13,6 @@ from typing import Any, TypeVar, overload
 
 import torch
 from timm.models import (
-    PretrainedCfg,
     is_model,
     list_models,
     model_entrypoint,
@@ -26,7 +25,7 @@ from idloss.errors import did_you_mean, some_of
 from idloss.geometry import TEMPLATES, Template, get_template
 from idloss.plugins import load_plugins
 from idloss.weights.files import NotFoundError
-from idloss.weights.loading import build_model, reverse_input
+from idloss.weights.loading import ChannelOrder, build_model, reverse_input
 
 _EntryPoint = TypeVar("_EntryPoint", bound=Callable[..., nn.Module])
 
@@ -38,6 +37,8 @@ fnet_crops: dict[str, str | Template | None] = {}
 
 srnet_crops: dict[str, str | Template] = {}
 """Templates of the SRNets by architecture."""
+
+_bgr: set[str] = set()  # architectures of FNets whose own weights take BGR
 
 SRNET_CROP = "sphereface"
 """The crop of an SRNet that says nothing: 112x96 (paper, section 4.1)."""
@@ -59,10 +60,13 @@ _BASELINES = {
 def register_fnet(fn: _EntryPoint) -> _EntryPoint: ...
 @overload
 def register_fnet(
-    *, crop: str | Template | None = None
+    *, crop: str | Template | None = None, channel_order: ChannelOrder = "rgb"
 ) -> Callable[[_EntryPoint], _EntryPoint]: ...
 def register_fnet(
-    fn: _EntryPoint | None = None, *, crop: str | Template | None = None
+    fn: _EntryPoint | None = None,
+    *,
+    crop: str | Template | None = None,
+    channel_order: ChannelOrder = "rgb",
 ) -> _EntryPoint | Callable[[_EntryPoint], _EntryPoint]:
     """Register an entry point with timm and mark it as a face recogniser (FNet).
 
@@ -71,11 +75,21 @@ def register_fnet(
             module may hold timm's `default_cfgs`.
         crop: Template of the aligned crops that the model takes, such as `"sphereface"`; `None` if
             crops of any geometry are stretched to its input.
+        channel_order: What the network takes with the weights that its entry point loads; of
+            `"bgr"`, the first convolution's input is reversed, so that it takes RGB like all here.
 
     Raises:
         ValueError: If no template is called `crop`, or another model has the name.
     """
-    return _registered(fn, fnet_crops, None if crop is None else checked_crop(crop))
+    template = checked_crop(crop) if crop is not None else None
+    check_order(channel_order)
+
+    def register(entry_point: _EntryPoint) -> _EntryPoint:
+        _register(entry_point, channel_order)
+        fnet_crops[entry_point.__name__] = template
+        return entry_point
+
+    return register if fn is None else register(fn)
 
 
 @overload
@@ -87,34 +101,34 @@ def register_srnet(
 def register_srnet(
     fn: _EntryPoint | None = None, *, crop: str | Template = SRNET_CROP
 ) -> _EntryPoint | Callable[[_EntryPoint], _EntryPoint]:
-    """Register an entry point as a super-resolution network (SRNet), as `register_fnet` does FNets.
+    """Register an entry point with timm and mark it as a super-resolution network (SRNet).
 
     Args:
-        fn: Entry point of a model that maps RGB `[B, 3, H, W]` in [0, 1] to RGB
-            `[B, 3, scale * H, scale * W]`.
+        fn: Entry point `fn(pretrained=False, **kwargs) -> nn.Module`, named as the model. The
+            model maps RGB `[B, 3, H, W]` in [0, 1] to RGB `[B, 3, scale * H, scale * W]`.
         crop: Template of the crops that it makes: `"sphereface"` (112x96), `"arcface"` (112x112)
             for recognisers of today, `"ffhq"` for restorers of 512x512, ...
     """
-    return _registered(fn, srnet_crops, checked_crop(crop))
+    template = checked_crop(crop)
 
-
-def _registered(
-    fn: _EntryPoint | None, crops: dict[str, Any], crop: str | Template | None
-) -> _EntryPoint | Callable[[_EntryPoint], _EntryPoint]:
     def register(entry_point: _EntryPoint) -> _EntryPoint:
         _register(entry_point)
-        crops[entry_point.__name__] = crop
+        srnet_crops[entry_point.__name__] = template
         return entry_point
 
     return register if fn is None else register(fn)
 
 
-def _register(fn: Callable[..., nn.Module]) -> None:
+def _register(fn: Callable[..., nn.Module], channel_order: ChannelOrder = "rgb") -> None:
     """Register an entry point with timm, unless its name is taken by another module's."""
     name = fn.__name__
     if is_model(name) and (owner := model_entrypoint(name).__module__) != fn.__module__:
         raise ValueError(f"{fn.__module__} registers {name!r}, which is a model of {owner}: rename")
-    register_model(fn if fn.__module__.startswith("idloss.") else _forgiving(fn))
+    entry_point = fn if fn.__module__.startswith("idloss.") else _forgiving(fn)
+    if channel_order == "bgr":
+        _bgr.add(name)
+        entry_point = _reversing(entry_point)
+    register_model(entry_point)
 
 
 def _forgiving(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -141,6 +155,22 @@ def _forgiving(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
             return build_model(lambda **_: plain(), fn.__name__, pretrained, **handed)
         except SystemExit as error:
             raise RuntimeError(f"{fn.__module__}.{fn.__name__} called sys.exit({error})") from error
+
+    return entry_point
+
+
+def _reversing(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """An entry point whose own weights take BGR, for those who have RGB."""
+
+    @functools.wraps(fn)
+    def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        model = fn(pretrained=pretrained, **kwargs)
+        cfg, overlay = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay") or {}
+        # what was saved from here, or given in place of its own, takes RGB
+        saved = isinstance(cfg, dict) and cfg.get("source") in ("hf-hub", "local-dir")
+        if pretrained and not saved and not overlay.keys() & {"file", "state_dict"}:
+            reverse_first(model, fn.__name__)
+        return model
 
     return entry_point
 
@@ -180,11 +210,14 @@ def list_fnets(
     *,
     pretrained: bool = False,
 ) -> list[str]:
-    """Names of the registered FNets, plug-ins included, in timm's order.
+    """Names of the registered FNets, plug-ins included.
 
     Args:
         filter: Wildcard or wildcards, as for `timm.list_models`.
         pretrained: Only `arch.tag` names that have weights.
+
+    Returns:
+        Their names, in timm's order.
     """
     return _listed(fnet_crops, filter, pretrained)
 
@@ -194,7 +227,15 @@ def list_srnets(
     *,
     pretrained: bool = False,
 ) -> list[str]:
-    """Names of the registered SRNets, as `list_fnets` gives those of FNets."""
+    """Names of the registered SRNets, as `list_fnets` gives those of FNets.
+
+    Args:
+        filter: Wildcard or wildcards.
+        pretrained: Only `arch.tag` names that have weights.
+
+    Returns:
+        Their names.
+    """
     return _listed(srnet_crops, filter, pretrained)
 
 
@@ -266,7 +307,8 @@ def check_order(channel_order: str) -> None:
 def refuse_reversal(name: str) -> None:
     """Refuse to reverse the channels of weights that are known, and take RGB already."""
     arch = split_model_name_tag(name)[0]
-    if arch in fnet_crops and model_entrypoint(arch).__module__.startswith("idloss."):
+    ours = arch in fnet_crops and model_entrypoint(arch).__module__.startswith("idloss.")
+    if ours or arch in _bgr:
         raise ValueError(
             f"the weights of {name} take RGB already; channel_order='bgr' is for a checkpoint=, a "
             "folder or a module of your own"
@@ -289,6 +331,6 @@ def reverse_first(model: nn.Module, name: str) -> None:
 
 
 def cfg_of(model: nn.Module) -> dict[str, Any]:
-    """The `pretrained_cfg` of a network as a dict; empty where it has none."""
-    cfg: Any = getattr(model, "pretrained_cfg", None)
-    return cfg.to_dict() if isinstance(cfg, PretrainedCfg) else cfg if isinstance(cfg, dict) else {}
+    """The `pretrained_cfg` of a network; empty where it has no dict of that name."""
+    cfg = getattr(model, "pretrained_cfg", None)
+    return cfg if isinstance(cfg, dict) else {}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from nets import TinyFNet, faces, tiny_fnet
 from torch import nn
 
-from idloss import create_fnet, create_srnet, register_fnet
+from idloss import create_fnet, create_srnet, list_srnets, register_fnet
+from idloss.registry import timms_name
 from idloss.weights import WeightsError
 
 # --- errors --------------------------------------------------------------------------------------
@@ -193,6 +195,42 @@ def test_hostile_or_damaged_folders_are_named(tmp_path, config, said):
     assert str(tmp_path) in str(caught.value)
     assert "\x1b" not in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+@pytest.mark.parametrize(
+    ("arch", "args", "said"),
+    [
+        ("mobilefacenet", {"num_features": 10**9}, "asks for more than .* bytes of weights"),
+        ("mobilefacenet", {"num_features": 10**15}, "asks for more than .* bytes of weights"),
+        ("iresnet18", {"widths": [64, 64, 64, 10**9]}, "asks for more than"),
+        ("iresnet18", {"img_size": [10**6, 10**6]}, "asks for more than"),
+        ("iresnet18", {"depths": [2, 2, 10**9, 2]}, "asks for more than"),
+        ("vit_tiny_patch8_112", {"embed_dim": 3 * 10**8}, "asks for more than"),
+        ("edsr16_64", {"width": 10**9}, "asks for more than"),
+        ("edsr16_64", {"depth": 10**9}, "asks for more than"),
+        ("bicubic", {"size": [10**6, 10**6]}, "at most 4096"),
+        ("timm/resnet18", {"width": 10**9}, "asks for more than|unexpected keyword"),
+        ("timm/vit_tiny_patch16_224", {"embed_dim": 3 * 10**8}, "asks for more than"),
+    ],
+)
+def test_numbers_of_strangers_take_no_memory(tmp_path, arch, args, said, pretrained):
+    config = {"architecture": timms_name(arch).removeprefix("timm/"), "model_args": args}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "pretrained_cfg": {}}))
+    safetensors.torch.save_file({"weight": torch.ones(9)}, tmp_path / "model.safetensors")
+    create = create_srnet if arch in list_srnets() else create_fnet
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises((WeightsError, ValueError), match=said) as caught:
+        create(f"local-dir:{tmp_path}", pretrained=pretrained)
+    assert str(tmp_path) in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+
+
+def test_a_folder_without_weights_is_bounded_too(tmp_path):
+    config = {"architecture": "edsr16_64", "model_args": {"width": 20_000}, "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match="there is no checkpoint"):
+        create_srnet(f"local-dir:{tmp_path}")
 
 
 @pytest.mark.parametrize("name", ["sface", "iresnet18", "edgeface_xxs", "timm/test_resnet"])

@@ -254,6 +254,35 @@ def test_weights_of_a_plugin_are_loaded_or_missed(tmp_path):
     assert again.crop == "sphereface"
 
 
+@register_fnet(crop="sphereface", channel_order="bgr")
+def plain_bgr(pretrained=False, **kwargs):
+    return ordered()
+
+
+def test_a_plugin_says_once_that_it_takes_bgr(tmp_path):
+    """Its own weights are reversed when they are loaded, and not again when they come back."""
+    x = torch.randn(2, 3, 28, 24)
+    model = create_fnet("plain_bgr", pretrained=True)
+    assert torch.allclose(model(x), ordered()(x.flip(1)), rtol=1e-5, atol=1e-4)
+    timm.models.save_for_hf(model, tmp_path)
+    again = create_fnet(f"local-dir:{tmp_path}", pretrained=True)
+    assert torch.equal(again.conv.weight, model.conv.weight)
+    with pytest.raises(ValueError, match="weights of plain_bgr take RGB already"):
+        create_fnet("plain_bgr", pretrained=True, channel_order="bgr")
+    with pytest.raises(ValueError, match="must be 'rgb' or 'bgr', got 'gbr'"):
+        register_fnet(channel_order="gbr")
+
+
+def ordered():
+    """A network whose output tells the channels apart."""
+    net = Plain().eval()
+    with torch.no_grad():
+        net.conv.weight.copy_(torch.arange(net.conv.weight.numel()).view(net.conv.weight.shape))
+        net.conv.bias.zero_()
+    net.pretrained_cfg["architecture"] = "plain_bgr"
+    return net
+
+
 def test_sys_exit_of_a_plugin_ends_nothing():
     with pytest.raises(RuntimeError, match=r"plain_quitter called sys\.exit\(3\)"):
         create_fnet("plain_quitter")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 import sys
 import warnings
+from pathlib import Path
+from traceback import walk_tb
+from types import TracebackType
 from typing import Annotated, Any
 
 try:
@@ -24,7 +27,7 @@ from idloss.cli import (
     upscale,
 )
 
-# what the library raises for what a user gave; all else is a bug
+# what the library raises for what a user gave; all else is a bug, or a damaged file
 _EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
 # control characters, the marks that reverse text, halves of file names that are not UTF-8
 _UNPRINTABLE = re.compile(
@@ -74,7 +77,9 @@ def main() -> None:
         except _EXPECTED as error:
             sys.exit(_told(str(error)))
         except Exception as error:
-            sys.exit(_told(f"{type(error).__name__}: {error}"))
+            near = _file_at_hand(error.__traceback__)
+            where = f"\nwhile reading {near}: is it damaged?" if near else ""
+            sys.exit(_told(f"{type(error).__name__}: {error}{where}"))
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
@@ -99,3 +104,15 @@ def _option_names() -> list[str]:
     command = next((commands[word] for word in sys.argv[1:] if word in commands), None)
     options = command.params if command else []
     return [option.name for option in options if option.param_type_name == "option"]
+
+
+def _file_at_hand(traceback: TracebackType | None) -> Path | None:
+    """The file that the innermost function with one was given or had opened."""
+    for frame, _ in reversed(list(walk_tb(traceback))):
+        for value in frame.f_locals.values():
+            if not isinstance(value, str | Path) or "\0" in str(value):
+                continue
+            path = Path(value)
+            if path.suffix and len(str(path)) < 4096 and path.is_file():
+                return path
+    return None

@@ -36,6 +36,7 @@ def evaluate(
     data_set: Annotated[str | None, typer.Option(help="Kind. [default: by its layout]")] = None,
     pairs: Annotated[Path | None, typer.Option(help="LFW's pairs.txt.")] = None,
     landmarks: Annotated[Path | None, typer.Option(help="Five points of each photo.")] = None,
+    people: Annotated[Path | None, typer.Option(help="LFW's list of people, to check.")] = None,
     crop: Annotated[
         str | None, typer.Option(help="The pictures are crops of this template: no landmarks.")
     ] = None,
@@ -73,6 +74,7 @@ def evaluate(
         skip_missing=skip_missing,
         pairs=pairs,
         landmarks=landmarks,
+        people=people,
         download=download or None,
     )
     fnets = parse_networks("--fnet", fnet, create_fnet)

@@ -6,18 +6,20 @@ import hashlib
 import io
 import os
 import threading
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from huggingface_hub.utils.tqdm import tqdm
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from idloss.data.files import DataError, Fault, Files, skip_or_raise
@@ -40,6 +42,17 @@ MOST_PIXELS = 50_000_000
 """Of one picture: 20 bytes each are held while it is decoded, 25 of a WebP."""
 MANY_PIXELS = 8_000_000
 """Pictures with more are decoded one at a time."""
+ORIENTATION = 0x0112
+TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF orientation."""
 _one_large_picture = threading.Lock()
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -425,10 +438,9 @@ def decode_image(data: bytes, name: str) -> Tensor:
         raise DataError([Fault(name, f"expected 8 bits a channel, got mode {opened.mode!r}")])
     try:
         with opened, _one_large_picture if many else nullcontext():
-            opened.load()
-            with suppress(Exception):  # an EXIF that cannot be read turns nothing
-                ImageOps.exif_transpose(opened, in_place=True)
-            array = np.array(opened if opened.mode == "RGB" else opened.convert("RGB"))
+            transpose = TRANSPOSES.get(_orientation(opened))
+            image = opened if transpose is None else opened.transpose(transpose)
+            array = np.array(image if image.mode == "RGB" else image.convert("RGB"))
             return torch.from_numpy(array).permute(2, 0, 1).contiguous()
     # what a damaged file makes Pillow's plug-ins raise is not told: struct.error, KeyError, ...
     except Exception as error:
@@ -438,10 +450,8 @@ def decode_image(data: bytes, name: str) -> Tensor:
 def image_size(data: bytes, name: str) -> tuple[int, int]:
     """Rows and columns of a picture once it is upright, from its header."""
     with _open_image(data, name) as opened:
-        turned = False
-        with suppress(Exception):
-            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return (opened.width, opened.height) if turned else (opened.height, opened.width)
+        size = (opened.height, opened.width)
+        return size[::-1] if _orientation(opened) >= 5 else size
 
 
 def _open_image(data: bytes, name: str) -> Image.Image:
@@ -462,6 +472,14 @@ def _unreadable(name: str, why: str) -> DataError:
     return DataError([Fault(name, f"unreadable image ({why})")])
 
 
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 where it or the EXIF cannot be read."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:
+        return 1
+
+
 def is_picture(name: str) -> bool:
     """Whether a file is called as pictures are, in letters of any case."""
     return name.lower().endswith(SUFFIXES)
@@ -477,6 +495,13 @@ def number_identities(per_face: Iterable[str | None]) -> tuple[Tensor, tuple[str
     identities = list(per_face)
     known = {name for name in identities if name is not None}
     numeric = all(name.isdecimal() for name in known)
+    told: dict[object, str] = {}
+    for name in sorted(known):
+        is_number = name.replace(".", "", 1).isdecimal()
+        key = Decimal(name) if is_number else unicodedata.normalize("NFC", name)
+        other = told.setdefault(key, name)
+        if other != name:
+            raise DataError([Fault(name, f"is the identity {other} in another spelling")])
     names = sorted(known, key=lambda name: (int(name) if numeric else 0, name))
     number: dict[str | None, int] = {name: label for label, name in enumerate(names)}
     labels = torch.tensor([number.get(name, -1) for name in identities], dtype=torch.int64)

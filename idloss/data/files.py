@@ -22,6 +22,8 @@ GZIP_MAGIC = b"\x1f\x8b"
 UNPACK = "Unpack it and name the folder."
 BLOCK = 1 << 20
 """Bytes unpacked at a time."""
+MOST_UNPACKED = 1 << 30
+"""Bytes that an archive may unpack to beyond 20 times its own, which photos never do."""
 SHOWN = 10
 
 
@@ -134,7 +136,11 @@ class FolderFiles:
             what = f"cannot be listed ({error.strerror or error})"
             raise DataError([Fault(str(folder), what)], "Let it be read.") from error
         for entry in entries:
-            name = entry.name
+            name = readable(entry.name)
+            if name != entry.name and os.path.lexists(folder / name):
+                raise DataError(
+                    [Fault(str(folder / name), "is the name of two files")], "Rename one."
+                )
             if not entry.is_dir():
                 yield start + name
             elif (real := Path(entry.path).resolve()) not in above:  # a link upwards is a loop
@@ -158,9 +164,25 @@ class FolderFiles:
         return found
 
 
+def readable(name: str) -> str:
+    """A file's name as text; bytes that are not UTF-8 are taken for Latin-1."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(name).decode("latin-1")
+    return name
+
+
 def spellings(name: str) -> tuple[str, ...]:
-    """A name as it is, composed, and decomposed (macOS: `e` and an accent)."""
-    return name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+    """A name as it is, composed, decomposed (macOS: `e` and an accent), and in Latin-1's bytes."""
+    if name.isascii():
+        return (name,)
+    composed = unicodedata.normalize("NFC", name)
+    spelt = (name, composed, unicodedata.normalize("NFD", name))
+    try:
+        return (*spelt, os.fsdecode(composed.encode("latin-1")))
+    except UnicodeEncodeError:
+        return spelt
 
 
 class _Members:
@@ -247,6 +269,8 @@ class TarFiles(_Members):
             with bar, gzip.open(packed) as stream:
                 while block := stream.read(BLOCK):
                     unpacked.write(block)
+                    if unpacked.tell() > MOST_UNPACKED + 20 * whole:
+                        raise self._damaged(f"it unpacks to over {unpacked.tell() / 1e9:.1f} GB")
                     bar.update(packed.tell() - bar.n)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise self._damaged(f"the gzip stream is damaged or cut short ({error})") from error
@@ -258,8 +282,11 @@ class TarFiles(_Members):
         try:
             with tarfile.open(fileobj=plain, mode="r:") as archive:
                 for member in archive:
-                    last = name = posixpath.normpath(member.name)
-                    to = member.linkname
+                    last = name = posixpath.normpath(readable(member.name))
+                    to = readable(member.linkname)
+                    if member.issparse():
+                        what = "a sparse member, whose holes this reader does not fill"
+                        raise DataError([Fault(self.where(name), what)], UNPACK)
                     if member.isreg():
                         self._index[name] = (member.offset_data, member.size)
                     elif member.islnk():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 from math import isfinite
 from pathlib import Path
 
@@ -184,11 +185,18 @@ def _check_order(faces: FileFaces, points: Tensor, where: str) -> None:
                 stacklevel=4,
             )
         return
+    few = points[_sample(faces)]
+    found = [(*_fit(moved)[1:], words) for moved, words in _orders(few)]
+    likely = min(
+        ((left, words) for left, upright, words in found if upright > 0.5), default=(1, "")
+    )
     seen = f"a fit to a face leaves {left:.0%} of their spread in the median, 2% for true points"
     if left <= MOST_LEFT_OVER:
         seen = "most faces stand on their heads"
-    order = f"{', '.join(POINT_COLUMNS)} (left and right as seen in the photo)"
-    remedy = f"Expected {order}: sort the columns."
+    order = f"Expected {', '.join(POINT_COLUMNS)} (left and right as seen in the photo)"
+    remedy = f"{order}."
+    if likely[0] <= MOST_LEFT_OVER:
+        remedy = f"{order}; it is likely {likely[1]} ({likely[0]:.0%} left): sort the columns."
     raise DataError([Fault(where, f"these are no landmarks in the expected order: {seen}")], remedy)
 
 
@@ -208,6 +216,17 @@ def _fit(points: Tensor) -> tuple[Tensor, float, float]:
     if not real.any():
         return left, 1.0, 0.0
     return left, float(left[real].nanmedian()), float(upright.nanmedian())
+
+
+def _orders(points: Tensor) -> Iterator[tuple[Tensor, str]]:
+    """The points `[N, 5, 2]` put right from other orders, and what order that is."""
+    blocks = torch.stack(points.flatten(1).view(-1, 2, 5).unbind(1), -1)
+    layouts = ((points, "x,y"), (blocks, "x1..x5,y1..y5"), (points.flip(-1), "y,x"))
+    for moved, layout in layouts:
+        for order in permutations(range(5)):
+            words = ", ".join(POINTS[i] for i in order)
+            back = [order.index(i) for i in range(5)]
+            yield moved[:, back], f"{words} as {layout}"
 
 
 def _check_sizes(faces: FileFaces, points: Tensor, sample: Tensor, where: str) -> None:

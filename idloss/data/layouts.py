@@ -14,7 +14,7 @@ from idloss.data.folder import find_landmarks, folder_faces
 from idloss.data.insightface import insightface_bin
 from idloss.data.landmarks import warn_of_unaligned
 from idloss.data.lfw import lfw
-from idloss.data.pairs import EvaluationSet, pairs_csv
+from idloss.data.pairs import EvaluationSet, pairs_csv, warn_of_doubles
 from idloss.data.prepared import PreparedFaces, is_prepared, open_prepared
 from idloss.data.surveillance import (
     scface,
@@ -81,8 +81,8 @@ def open_evaluation(
             others by their layout.
         crop: Template the pictures are aligned to, which then need no landmarks; None for photos.
         **options: Of every kind: `skip_missing`; of those in folders: `landmarks`, a table of names
-            and five points; of single ones: `pairs` and `download` (LFW), `distractors` (TinyFace),
-            `subjects` (SCface). `help(EVALUATIONS[kind])` tells more.
+            and five points; of single ones: `pairs`, `people` and `download` (LFW), `distractors`
+            (TinyFace), `subjects` (SCface). `help(EVALUATIONS[kind])` tells more.
 
     Raises:
         FileNotFoundError: There is nothing, or no layout that is known; lists what was looked for.
@@ -108,6 +108,7 @@ def open_evaluation(
         )
     if found.faces.crop is not None:
         warn_of_unaligned(found.faces, str(path))
+    warn_of_doubles(found, str(path))
     return found
 
 

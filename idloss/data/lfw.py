@@ -11,10 +11,10 @@ from pathlib import Path
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
 from idloss.data.faces import is_picture
-from idloss.data.files import Fault, Files, FolderFiles, open_files, skip_or_raise
+from idloss.data.files import DataError, Fault, Files, FolderFiles, open_files, skip_or_raise
 from idloss.data.landmarks import labelled_faces, read_points
-from idloss.data.pairs import EvaluationSet, index_of, read_lfw_pairs
-from idloss.data.tables import Table, read_own_table
+from idloss.data.pairs import EvaluationSet, index_of, lfw_name, read_lfw_pairs
+from idloss.data.tables import Table, read_number, read_own_table
 from idloss.weights.files import Piece, download
 
 ARCHIVE = "lfw.tgz"
@@ -52,6 +52,7 @@ def lfw(
     *,
     pairs: str | os.PathLike[str] | None = None,
     landmarks: str | os.PathLike[str] | None = None,
+    people: str | os.PathLike[str] | None = None,
     crop: str | None = None,
     download: bool = False,
     skip_missing: bool = False,
@@ -64,6 +65,7 @@ def lfw(
         pairs: Such as `pairs.txt`; None looks for it in `root` and beside it, and does without.
         landmarks: Rows of `Name/Name_0001.jpg` and five points, no header; None looks for
             `lfw_landmarks.csv` likewise.
+        people: `lfw-names.txt` or `people.txt`, whose counts of images are then checked.
         crop: The template the images are aligned to; None for photos. Names end in `.jpg`
             whatever the files' ending, so that lists fit aligned copies in PNG too.
         download: Fetch `lfw.tgz`, `pairs.txt` and the landmarks into `root` where they are
@@ -89,6 +91,8 @@ def lfw(
         faults += points.faults + [Fault(where, f"no points of {name}") for name in lost]
         for name in lost:
             del members[name]
+    if people is not None:
+        faults += _miscounted(read_own_table(people, None), members)
     pair_list = None
     if table := _table(pairs, place, PAIRS, None):
         pair_list = read_lfw_pairs(table, index_of(tuple(members)))
@@ -171,3 +175,21 @@ def _table(
         return read_own_table(given, separator)
     found = [path for path in (place / default, place.parent / default) if path.is_file()]
     return read_own_table(found[0], separator) if found else None
+
+
+def _miscounted(table: Table, members: dict[str, str]) -> list[Fault]:
+    """People whose number of images is not the one listed; lines of a single count are folds'."""
+    faults = []
+    for line, cells in table.rows:
+        if len(cells) == 1:
+            continue
+        if len(cells) != 2:
+            raise DataError([table.fault(line, f"expected a name and a number, got {cells}")])
+        person = cells[0]
+        count = read_number(table, line, cells[1], least=1)
+        missing = [n for n in range(1, count + 1) if lfw_name(person, n) not in members]
+        if missing:
+            first = lfw_name(person, missing[0])
+            what = f"{person} has {count - len(missing)} of {count} images, {first} is missing"
+            faults.append(table.fault(line, what))
+    return faults

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -204,3 +208,24 @@ def pairs_csv(
     skipped = skip_or_raise(pairs.faults, skip_missing=skip_missing)
     faces = replace(faces, skipped=faces.skipped + skipped)
     return EvaluationSet(place.stem, faces, pairs.finish(refold=True))
+
+
+def warn_of_doubles(data: EvaluationSet, where: str) -> None:
+    """Say which pairs are of one and the same file under two names."""
+    if data.pairs is None or not isinstance(data.faces, FileFaces):
+        return
+    faces = data.faces
+    hashes: dict[int, bytes] = {}
+    pairs = list(zip(data.pairs.first.tolist(), data.pairs.second.tolist(), strict=True))
+    for place in chain.from_iterable(pairs):
+        with suppress(DataError):  # it is told when the picture is wanted
+            if place not in hashes:
+                hashes[place] = hashlib.sha256(faces.files.read(faces.members[place])).digest()
+    doubles = [(a, b) for a, b in pairs if a in hashes and hashes[a] == hashes.get(b)]
+    if doubles:
+        first, second = (ascii(faces.names[place]) for place in doubles[0])
+        warnings.warn(
+            f"{len(doubles)} pairs of {where} are of one and the same picture under two names, "
+            f"such as {first} and {second}",
+            stacklevel=3,
+        )

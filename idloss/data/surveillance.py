@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +29,9 @@ NO_PART = "Copy it from the published set; TinyFace can do with distractors=Fals
 MUGSHOTS = ("mugshot_frontal_cropped_all/", "mugshot_frontal_original_all/")
 CAMERAS = range(1, 6)
 """Those by daylight; 6, 7 and 8 are infrared (Grgic et al. 2011)."""
+
+MOST_CELLS = 10_000_000
+"""Of a Matlab list: far more than any published one has."""
 
 StrPath = str | os.PathLike[str]
 
@@ -261,6 +265,8 @@ class _Parts:
         matlab = import_extra("scipy.io", "eval", "the lists are Matlab files, which need")
         data = io.BytesIO(self.files.read(self.base + name))
         try:
+            if any(math.prod(shape) > MOST_CELLS for _, shape, _ in matlab.whosmat(data)):
+                raise ValueError(f"over {MOST_CELLS:,} cells")  # noqa: TRY301
             content: Mapping[str, Any] = matlab.loadmat(data, variable_names=[key])
         except Exception as error:  # what a damaged file makes scipy raise is not told
             what = f"no readable Matlab file ({error})"

@@ -9,12 +9,14 @@ a run that was killed goes on where it left off, and a damaged shard is seen and
 from __future__ import annotations
 
 import hashlib
+import inspect
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -24,13 +26,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from idloss.geometry import TEMPLATES, Template
-from idloss.registry import cfg_of
 from idloss.weights.files import written_whole
 
 Embeddings = NDArray[np.float32]
 
 ONCE = "once-"
 """Keys that begin with it hold for one run: nothing else could be told from what they stand for."""
+SHARD_BYTES = 256 * 2**20
+"""No shard of ours comes near this size; a larger file is not read into memory."""
 
 
 class EmbeddingCache:
@@ -127,6 +130,8 @@ def _write(folder: Path, content: bytes) -> None:
 
 def _read(path: Path, width: int | None) -> tuple[list[bytes], Embeddings]:
     """The faces and embeddings of a shard; it is looked at in full before it is believed."""
+    if (size := path.stat().st_size) > SHARD_BYTES:
+        raise ValueError(f"a shard of {size:,} bytes, more than the {SHARD_BYTES:,} expected")
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != path.stem:
         raise ValueError("its content is not what its name says")
@@ -155,17 +160,25 @@ def digest_weights(net: nn.Module) -> str:
 
 def digest_network(net: nn.Module, shape: tuple[int, int, int] | None = None) -> str | None:
     """SHA-256 of what a network computes; None where it cannot be told from another network."""
-    # the answer stands for what torch does not see: a residual's factor, quantised weights, another
-    # runtime's session, an attribute that is a function
+    # the answer stands for weights that torch does not see: quantised ones, a session of another
+    # runtime, an attribute that is a function
     answer = _answer(net, shape)
     if answer is None:
         return None
-    cfg = cfg_of(net)
+    cfg = getattr(net, "pretrained_cfg", None) or {}
     parts: list[object] = [cfg.get(key) for key in ("input_size", "mean", "std")]
     crop = getattr(net, "crop", None)
     if isinstance(crop, (str, Template)):  # an SRNet's may be a number of pixels
         parts.append(TEMPLATES.get(crop, crop) if isinstance(crop, str) else crop)
-    return digest(*parts, repr(net), digest_weights(net), answer)
+    for name, module in net.named_modules():
+        # repr leaves out the likes of a residual's factor
+        settings = {k: v for k, v in vars(module).items() if k != "training" and is_plain(v)}
+        kind = type(module)
+        parts += [name, kind.__qualname__, sorted(settings.items()), module.extra_repr()]
+        if kind.__module__.partition(".")[0] != "torch":
+            with suppress(OSError, TypeError):  # typed into an interpreter, or compiled
+                parts.append(inspect.getsource(kind))
+    return digest(*parts, digest_weights(net), answer)
 
 
 @contextmanager
@@ -189,7 +202,7 @@ def as_tested(*nets: nn.Module) -> Iterator[None]:
 
 def _answer(net: nn.Module, shape: tuple[int, int, int] | None) -> str | None:
     """What a network gives for noise, hashed; None where that tells it from no other."""
-    cfg = cfg_of(net)
+    cfg = getattr(net, "pretrained_cfg", None) or {}
     reference = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0))
     size = shape or cfg.get("input_size", (3, 16, 16))
     noise = torch.rand(2, *size, generator=torch.Generator().manual_seed(0)).to(reference)
@@ -208,3 +221,10 @@ def _answer(net: nn.Module, shape: tuple[int, int, int] | None) -> str | None:
     if not telling or not np.array_equal(values, again):
         return None
     return digest(given.shape, given.dtype, values.tobytes())
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a setting can be written down: a number, text, or a list of these."""
+    if isinstance(value, (tuple, list)):
+        return all(is_plain(one) for one in value)
+    return value is None or isinstance(value, (bool, int, float, str))

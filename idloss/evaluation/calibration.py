@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +23,12 @@ from idloss.evaluation.cache import digest_weights
 from idloss.evaluation.results import HR, Results, write_together
 from idloss.evaluation.statistics import Floats, Ints
 from idloss.evaluation.verification import pair_scores
-from idloss.registry import cfg_of
 from idloss.weights.sources import zoo_folder
 
 THRESHOLDS = np.concatenate(([-1.0], np.arange(-10, 50) / 50))
 """Cosines at which pairs are counted; the first is reached by all."""
 _BLOCK = 512  # faces compared with all others at a time
+_MOST_BYTES = 1 << 26
 _COLUMNS = ("fnet", "srnet", "height", "width", "threshold", "fmr", "tmr")
 _NOTES = ("data", "protocol", "probe", "strangers", "mates", "created")
 
@@ -131,7 +132,8 @@ Identity = tuple[str, str]
 
 def identity(net: nn.Module) -> Identity:
     """What tables know a network by: its architecture's name and the hash of its weights."""
-    return str(cfg_of(net).get("architecture", "")), digest_weights(net)
+    cfg: Any = getattr(net, "pretrained_cfg", None) or {}
+    return str(cfg.get("architecture", "")), digest_weights(net)
 
 
 class Calibration:
@@ -154,9 +156,16 @@ class Calibration:
     ) -> Odds | None:
         """What is known of a cosine of two faces with so many rows of pixels; None if nothing.
 
-        The rates are those at the largest measured size that the smaller face has the pixels for
-        (in the SRNet's crop), and at the threshold just below the cosine: that many strangers or
-        fewer.
+        Args:
+            fnet: The FNet, by `identity`.
+            srnet: The SRNet that smaller faces went through, likewise.
+            rows: Rows of pixels of both faces, in the SRNet's crop.
+            cosine: Their similarity.
+            protocol: How faces were treated.
+
+        Returns:
+            The rates at the largest measured size that the smaller face has the pixels for, and at
+            the threshold just below the cosine: that many strangers or fewer.
         """
         for about, networks, cells in self._tables:
             full = max(size[0] for method, _, size in cells if method == HR)
@@ -190,6 +199,8 @@ _Cells = dict[tuple[str, str, tuple[int, int]], list[tuple[float, float, float]]
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Identity], _Cells]:
     """What a table tells of itself, its networks' identities, and rates by method, FNet, size."""
+    if (size := path.stat().st_size) > _MOST_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, a calibration far fewer")
     cells: _Cells = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -80,7 +80,14 @@ def compare(
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """Comparisons as rows of Markdown, in per cent, differences in percentage points."""
+    """Comparisons as a Markdown table.
+
+    Args:
+        comparisons: From `compare`.
+
+    Returns:
+        One row for each, figures in per cent, differences in percentage points.
+    """
     lines = [["cell", "metric", "A", "B", "B - A", "only A : only B", "test", "p", "p (Holm)"]]
     for found in comparisons:
         name = found.cell_a.label

@@ -330,10 +330,6 @@ class EmbeddedGrid:
         known = (place for place in places.unique().tolist() if place in self._digests)
         return digest(*((place, self._digests[place]) for place in known))
 
-    def are_one(self, place: int, other: int) -> bool:
-        """Whether two faces that could be read are the same file with the same points."""
-        return place in self._digests and self._digests[place] == self._digests.get(other)
-
     def fill(self) -> None:
         """Embed what the cache lacks; `DataError` names what cannot be read or aligned."""
         self._keys = cell_keys(self.networks, self.wanted)

@@ -9,6 +9,7 @@ import io
 import itertools
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,12 +197,20 @@ def picture_sheet(
     """The sheet of Fig. 5: a face in each row, LR, each method and HR in columns.
 
     Args:
-        columns: RGB images of each column, `[B, 3, H, W]`, uint8 or float in [0, 1], as many in
-            each; all are shown at the size of the last (HR), without smoothing.
+        columns: Images of each column, `[B, 3, H, W]`, uint8 or float in [0, 1], RGB, in the order
+            they are to stand; sizes may differ, all are shown at the size of the last (HR) without
+            smoothing.
         cosines: Cosine to HR of each column's faces, `[B]`, written under them; the best of each
             row (HR apart) is bold.
         names: Name of each row.
         title: What is shown.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+        ValueError: There are no columns, or they differ in how many faces they hold.
     """
     counts = {name: len(images) for name, images in columns.items()}
     if len(set(counts.values())) != 1:
@@ -240,14 +249,27 @@ def picture_sheet(
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> list[Path]:
-    """Save a figure as `path` with `.png` and with `.pdf`, both of them or none (`OSError`)."""
+    """Save a figure as PNG and PDF beside each other, both of them or none.
+
+    Args:
+        figure: The figure.
+        path: Where, with or without `.png` or `.pdf`.
+
+    Returns:
+        The two files.
+
+    Raises:
+        OSError: The folder cannot be written to.
+    """
     from matplotlib import rc_context
 
     given = Path(path)
     stem = given.with_suffix("") if given.suffix in (".png", ".pdf") else given
     contents = {}
+    _add_fonts(figure)
     # TrueType fonts in the PDF: publishers refuse matplotlib's default, Type 3
-    with rc_context({"pdf.fonttype": 42}):
+    with rc_context({"pdf.fonttype": 42}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # told already
         for kind in ("png", "pdf"):
             drawn = io.BytesIO()
             figure.savefig(drawn, dpi=_DPI, format=kind)
@@ -322,3 +344,27 @@ def _wrapped(text: str, width: float) -> str:
             lines.append("")
         lines[-1] += part
     return "\n".join(lines)
+
+
+def _add_fonts(figure: Figure) -> None:
+    """Let texts fall back on installed fonts for letters that theirs lacks, or warn."""
+    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+    from matplotlib.text import Text
+
+    texts = [text for text in figure.findobj(Text) if isinstance(text, Text)]
+    letters = {ord(letter) for text in texts for letter in text.get_text() if letter.isprintable()}
+    lacking = letters - get_font(findfont(FontProperties())).get_charmap().keys()
+    families: list[str] = []
+    for font in fontManager.ttflist if lacking else ():
+        held = lacking & get_font(font.fname).get_charmap().keys()
+        if held and "Last Resort" not in font.name:  # whose glyphs are boxes themselves
+            families.append(font.name)
+            lacking -= held
+    for text in texts if families else ():
+        text.set_fontfamily([*text.get_fontfamily(), *families])
+    if lacking:
+        warnings.warn(
+            f"no installed font holds {''.join(map(chr, sorted(lacking)))[:40]!r}, drawn as boxes; "
+            "install one that does, such as Noto Sans",
+            stacklevel=3,
+        )

@@ -80,11 +80,32 @@ PROTOCOLS = Registry("protocol", paper=_PAPER, sphereface=_SPHEREFACE, standard=
 
 
 def register_protocol(protocol: Protocol) -> Protocol:
-    """Let a protocol be found by its name, by the command too; `ValueError` if that is taken."""
+    """Let a protocol be found by its name, by the command too; for plug-ins.
+
+    Args:
+        protocol: The protocol.
+
+    Returns:
+        The protocol.
+
+    Raises:
+        ValueError: There is another one of that name.
+    """
     PROTOCOLS.register(protocol.name, protocol)
     return protocol
 
 
 def get_protocol(name: str | Protocol) -> Protocol:
-    """`"paper"`, `"sphereface"`, `"standard"` or a registered one; a protocol is given back."""
+    """Look a protocol up by name.
+
+    Args:
+        name: `"paper"`, `"sphereface"`, `"standard"`, one that was registered, or a protocol, which
+            is given back.
+
+    Returns:
+        The protocol.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
     return name if isinstance(name, Protocol) else PROTOCOLS.find(name)

@@ -63,7 +63,18 @@ _FILES: Mapping[Task, str] = {
 
 
 def write_tables(results: Results, folder: str | os.PathLike[str]) -> dict[Path, str]:
-    """Write each task's `paper_table` under a line that says of what; gives the texts by file."""
+    """Write a Markdown table in the paper's layout for each task, under a line that says of what.
+
+    Args:
+        results: The run.
+        folder: Where to.
+
+    Returns:
+        The texts by file.
+
+    Raises:
+        OSError: The folder cannot be written to.
+    """
     tables = {}
     for task in (task for task in _FILES if results.cells(task)):
         record = results.select(task)[0]
@@ -95,12 +106,16 @@ def paper_table(
 
     Args:
         results: The run.
-        task: `"verification"` for Table 1, `"identification"` for Table 2, `"open-set"`.
+        task: `"verification"` for Table 1, `"identification"` for Table 2,
+            `"open-set"`.
         metric: The metric; None for accuracy, rank 1, or the first there is.
         deviation: Add the standard deviation over folds or draws, where there are several.
 
     Returns:
-        The table in per cent, `-` where nothing was measured; `ValueError` where nothing was.
+        The table in per cent, `-` where nothing was measured.
+
+    Raises:
+        ValueError: There are no results for the task or the metric.
     """
     task = read_task(task)
     chosen = {record.cell: record.estimate for record in results.select(task, metric)}
@@ -157,7 +172,19 @@ def _columns(sizes: Iterable[tuple[int, int]], *, pair: bool) -> list[list[tuple
 
 
 def write_figures(results: Results, folder: str | os.PathLike[str]) -> list[Path]:
-    """Draw a run's rates over sizes, ROC, CMC and similarities; gives a PNG and a PDF of each."""
+    """Draw everything a run can be drawn as: rates over sizes, ROC, CMC, similarities.
+
+    Args:
+        results: The run, with its arrays.
+        folder: Where to.
+
+    Returns:
+        The files, a PNG and a PDF of each figure.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+        OSError: The folder cannot be written to.
+    """
     files: dict[Path, None] = {}
     for name, draw in tqdm(list(_figures(results)), desc="drawing", unit="figure", delay=2):
         twins = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
@@ -227,6 +254,9 @@ def write_sheets(
 
     Returns:
         The files; none where no face could be read.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
     """
     if data.pairs is not None:
         places = data.pairs.second.unique()

@@ -42,6 +42,10 @@ LR = "lr"
 Task = Literal["verification", "identification", "open_set"]
 Arrays = Mapping[str, NDArray[Any]]
 
+# A hundred thousand rows, and a hundred cells of a million pairs, stay below these; files of others
+# may hold or claim anything.
+_MOST_JSON_BYTES = 1 << 26
+_MOST_BYTES = 1 << 31
 _NUMBERS = "biuf"  # numpy's kinds: truth values, whole numbers, floating point
 # Spreadsheets take a cell that begins so for a formula, and would run it.
 _FORMULA = ("=", "+", "-", "@")
@@ -194,11 +198,19 @@ class Results:
         return [record for record in records if record.metric == metric]
 
     def save(self, path: str | os.PathLike[str]) -> list[Path]:
-        """Write the JSON at a path, `.csv` and `.npz` of its stem beside it: all of them or none.
+        """Write `.json`, `.csv` and `.npz` beside each other, all of them or none.
 
-        Gives the files, the JSON first. Where the disk refuses, an `OSError` says in which
-        temporary folder they are kept, so that no work is lost; `TypeError` if `run` or an array
-        holds something that cannot be written.
+        Where the disk refuses, they are kept in a temporary folder, so that no work is lost.
+
+        Args:
+            path: Where the JSON is to be; the others take its stem.
+
+        Returns:
+            The files written, the JSON first.
+
+        Raises:
+            OSError: The folder cannot be written to; says where the files are instead.
+            TypeError: `run` or an array holds something that cannot be written.
         """
         given = Path(path)
         main = given if given.suffix == ".json" else given.with_name(given.name + ".json")
@@ -257,16 +269,25 @@ class Results:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Results:
-        """Read a run back from its JSON file; the `.npz` of that stem must be the one beside it.
+        """Read a run back.
 
-        `FileNotFoundError` if either is missing, `ValueError` if it is not a result file, is of
-        another version, is damaged, or the `.npz` is of another run.
+        Args:
+            path: Its JSON file.
+
+        Returns:
+            The run.
+
+        Raises:
+            FileNotFoundError: There is no such file, or its `.npz` is missing.
+            ValueError: It is not a result file, is of another version, is damaged, or the `.npz`
+                is not the one it was written with.
         """
         main = Path(path)
         if not main.is_file():
             raise FileNotFoundError(f"no result file at {main}; give the .json of a run")
         try:
-            document = json.loads(main.read_text(encoding="utf-8"))
+            text = _read_small(main, _MOST_JSON_BYTES).decode()
+            document = json.loads(text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{main} is not a result file: {error}") from error
         seen = document.get("schema") if isinstance(document, dict) else None
@@ -281,13 +302,13 @@ class Results:
             records = [_record(row) for row in _of_type(list, document, "records")]
             index = _of_type(dict, document, "arrays")
             cells = [Cell(**cell) for cell in _of_type(list, index, "cells")]
-            pin = _of_type(str, index, "sha256")
+            name, pin = _of_type(str, index, "file"), _of_type(str, index, "sha256")
             for rows in (cells, [(record.cell, record.metric) for record in records]):
                 if len(set(rows)) < len(rows):
                     raise ValueError("a row stands there twice")  # noqa: TRY301
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{main} is damaged: {error}; run the evaluation again") from error
-        return cls(run, records, _load_arrays(main, pin, cells), found, created)
+        return cls(run, records, _load_arrays(main, name, pin, cells), found, created)
 
 
 def metric_title(metric: str) -> str:
@@ -344,6 +365,16 @@ def write_together(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
     return [folder / name for name in contents]
 
 
+def _read_small(path: Path, most: int) -> bytes:
+    if (size := path.stat().st_size) > most:
+        raise ValueError(f"{path.name} has {size:,} bytes, a run at most {most:,}")
+    return path.read_bytes()
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}")
+
+
 def _of_type(kind: type, values: Mapping[str, Any], key: str) -> Any:
     if not isinstance(values.get(key), kind):
         raise TypeError(f"{key!r} is {str(values.get(key))[:40]!r}, no {kind.__name__}")
@@ -358,19 +389,22 @@ def _record(row: Any) -> Record:
         figures[name] = math.nan if figures[name] is None else figures[name]
     for name, figure in figures.items():
         optional = figure is None and name.startswith("boot_")
-        if not optional and type(figure) not in (int, float):
+        if not optional and (type(figure) not in (int, float) or math.isinf(figure)):
             raise TypeError(f"{name!r} is {str(figure)[:40]!r}, no number")
     cell = Cell(**{name: row[name] for name in _CELL_COLUMNS})
     return Record(cell, row["metric"], Estimate(**figures))
 
 
 def _load_arrays(
-    main: Path, pin: str, cells: Sequence[Cell]
+    main: Path, name: str, pin: str, cells: Sequence[Cell]
 ) -> dict[Cell, dict[str, NDArray[Any]]]:
-    sidecar = main.with_suffix(".npz")
-    if not sidecar.is_file():
-        raise FileNotFoundError(f"{main} needs {sidecar.name} beside it; copy both")
-    blob = sidecar.read_bytes()
+    # a renamed run keeps its files together: the stem is the JSON's, wherever that was moved
+    there = {path.name for path in main.parent.iterdir()}
+    own = main.with_suffix(".npz").name
+    sidecar = main.with_name(name if name in there else own)
+    if sidecar.name not in there:
+        raise FileNotFoundError(f"{main} needs {own} beside it; copy both")
+    blob = _read_small(sidecar, _MOST_BYTES)
     if (seen := hashlib.sha256(blob).hexdigest()) != pin:
         raise ValueError(
             f"{sidecar} is not the file that {main.name} was written with: its SHA-256 is {seen}, "
@@ -379,12 +413,17 @@ def _load_arrays(
     arrays: dict[Cell, dict[str, NDArray[Any]]] = {cell: {} for cell in cells}
     places = {str(place): cell for place, cell in enumerate(cells)}
     try:
+        with zipfile.ZipFile(io.BytesIO(blob)) as packed:
+            size = sum(member.file_size for member in packed.infolist())
+        if len(blob) + size > _MOST_BYTES:
+            raise ValueError(f"{len(blob):,} bytes unpack to {size:,}; a run takes less")
         with np.load(io.BytesIO(blob), allow_pickle=False) as stored:
             for key in stored.files:
-                place, _, kind = key.partition("/")
-                array = arrays[places[place]][kind] = stored[key]
-                if not isinstance(array, np.ndarray) or array.dtype.kind not in _NUMBERS:
-                    raise ValueError(f"{key!r} is no array of numbers")
+                place, slash, kind = key.partition("/")
+                if slash:  # numpy before 2.2 wrote its argument allow_pickle as an array
+                    array = arrays[places[place]][kind] = stored[key]
+                    if not isinstance(array, np.ndarray) or array.dtype.kind not in _NUMBERS:
+                        raise ValueError(f"{key!r} is no array of numbers")
     except (
         *(zipfile.BadZipFile, zlib.error, EOFError, KeyError, MemoryError, OverflowError),
         *(NotImplementedError, RuntimeError, TypeError, ValueError),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ from idloss.evaluation.results import HR, LR, Cell, Results, Task, read_task
 from idloss.evaluation.statistics import Estimate, require_scipy
 from idloss.evaluation.verification import pair_scores, summarise, verify
 from idloss.geometry import Template, get_template
-from idloss.registry import cfg_of, srnet_crop
+from idloss.registry import srnet_crop
 from idloss.resample import Size
 
 Probe = Literal["second", "both"]
@@ -147,8 +146,6 @@ def evaluate(
         options = (batch_size, skip_missing, progress)
         embedded = EmbeddedGrid(networks, data.faces, wanted, store, *options)
         embedded.fill()
-        if "verification" in own:
-            run.warn_of_doubles(embedded)
         about["content"] = {task: embedded.content(torch.cat(run.sides(task))) for task in own}
         about["skipped"] += dict.fromkeys(map(str, embedded.faults.values()))
         for task in own:
@@ -178,7 +175,7 @@ def _require_sense(
 
 
 def _describe_network(net: nn.Module) -> dict[str, Any]:
-    cfg = cfg_of(net)
+    cfg = getattr(net, "pretrained_cfg", None) or {}
     wanted = ("architecture", "tag", "url", "hf_hub_id", "license", "origin_url")
     known = {key: str(cfg[key]) for key in wanted if cfg.get(key)}
     parameters = sum(parameter.numel() for parameter in net.parameters())
@@ -252,19 +249,6 @@ class _Run:
                 enrolled = rows
             figures, arrays = judge(rows if self.probe == "both" else enrolled, rows)
             self.results.add(cell, figures, arrays)
-
-    def warn_of_doubles(self, embedded: EmbeddedGrid) -> None:
-        """Say which pairs are of one and the same picture under two names."""
-        pairs = self._pairs()
-        both = zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)
-        doubles = [(a, b) for a, b in both if embedded.are_one(a, b)]
-        if doubles:
-            first, second = (ascii(self.data.faces.names[place]) for place in doubles[0])
-            warnings.warn(
-                f"{len(doubles)} pairs of {self.data.name} are of one and the same picture under "
-                f"two names, such as {first} and {second}",
-                stacklevel=3,
-            )
 
     def _verification(self, lost: Tensor) -> Judge:
         pairs = self._pairs(lost)

@@ -15,6 +15,7 @@ from idloss.errors import import_extra
 from idloss.geometry import Template, get_template
 from idloss.registry import register_srnet
 from idloss.resample import ImageWatch, resize
+from idloss.weights.files import no_larger_than
 from idloss.weights.loading import find_tensors
 
 if TYPE_CHECKING:
@@ -161,9 +162,10 @@ def spandrel(
     if cfg.file and not Path(cfg.file).exists():
         raise FileNotFoundError(f"{place}: there is no such file")
     try:
-        # read by us: spandrel unpacks what may fill the memory
+        # read by us: spandrel unpacks what may fill the memory; its numbers are those of the keys
         tensors = dict(find_tensors(cfg, place, cache_dir))
-        descriptor = loader.load_from_state_dict(tensors)
+        with no_larger_than(sum(tensor.nbytes for tensor in tensors.values())):
+            descriptor = loader.load_from_state_dict(tensors)
     except OSError:
         raise
     except Exception as error:  # whatever a damaged file makes it raise

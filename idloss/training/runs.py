@@ -20,7 +20,7 @@ from idloss.errors import some_of
 from idloss.evaluation import HR, evaluate, write_sheets
 from idloss.geometry import get_template
 from idloss.losses import HallucinationLoss
-from idloss.registry import SRNET_CROP, cfg_of
+from idloss.registry import SRNET_CROP
 from idloss.training.batches import check_crop, stored_features
 from idloss.training.engine import Engine, Validate, create_accelerator
 from idloss.training.recipe import (
@@ -33,6 +33,7 @@ from idloss.training.recipe import (
 )
 from idloss.training.saving import (
     Kind,
+    cfg_of,
     name_of,
     save_network,
     together,

@@ -20,7 +20,6 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from idloss.create import create_fnet, create_srnet
-from idloss.registry import cfg_of
 from idloss.weights.files import file_sha256, sync
 
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
@@ -339,3 +338,9 @@ def name_of(one: object) -> str:
     """Module and name of a thing's class, or of a function."""
     kind = one if callable(one) and hasattr(one, "__qualname__") else type(one)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def cfg_of(network: nn.Module) -> dict[str, Any]:
+    """A network's `pretrained_cfg`, empty if it has none."""
+    cfg: Any = getattr(network, "pretrained_cfg", None) or {}
+    return dict(cfg if isinstance(cfg, Mapping) else cfg.to_dict())

@@ -19,13 +19,16 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import get_ident
 from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
 import torch
 from huggingface_hub.utils.tqdm import tqdm
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.parameter import is_lazy
 
 from idloss.errors import some_of
 
@@ -57,6 +60,11 @@ _RESERVE = 64 << 20  # bytes of a disk that a download leaves free
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 _DENIED = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 _RETRIED = (408, 425, 429, 500, 502, 503, 504)
+# What a network may have beyond its checkpoint: one of half precision or of 8 bits, tables that are
+# computed; and what one without a checkpoint may have, whose numbers are a stranger's, too.
+_SLACK = (8, 64 << 20)
+_MOST_DRAWN = 1 << 30
+_A_TENSOR = 64  # bytes that a file spends on the name of one
 
 _Result = TypeVar("_Result")
 
@@ -376,7 +384,13 @@ def load_checkpoint(path: Path, name: str) -> dict[str, Tensor]:
             f"{name}: {some_of([str(path)])} was refused: to read it, code{reason} would run. "
             "Ask its authors for a state dict of plain tensors, or for safetensors."
         ) from error
-    return _unwrapped(loaded, name, path)
+    tensors = _unwrapped(loaded, name, path)
+    held, size = sum(tensor.nbytes for tensor in tensors.values()), path.stat().st_size
+    if held > 16 * size:
+        raise NotAsPromisedError(
+            f"{name}: {some_of([str(path)])} has {size:,} bytes, and its tensors {held:,}"
+        )
+    return tensors
 
 
 def _refuse_compressed(path: Path) -> None:
@@ -417,7 +431,14 @@ def _unwrapped(loaded: Any, name: str, path: Path) -> dict[str, Tensor]:
             f"{name}: {path} is not a state dict of plain tensors; "
             f"none under: {some_of(strange) if strange else '(it is empty)'}"
         )
-    return {str(key): value for key, value in loaded.items()}
+    tensors = {str(key): value for key, value in loaded.items()}
+    if len(tensors) < len(loaded):  # 1 and "1"
+        twice = [repr(key) for key in loaded if not isinstance(key, str) and str(key) in loaded]
+        raise NotAsPromisedError(
+            f"{name}: {path} has two tensors each for keys that read alike, {some_of(twice)} as a "
+            "number and as text: leave one of them out"
+        )
+    return tensors
 
 
 def _is_plain(value: object) -> bool:
@@ -482,3 +503,38 @@ def _tensor_digest(tensors: Mapping[str, Tensor]) -> str:
         content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
         digest.update(content)
     return digest.hexdigest()
+
+
+# --- networks of strangers ------------------------------------------------------------------------
+
+
+@contextmanager
+def no_larger_than(checkpoint: int | None) -> Iterator[None]:
+    """Refuse a network, while it is built, that has far more bytes than its checkpoint."""
+    times, more = _SLACK
+    limit = _MOST_DRAWN if checkpoint is None else times * checkpoint + more
+    builder, counted = get_ident(), 0
+
+    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal counted
+        if tensor is None or is_lazy(tensor) or get_ident() != builder:
+            return
+        counted += tensor.nbytes + _A_TENSOR
+        if counted > limit:
+            holds = "there is no checkpoint"
+            if checkpoint is not None:
+                holds = f"its checkpoint has {checkpoint:,}"
+            raise NotAsPromisedError(
+                f"it asks for more than {limit:,} bytes of weights, and {holds}: "
+                f"{name} of a {type(module).__name__} is {list(tensor.shape)}"
+            )
+
+    hooks = [
+        torch_module.register_module_parameter_registration_hook(count),
+        torch_module.register_module_buffer_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

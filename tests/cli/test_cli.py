@@ -47,6 +47,10 @@ def test_a_wrong_option_names_the_right_one(command, capsys):
     assert re.search(r"No such option: --sizes.*--size\b", capsys.readouterr().err, re.DOTALL)
 
 
+class BrokenHeaderError(Exception):
+    """As SafetensorError, of no kind that a user's mistake raises."""
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -63,7 +67,8 @@ def test_a_wrong_option_names_the_right_one(command, capsys):
             "idloss: give --skip-missing, --batch-size 4, --size ((7, 6),) or no_figures=1",
         ),
         (ValueError(""), "idloss: failed without a message"),
-        (KeyError("shape"), "idloss: KeyError: 'shape'"),
+        (KeyError("shape"), "idloss: KeyError: 'shape'\n  while reading {file}: is it damaged?"),
+        (BrokenHeaderError("bad"), "idloss: BrokenHeaderError: bad\n  while reading {file}"),
     ],
 )
 def test_errors_are_told_for_a_terminal(error, said, command, monkeypatch, tmp_path):
@@ -76,4 +81,4 @@ def test_errors_are_told_for_a_terminal(error, said, command, monkeypatch, tmp_p
     monkeypatch.setattr("idloss.evaluation.compare", compare)
     monkeypatch.setattr("idloss.evaluation.get_protocol", lambda _: compare(file, file))
     words = ["evaluate", file] if "skip" in str(error) else ["compare", file, file]
-    assert command(*words).startswith(said)
+    assert command(*words).startswith(said.format(file=file))

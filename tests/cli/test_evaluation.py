@@ -161,7 +161,7 @@ def test_pairs_csv_and_bin(networks, command, tmp_path):
         (["--fnet", "mobilfacenet"], "mobilefacenet"),
         (["--srnet", "bicubic", "--srnet", "bicubic"], "--srnet 'bicubic' is given twice"),
         (["--data-set", "lwf"], "lfw"),
-        (["--data-set", "bin", "--pairs", "x"], "'bin' takes no --pairs"),
+        (["--data-set", "bin", "--people", "x"], "'bin' takes no --people"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
     ],
 )

@@ -1,7 +1,9 @@
 """Folders with landmarks.csv and the two CelebA layouts, on miniature trees."""
 
+import os
 import re
 import tarfile
+import warnings
 
 import pytest
 import torch
@@ -165,6 +167,7 @@ LOST, AGAIN = "000003.jpg 2880\n", "000002.jpg stands here a second"
         ("list_eval_partition", "000003.jpg 2\n", "", "celeba.txt:5: 000003.jpg is in no split"),
         ("identity_CelebA", LOST, "", "celeba.txt:5: 000003.jpg has no identity"),
         ("identity_CelebA", "000003", "000002", f"CelebA.txt:3: {AGAIN}"),
+        ("identity_CelebA", "2880\n", "02880\n", "2880: is the identity 02880 in another spelling"),
         ("list_landmarks_celeba", f"000003.jpg {POINTS}\n", "", "announces 4 images and lists 3"),
     ],
 )
@@ -173,7 +176,7 @@ def test_celeba_tables_must_agree(tmp_path, name, old, new, what):
     table = path / f"{name}.txt"
     table.write_text(table.read_text().replace(old, new, 1))
     with pytest.raises(DataError, match=re.escape(what)):
-        celeba_faces(path, split="test")
+        celeba_faces(path, split="all" if "spelling" in what else "test")
 
 
 def test_celeba_photos_without_a_line_and_photos_had_twice(tmp_path):
@@ -204,9 +207,23 @@ def test_pictures_without_a_line_and_second_tables_are_told(tmp_path):
         open_faces(tmp_path)
 
 
-def test_names_in_other_spellings_and_tables_that_are_not_utf8(tmp_path):
+@pytest.mark.parametrize("other", ["1.0", "01"])
+def test_a_persons_number_in_two_spellings_is_told(tmp_path, other):
+    people = ("1", other, "Bob")
+    rows = [f"{n}.jpg,{NUMBERS},{person}" for n, person in zip("abc", people, strict=True)]
+    with pytest.raises(DataError, match=r"is the identity \S+ in another spelling"):
+        open_faces(folder(tmp_path, rows))
+
+
+def test_names_that_are_not_utf8_and_tables_that_are_not(tmp_path):
     path = folder(tmp_path, [f"Zoe\u0301.jpg,{NUMBERS},1"], images=["Zo\u00e9.jpg"])
     assert open_faces(path).read(0).shape == (3, 110, 100)
+    (path / "Zo\u00e9.jpg").rename(path / os.fsdecode("Zo\u00e9.jpg".encode("latin-1")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a picture without a line
+        faces = open_faces(path)
+    assert faces.read(0).shape == (3, 110, 100)
+    assert faces.names[0].encode()
     table = path / "landmarks.csv"
     table.write_bytes(table.read_text().encode("latin-1", "replace").replace(b"?", b"\xe9"))
     with pytest.raises(DataError, match=r"csv:2: not UTF-8 text .*save the table as UTF-8"):

@@ -1,6 +1,8 @@
 """Files out of folders and archives, and image decoding, against cv2 and the golden faces."""
 
+import gzip
 import io
+import multiprocessing
 import os
 import pickle
 import struct
@@ -8,6 +10,7 @@ import tarfile
 import tracemalloc
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -99,6 +102,55 @@ def test_folder_tar_and_memory_hold_the_same_files(folder, archive):
         assert str(caught.value).startswith(f"{files.where('top/none')}: ")
     with pytest.raises(FileNotFoundError, match="no folder and no archive at"):
         open_files(folder / "nothing")
+
+
+LATIN = os.fsdecode("Zo\u00eb/caf\u00e9.jpg".encode("latin-1"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "link"])
+def test_names_in_latin_1_are_read_as_text(tmp_path, kind):
+    if kind == "folder":
+        (tmp_path / LATIN).parent.mkdir()
+        (tmp_path / LATIN).write_bytes(b"photo")
+        files = open_files(tmp_path)
+    else:
+        link = [(LATIN.replace("caf", "link"), (tarfile.SYMTYPE, LATIN.partition("/")[2]))]
+        files = packed(tmp_path / "a.tar", (LATIN, b"photo"), *link * (kind == "link"))
+    name = "Zo\u00eb/caf\u00e9.jpg"
+    assert name in set(files.names())
+    assert next(iter(files.names("Zo\u00eb/"))) == name
+    for spelt in (name, "Zoe\u0308/cafe\u0301.jpg"):
+        assert spelt in files
+        assert files.read(spelt) == b"photo"
+    if kind == "link":
+        assert files.read(name.replace("caf", "link")) == b"photo"
+    assert all(one.encode() for one in files.names())
+
+
+def test_two_files_whose_names_read_alike_are_told(tmp_path):
+    for name in ("caf\u00e9.jpg", os.fsdecode("caf\u00e9.jpg".encode("latin-1"))):
+        (tmp_path / name).write_bytes(name.encode(errors="surrogateescape"))
+    with pytest.raises(DataError, match="is the name of two files"):
+        list(open_files(tmp_path).names())
+
+
+def test_tar_is_shared_by_threads(archive):
+    files = open_files(archive)
+    names = [*CONTENTS] * 160
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(files.read, names))
+    assert read == [CONTENTS[name] for name in names]
+
+
+def test_tar_goes_to_forked_workers(archive):
+    files = open_files(archive)
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    worker = context.Process(target=lambda: queue.put([files.read(name) for name in CONTENTS]))
+    worker.start()
+    assert queue.get() == [*CONTENTS.values()]
+    worker.join()
+    assert files.read("top/sub1/001.bin") == CONTENTS["top/sub1/001.bin"]
 
 
 def test_tar_pickles_its_index_not_its_bytes(archive):
@@ -209,12 +261,22 @@ def test_links_in_a_tar_are_followed(tmp_path):
     assert pickle.loads(pickle.dumps(files)).read("second/d.jpg") == b"a"
 
 
+def test_archives_that_unpack_without_end_fill_no_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("idloss.data.files.MOST_UNPACKED", 1 << 21)
+    path = tmp_path / "endless.tgz"
+    path.write_bytes(gzip.compress(bytes(1 << 25)))
+    with pytest.raises(DataError, match=r"endless\.tgz: it unpacks to over 0\.0 GB"):
+        open_files(path)
+
+
 def test_odd_names_in_a_tar_are_those_they_stand_for(tmp_path):
     files = packed(tmp_path / "odd.tar", ("./a/../b.jpg", b"b"), (".//c.jpg", b"c"))
     assert list(files.names()) == ["b.jpg", "c.jpg"]
 
 
-def test_zips_are_refused(tmp_path):
+def test_sparse_members_and_zips_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"odd\.tar:holes: a sparse member(?s:.*)Unpack it"):
+        packed(tmp_path / "odd.tar", ("holes", (tarfile.GNUTYPE_SPARSE, "")))
     with zipfile.ZipFile(tmp_path / "faces.zip", "w") as archive:
         archive.writestr("a.jpg", jpeg())
     with pytest.raises(DataError, match=r"faces\.zip: zip archives are not read\nUnpack it"):

@@ -14,6 +14,7 @@ from servers import Fault, FileServer
 
 from idloss.data import DataError, lfw
 from idloss.data.pairs import balanced_folds, lfw_name
+from idloss.weights import NotAsPromisedError
 from idloss.weights.files import Piece
 
 COUNTS = {"Ann_Li": 3, "Bo": 2, "Cy_de_la_Cruz": 1, "Dee": 2}
@@ -117,6 +118,16 @@ def test_missing_images_and_points_are_counted_and_can_be_skipped(home):
     assert (len(found.pairs), len(found.faces), len(found.faces.skipped)) == (4, 5, 7)
 
 
+def test_people_lists_are_counted(home):
+    listed = "".join(f"{name}\t{count}\n" for name, count in COUNTS.items())
+    path = home / "people.txt"
+    path.write_text("1\n4\n" + listed)
+    assert len(lfw(home, people=path).faces) == 8
+    path.write_text(listed.replace("Bo\t2", "Bo\t4"))
+    with pytest.raises(DataError, match=r"people\.txt:2: Bo has 2 of 4 images, .*Bo_0003\.jpg"):
+        lfw(home, people=path)
+
+
 def test_pairs_and_points_are_optional_and_images_are_not(home):
     (home / "pairs.txt").unlink()
     (home / "lfw_landmarks.csv").unlink()
@@ -169,6 +180,13 @@ def test_only_what_is_missing_is_downloaded_and_into_a_folder(host, home):
     assert asked(host) == ["/pairs.txt"]
     with pytest.raises(NotADirectoryError, match=r"pairs\.txt is a file; .* into a folder"):
         lfw(home / "pairs.txt", download=True)
+
+
+def test_download_of_another_file_is_refused(host, tmp_path):
+    host.files["/pairs.txt"] += b"more"
+    with pytest.raises(NotAsPromisedError, match=r"pairs\.txt is not the pinned file"):
+        lfw(tmp_path / "new", download=True)
+    assert not (tmp_path / "new" / "pairs.txt").exists()
 
 
 def test_aligned_copies_in_png_fit_the_lists(home):

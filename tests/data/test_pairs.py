@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import subprocess
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from data.test_files import jpeg
 from sklearn.model_selection import KFold
 
 from idloss.data import DataError, draw_faces, draw_pairs, open_evaluation
-from idloss.data.insightface import insightface_bin
+from idloss.data.insightface import _Reader, insightface_bin
 from idloss.data.pairs import balanced_folds, contiguous_folds, pairs_csv
 
 IMAGES = [jpeg(size=(112, 112), seed=i) for i in range(8)]
@@ -33,9 +34,9 @@ def bin_file(tmp_path, content, protocol=4):
         (IMAGES, SAME),
         [tuple(IMAGES), np.array(SAME)],
         ([np.frombuffer(image, np.uint8) for image in IMAGES], [np.bool_(same) for same in SAME]),
-        (IMAGES, np.array(SAME, np.int64)),
+        ([bytearray(image) for image in IMAGES], np.array(SAME, np.int64)),
     ],
-    ids=["bytes", "array-of-labels", "array-of-bytes", "numbers"],
+    ids=["bytes", "array-of-labels", "array-of-bytes", "bytearray"],
 )
 def test_bins_of_all_makes(tmp_path, content, protocol):
     found = open_evaluation(bin_file(tmp_path, content, protocol))
@@ -83,6 +84,16 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, function, name, proto
     assert not marker.exists()
 
 
+def test_what_a_pickle_sets_does_not_outlive_it(tmp_path):
+    # BUILD sets attributes of what a name stands for: here the default of bytearray
+    state = b"N}(\x8c\x0c__defaults__C\x04evil\x85u\x86b."
+    path = bin_file(tmp_path, b"\x80\x04\x8c\x08builtins\x8c\x09bytearray\x93" + state)
+    with pytest.raises(DataError, match="expected images and labels"):
+        insightface_bin(path)
+    empty = _Reader.allowed["builtins", "bytearray"]()
+    assert empty == b""
+
+
 @pytest.mark.parametrize(
     ("content", "what"),
     [
@@ -98,7 +109,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, function, name, proto
         # STACK_GLOBAL lets a pickle ask for an attribute of an attribute
         (b"\x80\x04\x8c\x08builtins\x8c\x0fbytes.__class__\x93.", r"it asks for .*__class__"),
         ((IMAGES, np.array([Run(os.system, "true"), None], object)), "(it asks for|.*not allowed)"),
-        ((np.array(IMAGES, dtype=object), SAME), "expected a list of images"),
+        ((np.array(IMAGES, dtype=object), SAME), "arrays of 'O8' are not allowed"),
         *((pickle.dumps((IMAGES, SAME))[:size], "") for size in (3000, 15000, 29000)),
     ],
 )
@@ -205,6 +216,39 @@ def test_unknown_kind_and_unknown_layout(tmp_path):
         open_evaluation(tmp_path)
     for name in ("lfw", "tinyface", "scface", "survface-verification", "Testing_Set"):
         assert re.search(name, str(caught.value))
+
+
+def test_nothing_of_numpy_can_be_reached():
+    for stand_in in _Reader.allowed.values():
+        assert stand_in.__module__ == "idloss.data.insightface"
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        # LONG_BINPUT at a place that only a 32 GB memo has
+        (b"\x80\x04]r\xff\xff\xff\x7f.", "it asks for room for 2147483647 objects"),
+        # bytearray(32 << 30), and numpy.ndarray((32 << 30,)), which are to be made at once
+        (b"\x80\x04cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x08\x85R.", "bytes of an unknown make"),
+        (b"\x80\x04cnumpy\nndarray\n\x8a\x05\0\0\0\0\x08\x85\x85R.", "expected images and labels"),
+        # BINBYTES8 of 32 GB in a short file
+        (b"\x80\x04\x8e\0\0\0\0\x08\0\0\0.", "expected 34359738368 bytes"),
+    ],
+)
+def test_a_short_bin_gets_no_room(tmp_path, data, what):
+    tracemalloc.start()
+    with pytest.raises(DataError, match=rf"tiny\.bin: not a verification set: .*{what}"):
+        insightface_bin(bin_file(tmp_path, data))
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+def test_one_photo_under_two_names_is_told(tmp_path):
+    path = listed(tmp_path, "a.jpg,d.jpg,1\n", **{"d.jpg": jpeg(size=(96, 112), seed=0)})
+    with pytest.warns(UserWarning, match=r"1 pairs of .*pairs\.csv .*'a\.jpg' and 'd\.jpg'"):
+        open_evaluation(path, crop="sphereface")
+    with pytest.warns(UserWarning, match=r"1 pairs of .*tiny\.bin .*'00000' and '00001'"):
+        open_evaluation(bin_file(tmp_path, ([IMAGES[0], *IMAGES[:7]], SAME)))
 
 
 def test_pictures_that_are_no_crops_are_told(tmp_path):

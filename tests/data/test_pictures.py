@@ -3,6 +3,7 @@ import os
 import pytest
 from PIL import Image
 
+from idloss.data import pictures
 from idloss.data.files import DataError
 from idloss.data.pictures import find_pictures, read_photo
 
@@ -23,16 +24,18 @@ def folder(tmp_path):
     return top
 
 
-def test_each_folder_once_however_many_ways_lead_to_it(folder):
+def test_each_picture_once_however_many_ways_lead_to_it(folder, monkeypatch):
     (folder / "again").symlink_to(folder)
     (folder / "deep" / "up").symlink_to("..")
     (folder / "round").symlink_to("round")
     wanted = {str(folder / name) for name in ("B.JPG", "deep/a.png", "new\nline \x1b[2J.png")}
-    ways = (folder, folder / "deep", folder / "notes.txt")
-    names, faults = found(*ways, without=folder / "out")
+    ways = (folder / "a.png", folder, folder / "deep", folder / "deep" / "a.png")
+    names, faults = found(*ways, folder / "notes.txt", without=folder / "out")
     assert len(names) == len(set(names)) == 5
     assert set(names) == wanted | {str(folder / "a.png"), str(folder / "notes.txt")}
     assert not faults
+    monkeypatch.chdir(folder)
+    assert sorted(found("*.png", "a.png", "./a.png")[0]) == ["a.png", "new\nline \x1b[2J.png"]
 
 
 def test_links_that_fork_at_each_level_end(tmp_path):
@@ -44,6 +47,45 @@ def test_links_that_fork_at_each_level_end(tmp_path):
     (tmp_path / "40").mkdir()
     (tmp_path / "40" / "a.png").write_bytes(b"")
     assert len(found(tmp_path / "0")[0]) == 1
+
+
+def test_deep_folders_and_large_ones_are_no_burden(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(1500):  # deeper than Python's stack; a path of 3,000 letters
+        os.mkdir("d")  # noqa: PTH102
+        os.chdir("d")
+    try:
+        assert len(found(tmp_path)[0]) == 1
+    finally:  # what removes temporary folders may go no deeper than the stack
+        for _ in range(1500):
+            os.chdir("..")
+            os.rmdir("d")  # noqa: PTH106
+    listed = []
+
+    class Counting:
+        def __init__(self, entries):
+            self.entries = entries
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.entries.close()
+
+        def __iter__(self):
+            for entry in self.entries:
+                listed.append(entry.name)
+                yield entry
+
+    many = tmp_path / "many"
+    many.mkdir()
+    for place in range(50):
+        (many / f"{place}.png").write_bytes(b"")
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: Counting(scan(path)))
+    next(find_pictures([str(many)], []))
+    assert len(listed) == 1
 
 
 def test_what_cannot_be_listed_or_is_not_there_is_told(folder, monkeypatch):
@@ -64,16 +106,22 @@ def test_what_cannot_be_listed_or_is_not_there_is_told(folder, monkeypatch):
     ]
 
 
-def test_what_is_no_picture_file_is_refused(tmp_path):
+def test_what_is_no_picture_file_is_refused_before_it_is_read(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "waits.png")  # reading it would wait for ever
     (tmp_path / "circle.png").symlink_to("circle.png")
     (tmp_path / "gone.png").symlink_to("nowhere")
+    with (tmp_path / "hole.png").open("wb") as file:
+        file.truncate(1 << 40)
     for name, said in (
         ("waits", "no regular file"),
         ("circle", "symbolic links"),
         ("gone", "No such file"),
+        ("hole", "larger than a picture can be"),
     ):
         with pytest.raises(DataError, match=rf"{name}\.png: .*{said}"):
             read_photo(tmp_path / f"{name}.png")
     Image.new("RGB", (5, 4), "red").save(tmp_path / "a.png")
     assert read_photo(tmp_path / "a.png").shape == (3, 4, 5)
+    monkeypatch.setattr(pictures, "MOST_BYTES", 9)
+    with pytest.raises(DataError, match="larger"):
+        read_photo(tmp_path / "a.png")

@@ -1,6 +1,9 @@
 """Prepared faces read back: the crops, views, copies in other processes, damage."""
 
 import copy
+import csv
+import hashlib
+import json
 import os
 import pickle
 import shutil
@@ -166,4 +169,19 @@ CROPS = np.zeros((24, 3, 112, 96), np.uint8)
 def test_damage_is_named(own, damage, said):
     damage(own)
     with pytest.raises(DataError, match=said):
+        open_prepared(own)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [(12, "ten"), (12, "24"), (12, "-99"), (12, "9" * 40), (0, "a" * 200_000)]
+)
+def test_a_forged_index_is_refused(own, column, value):
+    """The hash that would tell is forged too."""
+    rows = list(csv.reader((own / "index.csv").open(newline="")))
+    rows[1][column] = value
+    text = "\n".join(map(",".join, rows)).encode()
+    (own / "index.csv").write_bytes(text)
+    tables = json.loads((own / "dataset.json").read_text())["tables"]
+    edit(own, tables={**tables, "index.csv": hashlib.sha256(text).hexdigest()})
+    with pytest.raises(DataError, match=r"index\.csv: not as it was written"):
         open_prepared(own)

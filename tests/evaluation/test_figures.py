@@ -1,9 +1,11 @@
 import importlib.util
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
@@ -130,6 +132,26 @@ def test_odd_names_are_shown_as_they_are(scores, title, tmp_path):
         assert "_hidden" in shown
         assert "\x1b" not in shown
     assert len(save_figure(figure, tmp_path / "odd")) == 2
+
+
+def test_letters_come_from_another_font_or_are_named(scores, monkeypatch, tmp_path):
+    """A font that matplotlib brings beside its first one stands for one that holds the letter."""
+
+    def drawn(name):
+        return roc_figure(rocs(scores, [name]), "", method_styles([name]))
+
+    with pytest.warns(UserWarning, match="no installed font holds .*drawn as boxes; install one"):
+        assert save_figure(drawn("\u6c49\uf8f8"), tmp_path / "boxes")
+    other = next(f for f in font_manager.fontManager.ttflist if f.name == "STIXGeneral")
+    first = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
+    theirs = font_manager.get_font(other.fname).get_charmap()
+    letter = next(chr(code) for code in theirs if code not in first and chr(code).isprintable())
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [other])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_figure(figure := drawn(letter), tmp_path / "another")
+    families = {tuple(t.get_fontfamily()) for t in figure.findobj(Text) if letter in t.get_text()}
+    assert families == {("sans-serif", "STIXGeneral")}
 
 
 @pytest.mark.parametrize("circumstances", [{}, {"protocol": "paper"}, {"protocol": {"rule": 5}}])

@@ -2,6 +2,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import zipfile
 from hashlib import sha256
 
@@ -120,15 +121,19 @@ def change_row(**values):
         (change(records=[[1, 2]]), "a row is"),
         (change(arrays=[]), "'arrays' is"),
         (change(arrays={"cells": [3], "file": "run.npz", "sha256": ""}), "damaged"),
-        (change(arrays={"cells": [], "sha256": None}), "'sha256' is 'None', no str"),
+        (change(arrays={"cells": [], "file": None, "sha256": ""}), "'file' is 'None', no str"),
+        (change(arrays={"cells": [], "file": "../run.npz", "sha256": ""}), "is not the file"),
         (change_row(metric=()), "a row is .*metric"),
         (change_row(extra=1), "a row is .*metric"),
         (change_row(value="0.9"), "'value' is '0.9', no number"),
         (change_row(value=None), "'value' is 'None', no number"),
+        (change_row(value=1e999), "it holds Infinity"),
+        (change_row(mean=float("nan")), "it holds NaN"),
         (change_row(repeats=True), "'repeats' is 'True', no number"),
         (change_row(height=True), "whole rows and columns, got True"),
         (change_row(task="v" * 9999), "unknown task 'v"),
         (change_row(fnet="f" * 9999), "cannot be the name of an FNet"),
+        (change(arrays={"cells": [], "file": "a" * 9999, "sha256": ""}), "is not the file"),
         (change(arrays={"cells": TWICE, "file": "run.npz", "sha256": ""}), "stands there twice"),
         (change_row(height=-1), "whole rows and columns, got -1"),
         (change_row(height="7"), "whole rows and columns, got '7'"),
@@ -191,6 +196,7 @@ def claiming(shape):
         (packed(**{"99/same": SAME}), "99"),
         (packed(**{"-1/same": SAME}), "-1"),
         (packed(**{"0/same": np.array([Owned()], dtype=object)}), "allow_pickle=False"),
+        (packed(**{"0/same": np.zeros(1 << 23, dtype=np.uint8)}), r"unpack to 8,388,\d+"),
         (packed(**{"0/same": np.array(["yes"])}), "'0/same' is no array of numbers"),
         (zipped("0/same.npy", "no array"), "'0/same' is no array of numbers"),
         (zipped("0/s\x1b[2J.npy", "no array"), r"'0/s\\x1b\[2J' is no array of numbers"),
@@ -199,7 +205,8 @@ def claiming(shape):
     ],
     ids=itertools.count(),  # the bytes hold the time
 )
-def test_hostile_arrays_are_refused(saved, sidecar, says):
+def test_hostile_arrays_are_refused(saved, monkeypatch, sidecar, says):
+    monkeypatch.setattr(results_module, "_MOST_BYTES", 1 << 20)
     main, file = saved
     pin = sha256(file.read_bytes()).hexdigest()
     file.write_bytes(sidecar)
@@ -211,6 +218,22 @@ def test_hostile_arrays_are_refused(saved, sidecar, says):
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"needs run\.npz beside it"):
         Results.load(main)
+    for large in (file, main):
+        large.touch()
+        os.truncate(large, 1 << 33)  # holds nothing, but claims to
+        with pytest.raises(ValueError, match=rf"{large.name} has 8,589,934,592 bytes, a run at m"):
+            Results.load(main)
+
+
+def test_arrays_of_older_numpy_are_read(saved):
+    """numpy before 2.2 wrote the argument allow_pickle as one more array."""
+    main, file = saved
+    pin = sha256(file.read_bytes()).hexdigest()
+    with np.load(file) as stored:
+        file.write_bytes(packed(allow_pickled=np.array(False), **stored))
+    main.write_text(main.read_text().replace(pin, sha256(file.read_bytes()).hexdigest()))
+    for cell, arrays in Results.load(main).arrays.items():
+        assert set(arrays) == {"same", "correct", "scores"}, cell
 
 
 @pytest.mark.parametrize("name", ["", " ", "a\nb", "a\r", "\x1b[2J", "\u202egnp", 'a"\t"', None])

@@ -383,14 +383,6 @@ def test_pairs_that_cannot_be_judged_cost_no_time(data, fnet, calls):
     assert not calls
 
 
-def test_one_picture_under_two_names_is_told(data, fnet):
-    crops = data.faces.crops.clone()
-    crops[1] = crops[0]
-    twice = replace(data, faces=replace(data.faces, crops=crops))
-    with pytest.warns(UserWarning, match="1 pairs of drawn are of one .* such as '0/0' and '0/1'"):
-        run(twice, {"f": fnet}, {})
-
-
 @pytest.mark.parametrize("photos", [False, True])
 def test_borders_that_would_be_made_up_are_told(data, fnet, tmp_path, photos):
     """A wide-crop FNet on aligned crops, or on what an SRNet makes of narrow ones."""

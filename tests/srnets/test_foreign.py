@@ -120,15 +120,24 @@ def test_files_that_are_no_srnets_are_refused_by_name(files, tmp_path):
         create_srnet(f"spandrel:{files / 'compact.pth'}", scale=8)
 
 
-def test_what_zip_packed_is_not_unpacked_to_a_thousand_times_more(files, tmp_path):
+def test_what_a_file_makes_spandrel_build_is_bounded(files, tmp_path):
+    """Its keys tell how many layers there are, and what zip packed may be a thousand times more."""
+    tensors = torch.load(files / "compact.pth")["params_ema"]
+    last = max(int(key.split(".")[1]) for key in tensors)
+    odd = {
+        key.replace(f"body.{last}.", f"body.{2 * 10**8 + last % 2}."): v
+        for key, v in tensors.items()
+    }
+    torch.save(odd, tmp_path / "deep.pth")
     with (
         zipfile.ZipFile(files / "compact.pth") as plain,
         zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed,
     ):
         for entry in plain.namelist():
             packed.writestr(entry, bytes(10**7) if "data/" in entry else plain.read(entry))
-    with pytest.raises(ValueError, match="would unpack to"):
-        create_srnet(f"spandrel:{tmp_path / 'packed.pth'}")
+    for name, says in (("deep.pth", "asks for more than"), ("packed.pth", "would unpack to")):
+        with pytest.raises(ValueError, match=says):
+            create_srnet(f"spandrel:{tmp_path / name}")
 
 
 def test_without_spandrel_the_way_to_it_is_told(monkeypatch, tmp_path):

@@ -364,6 +364,17 @@ class TestReading:
         with pytest.raises(weights.NotAsPromisedError, match="state dict"):
             fetch_body(saved(value))
 
+    def test_terabytes_by_strides_of_0(self, fetch_body):
+        with pytest.raises(weights.NotAsPromisedError, match=r"its tensors 4,000,000,000,000"):
+            fetch_body(saved({"a": torch.zeros(1).expand(10**6, 10**6)}))
+
+    def test_keys_that_read_alike(self, fetch_body):
+        """The last of them took the others' place."""
+        with pytest.raises(
+            weights.NotAsPromisedError, match=r"two tensors .* 1 as a number and as"
+        ):
+            fetch_body(saved({1: torch.zeros(2), "1": torch.ones(2), "2": torch.ones(2)}))
+
     def test_what_zip_packed_to_a_thousandth(self, fetch_body):
         packed = io.BytesIO()
         with (

@@ -317,6 +317,12 @@ class TestWebFile:
         github.files.clear()
         assert_tiny(weights.fetch(name))
 
+    def test_another_file(self, github, register):
+        github.files["/tiny.pth"] = RELEASED + b"\0"
+        name = register(weights.WebFile(f"{github.url}/tiny.pth", sha256(RELEASED)))
+        with pytest.raises(weights.NotAsPromisedError, match=sha256(RELEASED)):
+            weights.fetch(name)
+
 
 @pytest.mark.parametrize(
     "make",
