@@ -25,6 +25,7 @@ from torchvision.utils import make_grid
 from idloss.data.faces import MANY_PIXELS, map_ahead
 from idloss.data.files import SHOWN, DataError, Fault
 from idloss.data.pictures import find_pictures, read_photo
+from idloss.encoder import resolve_device
 from idloss.errors import import_extra
 from idloss.pipeline import FacePipeline
 from idloss.resample import resize
@@ -49,11 +50,18 @@ class Processes:
     @classmethod
     def join(cls, device: str) -> Processes:
         """Meet the processes that torchrun has started, if it has."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started == 1:
             return cls(device=device)
         accelerate = import_extra("accelerate", "train", "several processes need")
         # whoever is done first waits for the others, days if need be
-        state = accelerate.PartialState(cpu=device == "cpu", timeout=timedelta(days=30))
+        on_cpu = resolve_device(device).type == "cpu"  # else processes on CPUs do not join
+        state = accelerate.PartialState(cpu=on_cpu, timeout=timedelta(days=30))
+        if state.num_processes != started:
+            raise ValueError(
+                f"{started} processes were started and on {state.device} they do not join: start "
+                "one, or set device=cpu"
+            )
         own = state.device if device == "auto" else device
         return cls(state.process_index, state.num_processes, own, state)
 
@@ -158,7 +166,7 @@ def _begin(out: Path, settings: Mapping[str, Any]) -> None:
     if not path.exists():
         _write(path, text.encode())
     elif path.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{out} holds a run with other settings: name another folder with out=")
+        raise ValueError(f"{out} holds a run with other settings: name another folder")
 
 
 def _name(path: Path) -> str:
