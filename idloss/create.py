@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -437,7 +438,12 @@ def _try_out(model: nn.Module, options: Mapping[str, Any]) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
         return
     try:
-        width = _probe_width(model)
+        try:
+            width = _probe_width(model)
+        except ValueError:  # its kernels may be a GPU's alone
+            if (gpu := torch.accelerator.current_accelerator(check_available=True)) is None:
+                raise
+            width = _probe_width(copy.deepcopy(model).to(gpu))
     except ValueError as error:
         grey = options.get("in_chans", 3) != 3
         advice = "faces are RGB, leave in_chans out" if grey else "leave out what does not fit"

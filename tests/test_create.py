@@ -14,6 +14,7 @@ from nets import TinyFNet, faces, tiny_fnet
 from torch import nn
 
 from idloss import create_fnet, create_srnet, list_srnets, register_fnet
+from idloss.fnets.mobilefacenet import MobileFaceNet
 from idloss.registry import timms_name
 from idloss.weights import WeightsError
 
@@ -254,6 +255,25 @@ def test_grey_networks_are_refused_when_they_are_made(name):
 def test_options_that_leave_no_embedding_are_refused_at_once(name, options):
     with pytest.raises(ValueError, match=r"an FNet maps|cannot take images"):
         create_fnet(name, **options)
+
+
+def test_networks_that_run_on_a_gpu_alone_are_tried_there(tmp_path, monkeypatch):
+    """The meta device stands for the GPU."""
+    timm.models.save_for_hf(create_fnet("mobilefacenet"), tmp_path, safe_serialization=True)
+    forward = MobileFaceNet.forward
+
+    def on_gpu(net, x):
+        if x.device.type == "cpu":
+            raise NotImplementedError("no kernel for the CPU")
+        return forward(net, x)
+
+    monkeypatch.setattr(MobileFaceNet, "forward", on_gpu)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    with pytest.raises(WeightsError, match="no kernel for the CPU"):
+        create_fnet(f"local-dir:{tmp_path}", pretrained=True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("meta"))
+    fnet = create_fnet(f"local-dir:{tmp_path}", pretrained=True)
+    assert {parameter.device.type for parameter in fnet.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("spoil", ["cut", "header", "dtype", "shape", "key", "text"])

@@ -394,9 +394,11 @@ def load_checkpoint(path: Path, name: str) -> dict[str, Tensor]:
 
 
 def _refuse_compressed(path: Path) -> None:
-    """What torch writes is stored as it is; what is packed smaller may fill the memory."""
+    """State dicts are stored as they are; what is packed smaller may fill the memory."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise ValueError("a TorchScript is a program: torch.save its state_dict() instead")
             unpacked = sum(entry.file_size for entry in archive.infolist())
         if unpacked > path.stat().st_size:
             raise ValueError(f"it would unpack to {unpacked:,} bytes")

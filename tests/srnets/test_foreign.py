@@ -108,10 +108,12 @@ def test_what_is_said_is_kept_and_what_is_published_is_found(files, tmp_path):
 def test_files_that_are_no_srnets_are_refused_by_name(files, tmp_path):
     (tmp_path / "page.pth").write_text("<html>")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "unknown.pth")
+    torch.jit.trace(nn.Conv2d(3, 3, 1), faces()).save(tmp_path / "script.pt")
     for path, error, says in (
         (files / "grey.pth", ValueError, r"takes and gives \(1, 1\) channels"),
         (tmp_path / "page.pth", ValueError, "page.pth is no network that spandrel loads"),
         (tmp_path / "unknown.pth", ValueError, "unknown.pth is no .*UnsupportedModelError"),
+        (tmp_path / "script.pt", ValueError, r"script\.pt .*TorchScript is a program: torch\.save"),
         (tmp_path / "no.pth", FileNotFoundError, "no.pth: there is no such file"),
     ):
         with pytest.raises(error, match=says):
