@@ -6,16 +6,19 @@ import errno
 import hashlib
 import http.client
 import logging
+import math
 import os
 import pickle
 import re
 import shutil
+import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +59,9 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 """What DataParallel, `torch.compile` and training frameworks put before every key."""
 
 _STALE = 3600.0  # seconds after which a temporary file was left by a killed process
+_LARGE = 1 << 16  # numbers of a tensor that is worth a read of its own
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = _FLOATS if sys.byteorder == "little" else {}  # as they lie in the file
 _RESERVE = 64 << 20  # bytes of a disk that a download leaves free
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 _DENIED = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
@@ -367,8 +373,7 @@ def load_checkpoint(path: Path, name: str) -> dict[str, Tensor]:
     """Read a state dict, of safetensors or of torch, without running any code in the file."""
     try:
         if is_safetensors(path):
-            # in memory of their own: a mapped file may change, or be cut short, under a model
-            return safetensors.torch.load_file(path, backend="pread")
+            return dict(_tensors_in(path))
         _refuse_compressed(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     # a damaged or hostile file may raise whatever it likes
@@ -391,6 +396,39 @@ def load_checkpoint(path: Path, name: str) -> dict[str, Tensor]:
             f"{name}: {some_of([str(path)])} has {size:,} bytes, and its tensors {held:,}"
         )
     return tensors
+
+
+def _tensors_in(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Key and tensor of a safetensors file in the order of keys, each read when it is asked for.
+
+    They are in memory of their own: a mapped file may change, or be cut short, under a model. Large
+    ones are read straight into it, which safetensors would fill with zeros before.
+    """
+    with (
+        safetensors.safe_open(path, framework="pt", backend="pread") as held,
+        path.open("rb") as file,
+    ):
+        end = 8 + int.from_bytes(file.read(8), "little")  # of the header, and then of each tensor
+        places: dict[str, tuple[Tensor, int | None]] = {}
+        for key in held.offset_keys():
+            part = held.get_slice(key)
+            dtype = _FLOATS.get(part.get_dtype())
+            if dtype is None or math.prod(shape := part.get_shape()) < _LARGE:
+                places[key] = tensor, _ = held.get_tensor(key), None
+            else:
+                places[key] = tensor, _ = torch.empty(shape, dtype=dtype), end
+            end += tensor.nbytes
+        for key, (tensor, start) in sorted(places.items()):
+            if start is not None:
+                file.seek(start)
+                if file.readinto(_content(tensor)) < tensor.nbytes:
+                    raise EOFError(f"it ends within {key}")
+            yield key, tensor
+
+
+def _content(tensor: Tensor) -> Any:
+    """The bytes of a contiguous tensor, where they are."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 def _refuse_compressed(path: Path) -> None:
@@ -479,7 +517,7 @@ def without_prefixes(
 def save_tensors(tensors: Mapping[str, Tensor], target: Path, metadata: Mapping[str, str]) -> None:
     """Write tensors, shared and strided ones too, as safetensors that know their own digest."""
     own = {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}
-    about = {"format": "pt", "idloss.digest": _tensor_digest(own), **metadata}
+    about = {"format": "pt", "idloss.digest": _digested(sorted(own.items()))[0], **metadata}
     with written_whole(target) as temporary:
         try:
             safetensors.torch.save_file(own, temporary, about)
@@ -487,24 +525,31 @@ def save_tensors(tensors: Mapping[str, Tensor], target: Path, metadata: Mapping[
             raise OSError(errno.EIO, f"not written: {error}", str(target)) from error
 
 
-def verified_metadata(path: Path) -> dict[str, str] | None:
-    """What `save_tensors` wrote about a file; None where it is absent, or its tensors changed."""
+def load_verified(path: Path, key: str) -> dict[str, Tensor] | None:
+    """The tensors of a file that `save_tensors` wrote with the `idloss.key` `key`.
+
+    None where it is absent or has another key, or its tensors changed.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             about = dict(file.metadata() or {})
-        digest = _tensor_digest(safetensors.torch.load_file(path))
-    except (OSError, safetensors.SafetensorError):
+        if about.get("idloss.key") != key:
+            return None
+        digest, tensors = _digested(_tensors_in(path))
+    except (OSError, EOFError, safetensors.SafetensorError):
         return None
-    return about if about.get("idloss.digest") == digest else None
+    return tensors if about.get("idloss.digest") == digest else None
 
 
-def _tensor_digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for key, tensor in sorted(tensors.items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-        digest.update(content)
-    return digest.hexdigest()
+def _digested(pairs: Iterable[tuple[str, Tensor]]) -> tuple[str, dict[str, Tensor]]:
+    """The digest of tensors in the order of their keys, made while the next is read, and they."""
+    digest, tensors = hashlib.sha256(), {}
+    with ThreadPoolExecutor(1) as beside:
+        for key, tensor in pairs:
+            tensors[key] = tensor
+            beside.submit(digest.update, f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            beside.submit(digest.update, _content(tensor))
+    return digest.hexdigest(), tensors
 
 
 # --- networks of strangers ------------------------------------------------------------------------

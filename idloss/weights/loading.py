@@ -34,8 +34,8 @@ from idloss.weights.files import (
     disk_advice,
     is_safetensors,
     load_checkpoint,
+    load_verified,
     save_tensors,
-    verified_metadata,
     without_prefixes,
 )
 from idloss.weights.placing import give_numbers, without_numbers
@@ -58,9 +58,9 @@ CONV = ("weight", "bias")
 URL_LIMIT = 4 << 30
 """The most bytes that a file may have whose hash nobody pinned."""
 
-# What a PretrainedCfg tells of one set of weights, which is false of any other.
-_PROVENANCE = {"url", "file", "state_dict", "source", "hf_hub_id", "hf_hub_filename"}
-_PROVENANCE |= {"tag", "license", "description", "origin_url"}
+PROVENANCE = {"url", "file", "state_dict", "source", "hf_hub_id", "hf_hub_filename"}
+PROVENANCE |= {"tag", "license", "description", "origin_url"}
+"""What a PretrainedCfg tells of one set of weights, which is false of any other."""
 
 
 # --- which weights there are ---------------------------------------------------------------------
@@ -151,7 +151,7 @@ def describe(name: str, *, cache_dir: CacheDir = None) -> dict[str, Any]:
     name, weights, cache = _look_up(name, cache_dir)
     key = weights.key(cache, name)
     target = cache.converted_path(name, key)
-    cached = target if _is_made(target, key) else None
+    cached = target if load_verified(target, key) else None
     pieces = weights.source.pieces
     return {
         "name": name,
@@ -194,19 +194,24 @@ def fetch(name: str, *, cache_dir: CacheDir = None, force: bool = False) -> Path
         WeightsError: One of its four kinds, which says the way out.
         ImportError: If a 7z archive is to be opened and py7zr is not installed.
     """
+    return _fetched(name, cache_dir, force=force)[0]
+
+
+def _fetched(name: str, cache_dir: CacheDir, *, force: bool = False) -> tuple[Path, StateDict]:
+    """As `fetch`, and the tensors, which were read to be verified."""
     name, weights, cache = _look_up(name, cache_dir)
     key = weights.key(cache, name)
     target = cache.converted_path(name, key)
-    if not force and _is_made(target, key):
-        return target
+    if not force and (made := load_verified(target, key)):
+        return target, made
     with disk_advice():
         paths = weights.source.obtain(cache, name, force=force)
         if weights.adapter is None and len(paths) == 1 and is_safetensors(paths[0]):
-            load_checkpoint(paths[0], name)  # whole
-            return paths[0]  # it is what we would make of it
+            return paths[0], load_checkpoint(paths[0], name)  # it is what we would make of it
         with cache.lock(target):
-            if not force and _is_made(target, key):  # by another process, meanwhile
-                return target
+            # another process may have made it meanwhile
+            if not force and (made := load_verified(target, key)):
+                return target, made
             with cache.scratch() as scratch:
                 checkpoint = weights.source.assemble(paths, scratch, name)
                 about = {
@@ -219,12 +224,7 @@ def fetch(name: str, *, cache_dir: CacheDir = None, force: bool = False) -> Path
                     "adapter": _adapter_name(weights),
                 }
                 save_tensors(_adapted(checkpoint, weights, name), target, about)
-    return target
-
-
-def _is_made(target: Path, key: str) -> bool:
-    """Whether `target` is there, whole, and made from what `key` stands for."""
-    return (verified_metadata(target) or {}).get("idloss.key") == key
+    return target, load_checkpoint(target, name)
 
 
 def _adapter_name(weights: Weights) -> str:
@@ -452,7 +452,7 @@ def build_model(
     told = {
         key: value
         for key, value in vars(cfg).items()
-        if value is not None and (key not in _PROVENANCE or (pretrained and published))
+        if value is not None and (key not in PROVENANCE or (pretrained and published))
     }
 
     def build(**arguments: Any) -> _Model:
@@ -486,7 +486,7 @@ def _is_ours(cfg: PretrainedCfg, name: str) -> bool:
 def find_tensors(cfg: PretrainedCfg, name: str, cache_dir: CacheDir) -> StateDict:
     """The state dict that a `PretrainedCfg` leads to."""
     if _is_ours(cfg, name):
-        return load_checkpoint(fetch(name, cache_dir=cache_dir), name)
+        return _fetched(name, cache_dir)[1]
     if cfg.state_dict:
         return dict(cfg.state_dict)
     if cfg.file:

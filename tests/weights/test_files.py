@@ -436,6 +436,30 @@ class TestReading:
         with pytest.raises(weights.NotAsPromisedError, match=said):
             fetch_body(body, adapter)
 
+    def test_safetensors_of_any_kind_are_read_and_verified(self, tmp_path):
+        """Large ones, which are read straight into memory, others, and what is damaged."""
+        kinds = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
+        tensors = {f"{kind}": torch.randn(3, 1 << 15).mul(9).to(kind) for kind in kinds}
+        tensors |= {"one": torch.tensor(7.0), "none": torch.zeros(0, 1 << 17)}
+        path = tmp_path / "net.safetensors"
+        files.save_tensors(tensors, path, {"idloss.key": "a"})
+        for read in (files.load_checkpoint(path, "net"), files.load_verified(path, "a")):
+            assert read.keys() == tensors.keys()
+            assert all(torch.equal(read[key], value) for key, value in tensors.items())
+            assert all(read[key].dtype == value.dtype for key, value in tensors.items())
+            assert all(read[k].untyped_storage().nbytes() == v.nbytes for k, v in tensors.items())
+        assert files.load_verified(path, "b") is None
+        body = path.read_bytes()
+        for place in (1 << 17, len(body) // 2, len(body) - 1):
+            path.write_bytes(body[:place] + bytes([body[place] ^ 1]) + body[place + 1 :])
+            assert files.load_verified(path, "a") is None
+        path.write_bytes(body)
+        reading = files._tensors_in(path)
+        next(reading)
+        os.truncate(path, len(body) // 2)  # while it is read
+        with pytest.raises(EOFError, match="ends within torch"):
+            list(reading)
+
     def test_new_version_of_an_adapter_converts_again_without_a_download(self, web, monkeypatch):
         server, url_path, name = web
         before = weights.fetch(name)
