@@ -45,7 +45,7 @@ from idloss.weights.files import (
     no_larger_than,
     without_prefixes,
 )
-from idloss.weights.loading import ChannelOrder, Keys, load_own
+from idloss.weights.loading import PROVENANCE, ChannelOrder, Keys, load_own
 from idloss.weights.sources import (
     ask_hub,
     hub_errors,
@@ -141,7 +141,12 @@ def create_fnet(
             raise ValueError(f"this is no FNet{other_kind(arch, arch, 'FNet')}")
         _describe_input(model, kwargs.get("img_size"), input_size=input_size, mean=mean, std=std)
         _describe_output(model)
-        if kwargs or (isinstance(fnet, str) and fnet.startswith(_HUB_PREFIXES)):
+        overlay = kwargs.get("pretrained_cfg_overlay") or {}
+        # of another origin of the weights the network is the same
+        options = (
+            kwargs.keys() - {"cache_dir", "pretrained_cfg_overlay"} | overlay.keys() - PROVENANCE
+        )
+        if options or (isinstance(fnet, str) and fnet.startswith(_HUB_PREFIXES)):
             _try_out(model, kwargs)
         model.crop = _resolve_crop(model, crop)  # type: ignore[assignment]
     return model

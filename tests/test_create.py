@@ -276,6 +276,21 @@ def test_networks_that_run_on_a_gpu_alone_are_tried_there(tmp_path, monkeypatch)
     assert {parameter.device.type for parameter in fnet.parameters()} == {"cpu"}
 
 
+def test_only_what_may_change_a_network_is_tried_out(tmp_path, monkeypatch):
+    """A forward pass takes three times as long as reading the weights."""
+    path = tmp_path / "net.pth"
+    torch.save(create_fnet("mobilefacenet").state_dict(), path)
+
+    def probe(_):
+        raise ValueError("tried")
+
+    monkeypatch.setattr("idloss.create._probe_width", probe)
+    given = {"file": str(path), "license": "mit"}
+    create_fnet("mobilefacenet", pretrained=True, pretrained_cfg_overlay=given)
+    with pytest.raises(ValueError, match="tried"):
+        create_fnet("mobilefacenet", pretrained_cfg_overlay={"num_classes": 9})
+
+
 @pytest.mark.parametrize("spoil", ["cut", "header", "dtype", "shape", "key", "text"])
 def test_damaged_weights_in_a_folder_are_named(tmp_path, spoil):
     timm.models.save_for_hf(create_fnet("mobilefacenet"), tmp_path, safe_serialization=True)
