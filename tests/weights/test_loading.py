@@ -27,6 +27,7 @@ from idloss import create_fnet, list_fnets, list_srnets, weights
 from idloss.weights import loading, sources
 from idloss.weights.files import load_checkpoint
 from idloss.weights.loading import get_weights
+from idloss.weights.placing import without_numbers
 from idloss.weights.sources import GITHUB_RAW, ZooFile
 
 
@@ -216,6 +217,17 @@ def test_what_was_read_is_not_copied_nor_drawn_before(form, way, tmp_path, monke
     assert all(parameter.requires_grad for parameter in again.parameters())
     path.write_bytes(b"")  # as who trains into the same file does
     assert torch.equal(again.state_dict()["embedding.weight"], tensors["embedding.weight"].float())
+
+
+def test_only_shapes_are_not_drawn():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.noise = nn.Linear(9, 9), torch.zeros(9, device="cpu").normal_()
+
+    net = without_numbers(Net)
+    assert net.linear.weight.is_meta
+    assert net.noise.std() > 0
 
 
 def test_real_mobilefacenet(shared, server, home, naps, monkeypatch):
