@@ -26,7 +26,7 @@ def main(options: argparse.Namespace) -> None:
             for start in range(0, options.faces, 10_000):
                 size = (min(10_000, options.faces - start), options.width)
                 file.write(rng.standard_normal(size, np.float32).tobytes())
-        gallery = np.memmap(path, np.float32, "r", shape=shape)
+        gallery = np.memmap(path, np.float32, "c", shape=shape)
         probes = torch.randn(options.probes, options.width)
         for _ in range(2):
             wall, cpu = time.perf_counter(), time.process_time()
