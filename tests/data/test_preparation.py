@@ -31,6 +31,7 @@ from idloss.data import (
     align_all,
     draw_faces,
     lfw,
+    open_faces,
     open_prepared,
     preparation,
     prepare,
@@ -367,6 +368,13 @@ def test_real_people_are_found(shared, out):
     assert sorted(m.identity for m in report.matches if m.photo is None) == sorted(shared_names)
     assert not set(report.faces.identities) & set(shared_names)
     assert (len(report.faces), len(report.faces.identities)) == (16, 4)
+
+
+def test_real_photos(shared, out, monkeypatch):
+    monkeypatch.undo()
+    source = open_faces(shared("data/celeba_wild.tar")).select(torch.arange(0, 5524, 120))
+    faces = quiet(source, out).faces
+    assert torch.equal(pixels(faces), align_all(source, progress=False).crops)
 
 
 # --- Runs that are cut short ---------------------------------------------------------------------

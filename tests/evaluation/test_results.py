@@ -130,6 +130,7 @@ def change_row(**values):
         (change_row(value=1e999), "it holds Infinity"),
         (change_row(mean=float("nan")), "it holds NaN"),
         (change_row(repeats=True), "'repeats' is 'True', no number"),
+        (change_row(value=10**400), "too large"),
         (change_row(height=True), "whole rows and columns, got True"),
         (change_row(task="v" * 9999), "unknown task 'v"),
         (change_row(fnet="f" * 9999), "cannot be the name of an FNet"),

@@ -117,6 +117,16 @@ def test_what_is_seen_does_not_depend_on_how_a_batch_is_shared_out(share):
     assert not whole[0].equal(whole[1])
 
 
+def test_who_is_seen_and_when():
+    faces, fnet = tiny_faces(8), create_fnet(tiny_fnet())
+    one = task(faces, fnet)
+    [batch] = one.batches(draws())
+    assert batch["labels"].equal(faces.labels)
+    assert batch["step"].item() == 1
+    assert len(one) == 8
+    assert one.network is fnet
+
+
 # learning
 
 
@@ -163,6 +173,17 @@ def test_a_student_comes_to_embed_as_its_teacher_does(tmp_path, width):
         assert F.cosine_similarity(*pair).mean() > 1 - 0.5 * found[0]
 
 
+def test_gradients_reach_the_student_alone():
+    fnet = create_fnet(tiny_fnet())
+    module = Distillation(fnet, FaceEncoder(tiny_fnet(1), crop="sphereface"))
+    module.train()
+    assert not module.teacher.fnet.training
+    module(torch.rand(4, 3, 28, 24), torch.rand(4, 3, 112, 96))["loss"].backward()
+    assert all(parameter.grad is not None for parameter in fnet.parameters())
+    assert all(parameter.grad is None for parameter in module.teacher.fnet.parameters())
+    assert all(key.startswith("fnet.") for key in module.state_dict())
+
+
 # runs
 
 
@@ -171,6 +192,13 @@ def plain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
     run(folder, low_resolution=0.3)
     return folder
+
+
+def test_two_runs_of_a_seed_are_equal_and_of_two_are_not(plain, tmp_path):
+    run(tmp_path / "same", low_resolution=0.3)
+    assert_same(tmp_path / "same", plain)
+    run(tmp_path / "other", low_resolution=0.3, seed=1)
+    assert losses(tmp_path / "other") != losses(plain)
 
 
 def test_a_resumed_run_is_as_one_without_a_break(plain, tmp_path, monkeypatch):

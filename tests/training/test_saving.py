@@ -273,3 +273,10 @@ class _Lone:
 
     def __init__(self, **_):
         pass
+
+
+def test_a_device_that_is_not_there(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match="cuda:1"):
+        tiny_run(tmp_path, device="cuda:1")

@@ -131,6 +131,13 @@ class TestDownload:
         assert [seen.range for seen in server.gets(url_path)] == ranges
         assert not partial.exists()
 
+    def test_file_replaced_between_attempts(self, web):
+        server, url_path, name = web
+        server.faults[url_path] = [Fault(body=bytes(len(RELEASED)), cut=100_000)]
+        assert_tiny(weights.fetch(name))
+        # the two halves do not fit together, and the file is asked for from its first byte
+        assert [seen.range is None for seen in server.gets(url_path)] == [True, False, True]
+
     @pytest.mark.parametrize(
         ("status", "error"),
         [

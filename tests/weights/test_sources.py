@@ -379,7 +379,7 @@ def worker(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     with FileServer() as server:
         server.hub_path = server.add_hub_file("a/b", COMMIT, "g.pth", RELEASED)
-        for name in ("both", "heir"):
+        for name in ("both", "killed", "heir"):
             server.files[f"/r/{COMMIT}/{name}"] = RELEASED
         environment = {
             **os.environ,
@@ -435,6 +435,22 @@ class TestProcesses:
         assert json.loads(process.stdout.readline()) == [0, 0]
         self.assert_converted(home, name)
         assert len(server.gets(url_path)) == 1
+
+    def test_killed_in_the_middle_resumes(self, worker):
+        process, server, home = worker
+        server.faults[f"/r/{COMMIT}/killed"] = [Fault(pause=0.05)]
+        (pid,) = self.start(process, "killed", 1)
+        self.kill_half_way(pid, home)
+        assert json.loads(process.stdout.readline()) == [-signal.SIGKILL]
+        assert [
+            file for file in files_under(home) if "killed" in file and "partial" not in file
+        ] == []
+        self.start(process, "killed", 1)
+        assert json.loads(process.stdout.readline()) == [0]
+        self.assert_converted(home, "killed")
+        (_, resumed) = server.gets(f"/r/{COMMIT}/killed")
+        assert int(resumed.range.removeprefix("bytes=").rstrip("-")) > 50_000
+        assert not list(home.rglob("*.partial*"))
 
     def test_one_killed_the_other_takes_over(self, worker):
         process, server, home = worker
