@@ -191,7 +191,7 @@ def find_models(
         bare = [] if pretrained else [name for name in listed() if name not in having]
         names += sorted([*tagged, *bare]) if kind in (None, one) else []
     known = {split_model_name_tag(name)[0] for name in (*list_fnets(), *list_srnets())}
-    names += [name for name in zoo_models() if name not in known]
+    names += [name for name in zoo_models() if split_model_name_tag(name)[0] not in known]
     wanted = [
         name
         for name in names

@@ -37,6 +37,11 @@ SUPER_IMAGE = {"mean": 0.0, "std": 1.0, "tanh": False, "res_scale": 1.0}
 """Those for eugenesiow/super-image: its mean shift is built but never called, on [0, 1] images."""
 
 
+_FACES = (
+    "10,605 faces of 1,072 people of CelebA and 3,917 people of All-Age-Faces, none of them in LFW"
+)
+
+
 class EDSR(nn.Module):
     """EDSR from RGB [0, 1] to RGB [0, 1].
 
@@ -167,12 +172,12 @@ def edsr_official(state_dict: StateDict) -> dict[str, Tensor]:
     )
 
 
-def _ours(folder: str, sha256: str) -> Weights:
+def _ours(folder: str, sha256: str, training_data: str = _FACES) -> Weights:
     """A network of our own, from the zoo that comes with the package."""
     return Weights(
         source=ZooFile(folder, sha256),
         licence="research use only, as CelebA is",
-        training_data="CelebA in the wild: 5,452 faces of 295 people, none of them in LFW",
+        training_data=training_data,
         trained_by="idloss, a short run on a CPU: see the card in zoo/.",
     )
 
@@ -221,11 +226,16 @@ def _super_image(source: Source) -> Weights:
 
 default_cfgs = register_weights(
     {
-        "edsr16_64.celeba295": _ours(
-            "edsr16_64", "47ff4f2a69fe563ec120fd7ad4835a91fdecd17e71785c2ec26a52c4512a1cb6"
+        "edsr16_64.celeba_aaf": _ours(
+            "edsr16_64", "c860e80a94c3b1344374df2b5d55a23064568a845345b2fe39d8dd373060e38c"
         ),
-        "edsr16_64_id.celeba295": _ours(
-            "edsr16_64_id", "17e41460654e93b7045d9d3731e57261676fce327c1642299b50a279d31612b4"
+        "edsr16_64_id.celeba_aaf": _ours(
+            "edsr16_64_id", "461dd6ad636a45a39c7539a01cde8a0b84776c60eac4d9bcc87b3312d7ccdcef"
+        ),
+        "edsr16_64.celeba295": _ours(
+            "edsr16_64.celeba295",
+            "47ff4f2a69fe563ec120fd7ad4835a91fdecd17e71785c2ec26a52c4512a1cb6",
+            "CelebA in the wild: 5,452 faces of 295 people, none of them in LFW",
         ),
         "edsr32_256.celeba": _released(
             "edsr_baseline",
@@ -280,7 +290,7 @@ def edsr16_64(pretrained: bool = False, **kwargs: Any) -> EDSR:
 
 @register_srnet
 def edsr16_64_id(pretrained: bool = False, **kwargs: Any) -> EDSR:
-    """EDSR of 16 blocks and 64 filters, trained with the identity loss (lambda 0.5)."""
+    """EDSR of 16 blocks and 64 filters, trained with an identity loss of two FNets."""
     return _edsr("edsr16_64_id", pretrained, kwargs, depth=16, width=64)
 
 

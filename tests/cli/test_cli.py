@@ -12,8 +12,29 @@ from idloss.cli import app
 from idloss.weights.sources import zoo_folder
 
 
-@pytest.mark.parametrize("name", ["edsr16_64", "edsr16_64_id"])
-def test_cards_of_the_zoo_say_licence_and_commands_that_run(name, command, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "said", "srnets"),
+    [
+        (
+            "edsr16_64",
+            {"srnet": "edsr16_64.celeba295", "identity_weight": 0, "batch_size": 32},
+            ["edsr16_64", "edsr16_64_id"],
+        ),
+        (
+            "edsr16_64_id",
+            {"srnet": "edsr16_64.celeba295", "identity_weight": 0.5, "batch_size": 32},
+            ["edsr16_64", "edsr16_64_id"],
+        ),
+        (
+            "edsr16_64.celeba295",
+            {"srnet": "edsr16_64", "identity_weight": 0, "batch_size": 16},
+            ["bilinear", "bicubic", "edsr16_64.celeba295"],
+        ),
+    ],
+)
+def test_cards_of_the_zoo_say_licence_and_commands_that_run(
+    name, said, srnets, command, monkeypatch
+):
     card = (zoo_folder() / name / "README.md").read_text()
     (licence,) = re.findall("^license_name: (.+)$", card, re.MULTILINE)
     project = (ROOT / "pyproject.toml").read_text().lower()
@@ -24,11 +45,10 @@ def test_cards_of_the_zoo_say_licence_and_commands_that_run(name, command, monke
     train, evaluate = (shlex.split(line)[1:] for line in commands.splitlines())
     assert not command(*train)
     ((recipe, _),) = called
-    assert (recipe.srnet, recipe.iterations, recipe.batch_size) == (name, 1500, 16)
-    assert recipe.exclude[0] == "7398"
-    assert len(recipe.exclude) == 6
+    assert {field: getattr(recipe, field) for field in said} == said
+    assert recipe.iterations == 1500
     options = get_command(app).commands[evaluate[0]].make_context("", evaluate[1:]).params
-    assert options["srnet"] == ["bilinear", "bicubic", name]
+    assert options["srnet"] == srnets
 
 
 def test_a_wrong_name_is_one_line(command):

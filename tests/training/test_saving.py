@@ -158,7 +158,7 @@ def test_a_saved_network_tells_its_own_run(tmp_path):
     criterion = HallucinationLoss(tiny_fnet(), weight=0.25, crop="sphereface")
     trained = train(recipe, tmp_path, faces=tiny_faces(), criterion=criterion)
     text = (tmp_path / "model" / "config.json").read_text()
-    for lie in ("celeba295", "LFW", "zoo", "file://", "research"):
+    for lie in ("celeba_aaf", "LFW", "zoo", "file://", "research"):
         assert lie not in text
     told = json.loads(text)["idloss"]
     assert told["recipe"]["iterations"] == 1
@@ -176,7 +176,7 @@ def test_a_saved_network_tells_its_own_run(tmp_path):
 def test_what_a_network_that_was_given_began_with_is_told(tmp_path):
     tiny_run(tmp_path, srnet=create_srnet("edsr16_64", pretrained=True), iterations=1, batch_size=2)
     told = json.loads((tmp_path / "model" / "config.json").read_text())["idloss"]
-    assert told["began_with"]["tag"] == "celeba295"
+    assert told["began_with"]["tag"] == "celeba_aaf"
     assert "research" in told["began_with"]["license"]
 
 
