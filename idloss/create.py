@@ -193,10 +193,9 @@ def create_srnet(
         elif name.startswith(_SPANDREL):
             # not an argument, which would be saved in its config.json, and opened again
             found = {"pretrained_cfg_overlay": {"file": name.removeprefix(_SPANDREL)}}
-            model = timm.create_model("spandrel", **{**found, **kwargs})
+            model = _timm_create("spandrel", False, {**found, **kwargs})
         else:
-            known = find_known(name, "SRNet", srnet_crops)
-            model = timm.create_model(known, pretrained=pretrained, **kwargs)
+            model = _timm_create(find_known(name, "SRNet", srnet_crops), pretrained, kwargs)
     if crop == "auto" and isinstance(srnet, str):
         said = told.get("crop", getattr(model, "crop", None))
         named = isinstance(said, str | Template)
@@ -221,6 +220,11 @@ def _built(net: object, kind: str, options: Collection[str]) -> nn.Module | None
             f"{', '.join(sorted(options))}"
         )
     return net
+
+
+def _timm_create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
+    return model
 
 
 class _TakesBGR(nn.Module):
@@ -259,9 +263,9 @@ def _build_fnet(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modul
             raise ValueError(did_you_mean("timm model", name, timms) + YOUR_OWN)
         if pretrained and not kwargs.keys() & {"pretrained_cfg", "pretrained_cfg_overlay"}:
             _reach_timms(name, kwargs.get("cache_dir"))
-        return timm.create_model(name, pretrained=pretrained, **{"num_classes": 0, **kwargs})
+        return _timm_create(name, pretrained, {"num_classes": 0, **kwargs})
     name = find_known(name, "FNet", fnet_crops)
-    model = timm.create_model(name, pretrained=pretrained, **kwargs)
+    model = _timm_create(name, pretrained, kwargs)
     registered = fnet_crops[split_model_name_tag(name)[0]]
     own = getattr(model, "crop", registered)
     said, known = (crop if crop is None else get_template(crop) for crop in (own, registered))
@@ -328,18 +332,18 @@ def _open_published(
     try:  # without memory first: what it asks for is a stranger's number
         with no_larger_than(size), torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            timm.create_model(name, **kwargs)
+            _timm_create(name, False, kwargs)
     except WeightsError:
         raise
     except Exception:  # some need numbers while they are built; what else is wrong is told below
         logger.debug("%s cannot be tried without memory", name, exc_info=True)
     with no_larger_than(size):
         if path is None or not pretrained or arch in fnet_crops or arch in srnet_crops:
-            return timm.create_model(name, pretrained=pretrained, **kwargs), told
+            return _timm_create(name, pretrained, kwargs), told
         # timm reads fewer kinds of checkpoints
         tensors = without_prefixes(load_checkpoint(path, name), name)
         overlay = {"state_dict": tensors, "source": "", **kwargs.get("pretrained_cfg_overlay", {})}
-        model = timm.create_model(name, True, **{**kwargs, "pretrained_cfg_overlay": overlay})
+        model = _timm_create(name, True, {**kwargs, "pretrained_cfg_overlay": overlay})
     model.pretrained_cfg = {**cfg_of(model), "source": source}  # type: ignore[assignment]
     cfg_of(model).pop("state_dict")
     return model, told

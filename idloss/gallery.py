@@ -199,7 +199,10 @@ class Gallery:
         self._index.commit()
 
     def _number(self, path: Path) -> int | None:
-        return self._one("SELECT id FROM photos WHERE path = ?", os.fsencode(path.absolute()))
+        found: int | None = self._one(
+            "SELECT id FROM photos WHERE path = ?", os.fsencode(path.absolute())
+        )
+        return found
 
     def _forget(self, photo: int | None) -> None:
         self._index.execute("DELETE FROM faces WHERE photo = ?", (photo,))

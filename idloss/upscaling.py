@@ -283,4 +283,5 @@ def _sheet(out: Path, faces: Sequence[Mapping[str, str]]) -> Tensor:
         )
         pair = [resize(crop, _CELL, mode="nearest"), resize(picture, _CELL, convention="antialias")]
         cells.append(torch.cat(pair, 3)[0])
-    return make_grid(cells, nrow=min(8, len(cells)), padding=8, pad_value=255)
+    sheet: Tensor = make_grid(cells, nrow=min(8, len(cells)), padding=8, pad_value=255)
+    return sheet

@@ -20,7 +20,8 @@ def read_aligned(faces: FileFaces, index: int, template: Template) -> NDArray[np
     photo = cv2.imdecode(data, cv2.IMREAD_COLOR)
     matrix = fit_similarity(faces.landmarks[index : index + 1], template)[0].numpy()
     rows, columns = template.size
-    return cv2.warpAffine(photo, matrix, (columns, rows), flags=cv2.INTER_CUBIC)
+    face: NDArray[np.uint8] = cv2.warpAffine(photo, matrix, (columns, rows), flags=cv2.INTER_CUBIC)
+    return face
 
 
 def to_tensor(bgr: NDArray[np.uint8]) -> Tensor:

@@ -26,7 +26,8 @@ class FaceSR(lightning.LightningModule):
         sr = self.srnet(lr)
         image, identity = F.l1_loss(sr, hr), self.identity(sr, hr)
         self.log_dict({"image": image, "identity": identity})
-        return image + self.weight * identity
+        total: Tensor = image + self.weight * identity
+        return total
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """All parameters, which are the SRNet's."""

@@ -47,7 +47,8 @@ class SmallFNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised RGB `[B, 3, 112, 112]` to embeddings `[B, num_features]`."""
-        return self.embedding(self.convs(x).flatten(1))
+        embeddings: Tensor = self.embedding(self.convs(x).flatten(1))
+        return embeddings
 
 
 class ESPCN(nn.Module):
@@ -82,7 +83,8 @@ def facekit_espcn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 def chord(a: Tensor, b: Tensor) -> Tensor:
     """Length of the chord between two embeddings on the unit sphere, in [0, 2]."""
-    return (F.normalize(a, dim=1) - F.normalize(b, dim=1)).norm(dim=1)
+    length: Tensor = (F.normalize(a, dim=1) - F.normalize(b, dim=1)).norm(dim=1)
+    return length
 
 
 register_distance("facekit_chord", chord)

@@ -403,7 +403,8 @@ def _boxes(matrices: Tensor, template: Template) -> list[list[int]]:
     low = seen.amin(1).floor() - BICUBIC_REACH
     high = seen.amax(1).ceil() + BICUBIC_REACH + 1
     # far outside any photo is all the same, and fits an int
-    return torch.cat([low, high], 1).clamp(-1e9, 1e9).long().tolist()
+    boxes: list[list[int]] = torch.cat([low, high], 1).clamp(-1e9, 1e9).long().tolist()
+    return boxes
 
 
 def like_sized_batches(faces: Faces, start: int, stop: int) -> Iterator[list[int]]:

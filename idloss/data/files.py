@@ -219,7 +219,8 @@ class MemoryFiles(_Members):
 
     def read(self, name: str) -> bytes:
         """The bytes of one file."""
-        return self._found(name)
+        content: bytes = self._found(name)
+        return content
 
 
 class TarFiles(_Members):

@@ -172,7 +172,8 @@ def warn_of_unaligned(faces: Faces, where: str) -> None:
 
 
 def _sample(faces: Faces) -> Tensor:
-    return torch.linspace(0, len(faces) - 1, min(SAMPLE, len(faces))).long().unique()
+    places: Tensor = torch.linspace(0, len(faces) - 1, min(SAMPLE, len(faces))).long().unique()
+    return places
 
 
 def _check_order(faces: FileFaces, points: Tensor, where: str) -> None:

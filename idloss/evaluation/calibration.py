@@ -62,12 +62,14 @@ def count_reached(
 
 def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.maximum(norms, 1e-8)
+    unit: NDArray[np.float32] = rows / np.maximum(norms, 1e-8)
+    return unit
 
 
 def _count(scores: Floats) -> Ints:
     reached = np.searchsorted(THRESHOLDS, np.maximum(scores, -1), side="right")
-    return np.bincount(reached, minlength=len(THRESHOLDS) + 1)[::-1].cumsum()[::-1][1:]
+    counts: Ints = np.bincount(reached, minlength=len(THRESHOLDS) + 1)[::-1].cumsum()[::-1][1:]
+    return counts
 
 
 def write_calibration(results: Results, folder: str | Path) -> list[Path]:

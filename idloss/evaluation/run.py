@@ -366,4 +366,5 @@ class _Run:
 
 
 def _without(places: Tensor, lost: Tensor) -> NDArray[np.int64]:
-    return places[~torch.isin(places, lost)].numpy()
+    kept: NDArray[np.int64] = places[~torch.isin(places, lost)].numpy()
+    return kept

@@ -99,7 +99,8 @@ def centred_scores(left: ArrayLike, right: ArrayLike, folds: ArrayLike) -> Float
     product = _dot(first, second) - first_mean - second_mean + mean_mean
     first_norm = np.sqrt(np.maximum(_dot(first, first) - 2 * first_mean + mean_mean, 0))
     second_norm = np.sqrt(np.maximum(_dot(second, second) - 2 * second_mean + mean_mean, 0))
-    return product / np.maximum(first_norm * second_norm, _EPS)
+    scores: Floats = product / np.maximum(first_norm * second_norm, _EPS)
+    return scores
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,8 @@ def _right_answers(
         return np.bincount(chosen, minlength=n * width).reshape(n, width)
 
     change = histogram(since, rising) - histogram(until, falling)
-    return (falling.sum(1, keepdims=True) + change.cumsum(1))[:, :-1]
+    right: Ints = (falling.sum(1, keepdims=True) + change.cumsum(1))[:, :-1]
+    return right
 
 
 def _folds(folds: ArrayLike | None, count: int, remainder: Remainder) -> Ints:

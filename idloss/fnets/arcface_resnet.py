@@ -56,11 +56,13 @@ class ArcFaceResNet(FNet):
         if self.in_chans == 3:
             # gray_resize_for_identity of gfpgan_model.py
             x = 0.2989 * x[:, 0:1] + 0.5870 * x[:, 1:2] + 0.1140 * x[:, 2:3]
-        return self.norm(self.blocks(self.pool(self.stem(x))))
+        features: Tensor = self.norm(self.blocks(self.pool(self.stem(x))))
+        return features
 
     def forward_embedding(self, x: Tensor) -> Tensor:
         """Feature map `[B, 512, 8, 8]` to embeddings `[B, 512]`, flattened channel first."""
-        return self.embedding_norm(self.embedding(self.drop(x).flatten(1)))
+        embedding: Tensor = self.embedding_norm(self.embedding(self.drop(x).flatten(1)))
+        return embedding
 
 
 class _Block(nn.Module):
@@ -78,7 +80,8 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         residual = self.norm2(self.conv2(self.act(self.norm1(self.conv1(self.norm0(x))))))
-        return self.act(self.shortcut(x) + residual)
+        out: Tensor = self.act(self.shortcut(x) + residual)
+        return out
 
 
 _TOP = {"stem.conv": "conv1", "stem.norm": "bn1", "stem.act": "prelu"}

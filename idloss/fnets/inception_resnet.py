@@ -77,11 +77,13 @@ class InceptionResNetV1(FNet):
         """Normalised RGB `[B, 3, 160, 160]` to the last feature map `[B, 1792, 3, 3]`."""
         x = self.reduction_a(self.blocks35(self.stem(x)))
         x = self.reduction_b(self.blocks17(x))
-        return self.last_block(self.blocks8(x))
+        features: Tensor = self.last_block(self.blocks8(x))
+        return features
 
     def forward_embedding(self, x: Tensor) -> Tensor:
         """Feature map `[B, 1792, 3, 3]` to `[B, 512]`; facenet-pytorch divides by its norm."""
-        return self.embedding_norm(self.embedding(self.drop(self.pool(x).flatten(1))))
+        embedding: Tensor = self.embedding_norm(self.embedding(self.drop(self.pool(x).flatten(1))))
+        return embedding
 
 
 def _conv(
@@ -115,7 +117,8 @@ class _Residual(_Branches):
         self.act = nn.Identity() if linear else nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.project(super().forward(x)) * self.scale + x)
+        out: Tensor = self.act(self.project(super().forward(x)) * self.scale + x)
+        return out
 
 
 def _block35() -> _Residual:

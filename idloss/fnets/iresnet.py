@@ -75,11 +75,13 @@ class IResNet(FNet):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised RGB `[B, 3, 112, 112]` to the last feature map `[B, 512, 7, 7]`."""
-        return self.norm(self.blocks(self.stem(x)))
+        features: Tensor = self.norm(self.blocks(self.stem(x)))
+        return features
 
     def forward_embedding(self, x: Tensor) -> Tensor:
         """Feature map `[B, 512, 7, 7]` to embeddings `[B, 512]`, flattened channel first."""
-        return self.embedding_norm(self.embedding(self.drop(x).flatten(1)))
+        embedding: Tensor = self.embedding_norm(self.embedding(self.drop(x).flatten(1)))
+        return embedding
 
 
 def conv_stem(in_channels: int, width: int, slopes: int | None = None) -> nn.Sequential:
@@ -127,7 +129,8 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         residual = self.act(self.norm2(self.conv1(self.norm1(x))))
         residual = self.se(self.norm3(self.conv2(residual)))
-        return self.shortcut(x) + residual
+        out: Tensor = self.shortcut(x) + residual
+        return out
 
 
 _TOP = {"stem.conv": "conv1", "stem.norm": "bn1", "stem.act": "prelu"}

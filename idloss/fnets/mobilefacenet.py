@@ -93,12 +93,14 @@ class MobileFaceNet(FNet):
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised RGB `[B, 3, 112, 112]` to the last feature map `[B, 512, 7, 7]`."""
         x = self.stem_pointwise(self.stem_depthwise(self.stem(x)))
-        return self.expand(self.blocks(x))
+        features: Tensor = self.expand(self.blocks(x))
+        return features
 
     def forward_embedding(self, x: Tensor) -> Tensor:
         """Feature map `[B, 512, 7, 7]` to embeddings `[B, 128]`."""
         x = self.global_depthwise(x).flatten(1)
-        return self.embedding_norm(self.embedding(x))
+        embedding: Tensor = self.embedding_norm(self.embedding(x))
+        return embedding
 
 
 class _ConvNormAct(nn.Module):
@@ -120,7 +122,8 @@ class _ConvNormAct(nn.Module):
         self.act = act(out_channels) if act is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn(self.conv(x)))
+        out: Tensor = self.act(self.bn(self.conv(x)))
+        return out
 
 
 class _Bottleneck(nn.Module):

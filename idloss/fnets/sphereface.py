@@ -55,11 +55,13 @@ class SphereFace(FNet):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised RGB `[B, 3, 112, 96]` to the last feature map `[B, 512, 7, 6]`."""
-        return self.stages(x)
+        features: Tensor = self.stages(x)
+        return features
 
     def forward_embedding(self, x: Tensor) -> Tensor:
         """Feature map `[B, 512, 7, 6]` to FC1, flattened channel first: `[B, 512]`."""
-        return self.embedding(x.flatten(1))
+        embedding: Tensor = self.embedding(x.flatten(1))
+        return embedding
 
 
 class _Stage(nn.Module):
@@ -72,7 +74,8 @@ class _Stage(nn.Module):
         self.blocks = nn.Sequential(*(_Unit(width) for _ in range(depth)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.act(self.conv(x)))
+        features: Tensor = self.blocks(self.act(self.conv(x)))
+        return features
 
 
 class _Unit(nn.Module):

@@ -41,11 +41,13 @@ class TimmFace(FNet):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised RGB `[B, 3, 112, 112]` to `[B, C, h, w]`, or a ViT's `[B, tokens, C]`."""
-        return self.trunk.forward_features(x)
+        features: Tensor = self.trunk.forward_features(x)
+        return features
 
     def forward_embedding(self, x: Tensor) -> Tensor:
         """Map or tokens to embeddings `[B, 512]`."""
-        return self.embedding(self.trunk.forward_head(x, pre_logits=True))
+        embedding: Tensor = self.embedding(self.trunk.forward_head(x, pre_logits=True))
+        return embedding
 
 
 def timm_face(state_dict: StateDict) -> dict[str, Tensor]:

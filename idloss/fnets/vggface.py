@@ -64,11 +64,13 @@ class VGGFace(FNet):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised RGB `[B, 3, 224, 224]` to the last pooled map `[B, 512, 7, 7]`."""
-        return self.features(x)
+        features: Tensor = self.features(x)
+        return features
 
     def forward_embedding(self, x: Tensor) -> Tensor:
         """Feature map `[B, 512, 7, 7]` to the chosen layer before its ReLU, `[B, 4096]`."""
-        return self.embedding(x.flatten(1))
+        embedding: Tensor = self.embedding(x.flatten(1))
+        return embedding
 
     def fit_weights(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Leave out the fully connected layers that the network stops short of."""

@@ -445,7 +445,7 @@ class CsvTracker(GeneralTracker):
 
 def create_optimizer(parameters: Iterable[nn.Parameter], options: RunOptions) -> Optimizer:
     """The optimizer by name, its update fused into one kernel; SGD has Nesterov's momentum."""
-    return create_optimizer_v2(
+    optimizer: Optimizer = create_optimizer_v2(
         list(parameters),
         options.optimizer,
         lr=options.learning_rate,
@@ -453,6 +453,7 @@ def create_optimizer(parameters: Iterable[nn.Parameter], options: RunOptions) ->
         momentum=0.9,
         fused=True,
     )
+    return optimizer
 
 
 def create_schedule(optimizer: Optimizer, options: RunOptions) -> Scheduler:
@@ -510,6 +511,7 @@ def _sent_to_host(row: Tensor) -> Callable[[], list[float]]:
 
     def read() -> list[float]:
         arrived.synchronize()
-        return host.tolist()
+        values: list[float] = host.tolist()
+        return values
 
     return read

@@ -45,7 +45,7 @@ class Margin(nn.Module):
         """
         self.loss.step = step  # type: ignore[assignment]
         with torch.autocast(embeddings.device.type, enabled=False):
-            return self.loss(embeddings.float(), labels)
+            return self.loss(embeddings.float(), labels)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def nearest(self, embeddings: Tensor) -> Tensor:

@@ -122,9 +122,10 @@ def register_weights(entries: Mapping[str, Weights], **shared: Any) -> dict[str,
         known = _registered.setdefault(name, weights)
         if (known.source, known.version) != (weights.source, weights.version):
             raise ValueError(f"weights {name!r} are registered already, from another source")
-    return generate_default_cfgs(
+    default_cfgs: dict[str, Any] = generate_default_cfgs(
         {name: weights.pretrained_cfg(**shared) for name, weights in entries.items()}
     )
+    return default_cfgs
 
 
 def get_weights(name: str) -> Weights:
@@ -473,7 +474,8 @@ def build_model(
             _load(fitting, model, name, told, arguments.get("in_chans", 3))
         return model
 
-    return build_model_with_cfg(build, variant, False, pretrained_cfg=told, **kwargs)
+    built: _Model = build_model_with_cfg(build, variant, False, pretrained_cfg=told, **kwargs)
+    return built
 
 
 def _is_ours(cfg: PretrainedCfg, name: str) -> bool:
