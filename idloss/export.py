@@ -30,11 +30,18 @@ _CALIBRATION = 8  # faces at a time; they are held in memory, layer by layer
 
 @dataclass(frozen=True)
 class Export:
-    """What was written, and how far its outputs are from torch's."""
+    """What was written, and how far its outputs are from torch's.
+
+    Args:
+        path: The file.
+        inputs: Shape of what it takes; names stand for any number.
+        error: Largest deviation from torch in fp32, absolute up to 1, then relative to the largest
+            output.
+    """
 
     path: Path
-    inputs: tuple[int | str, ...]  # shape of what it takes; names stand for any number
-    error: float  # the largest, absolute up to 1, then relative to the largest output
+    inputs: tuple[int | str, ...]
+    error: float
 
 
 def export(

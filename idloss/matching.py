@@ -34,11 +34,17 @@ _NAME = "own"  # of either network
 
 @dataclass(frozen=True)
 class Face:
-    """A face that was found."""
+    """A face that was found.
 
-    box: tuple[float, ...]  # left, top, right and bottom in its photo; of a crop its corners
-    rows: float  # rows of pixels in the SRNet's crop: 112 and more are full size
-    embedding: Tensor  # float32 [D] of length 1
+    Attributes:
+        box: Left, top, right and bottom in its photo; of a crop its corners.
+        rows: Rows of pixels that it has in the SRNet's crop: 112 and more are full size.
+        embedding: Float32 `[D]` of length 1.
+    """
+
+    box: tuple[float, ...]
+    rows: float
+    embedding: Tensor
 
 
 class _Cut(NamedTuple):

@@ -22,11 +22,17 @@ BATCH = 16
 class IdentitySimilarity(nn.Module):
     """Cosine of the embeddings of restored faces and of their references: IDS.
 
-    What is shown to the FNet changes the figure (sczhou/CodeFormer#313), so `crop` has no default:
-    name the template that the pictures are aligned to, and the FNet's own crop is cut out of them;
-    `"ffhq"` is right for whole pictures of FFHQ, CelebA-HQ and CelebA-Test. Which recogniser
-    changes it too (TencentARC/GFPGAN#256), and one that was the loss in training flatters who was
-    trained with it: write the FNet's name with its tag beside every figure.
+    What is shown to the FNet (asked in sczhou/CodeFormer#313: the face cut out, or the whole
+    picture?) changes the figure, so `crop` has no default. A recogniser is trained on faces in one
+    place of one crop, and is to see them there: name the template that the pictures, or crops, are
+    aligned to, and the FNet's own crop is cut out of them; `"ffhq"` is right for whole pictures of
+    FFHQ, CelebA-HQ and CelebA-Test. `crop=None` squeezes the whole picture, hair and background
+    too, into the FNet's input.
+
+    Which recogniser (asked in TencentARC/GFPGAN#256: which ArcFace, which backbone, trained on
+    what?) changes it too: figures of two FNets cannot be compared, neither can those of one that
+    was the loss in training, which flatters who was trained with it. Write the FNet's name with
+    its tag beside every figure.
 
     Used as metrics of torchmetrics are, on one process; the pictures' values of several are to be
     gathered. It has no parameters and an empty `state_dict()`.

@@ -78,6 +78,9 @@ def register_fnet(
         channel_order: What the network takes with the weights that its entry point loads; of
             `"bgr"`, the first convolution's input is reversed, so that it takes RGB like all here.
 
+    Returns:
+        The entry point, or a decorator when only `crop` is given.
+
     Raises:
         ValueError: If no template is called `crop`, or another model has the name.
     """
@@ -108,6 +111,9 @@ def register_srnet(
             model maps RGB `[B, 3, H, W]` in [0, 1] to RGB `[B, 3, scale * H, scale * W]`.
         crop: Template of the crops that it makes: `"sphereface"` (112x96), `"arcface"` (112x112)
             for recognisers of today, `"ffhq"` for restorers of 512x512, ...
+
+    Returns:
+        The entry point, or a decorator when only `crop` is given.
     """
     template = checked_crop(crop)
 

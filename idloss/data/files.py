@@ -28,10 +28,15 @@ SHOWN = 10
 
 
 class Fault(NamedTuple):
-    """One thing wrong with a data set."""
+    """One thing wrong with a data set.
 
-    where: str  # the file, with its line or archive member, such as `pairs.txt:17`
-    what: str  # what is wrong there
+    Attributes:
+        where: The file, with its line or archive member, e.g. `pairs.txt:17`.
+        what: What is wrong there.
+    """
+
+    where: str
+    what: str
 
     def __str__(self) -> str:
         # names come from other people's archives, and may hold what a terminal obeys

@@ -44,27 +44,39 @@ ROW_BYTES = 1024
 
 @dataclass(frozen=True)
 class Match:
-    """A training person, or a single training photo, that is in the evaluation data."""
+    """A training person, or a single training photo, that is in the evaluation data.
 
-    identity: str  # the training person; empty for a photo of nobody known
-    photo: str | None  # the training photo where only that matches, often by a wrong label
-    other: str  # the evaluation person, or photo where it has no labels
-    similarity: float  # the cosine
+    Attributes:
+        identity: The training person; empty for a photo of nobody known.
+        photo: The training photo where only that matches (often one with a wrong label), else None.
+        other: The evaluation person, or photo where it has no labels.
+        similarity: The cosine.
+    """
+
+    identity: str
+    photo: str | None
+    other: str
+    similarity: float
 
 
 @dataclass(frozen=True, eq=False)
 class Exclusion:
     """Evaluation faces whose people must not be in the training data.
 
-    The encoder goes from RGB [0, 1] crops `[B, 3, H, W]` of the prepared template to embeddings
-    `[B, D]`, such as a `FaceEncoder` with that `crop`.
+    Attributes:
+        name: The evaluation set's name, for reports.
+        faces: Its faces, labelled by person or not.
+        encoder: RGB [0, 1] crops `[B, 3, H, W]` of the prepared template to embeddings `[B, D]`,
+            such as a `FaceEncoder` with that `crop`.
+        fnet: The recogniser's name, for reports.
+        threshold: The cosine above which two faces are one person; depends on the FNet.
     """
 
-    name: str  # the evaluation set's, for reports
-    faces: Faces  # labelled by person or not
+    name: str
+    faces: Faces
     encoder: Callable[[Tensor], Tensor]
-    fnet: str  # the recogniser's name, for reports
-    threshold: float = THRESHOLD  # cosine above which two faces are one person, of this FNet
+    fnet: str
+    threshold: float = THRESHOLD
 
     def describe(self, crop: Template) -> dict[str, object]:
         """What tells this exclusion from others; refuses an encoder that wants another crop."""

@@ -29,12 +29,19 @@ Remainder = Literal["first", "spread"]
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Pairs of faces to verify, `[P]` each."""
+    """Pairs of faces to verify.
 
-    first: Tensor  # positions of the first faces, int64
-    second: Tensor  # and of the second
-    same: Tensor  # whether both show one person, bool
-    fold: Tensor  # of cross-validation, int64, from 0
+    Attributes:
+        first: Positions of the first faces, int64 `[P]`.
+        second: Positions of the second faces, int64 `[P]`.
+        same: Whether both show one person, bool `[P]`.
+        fold: The cross-validation fold of each pair, int64 `[P]`, from 0.
+    """
+
+    first: Tensor
+    second: Tensor
+    same: Tensor
+    fold: Tensor
 
     def __len__(self) -> int:
         return len(self.same)
@@ -46,16 +53,22 @@ class Pairs:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationSet:
-    """Faces to evaluate on, with what to compare: pairs, or a gallery of its own and probe sets.
+    """Faces to evaluate on, with what to compare.
 
-    A probe whose label is -1 is of nobody in the gallery.
+    Attributes:
+        name: What the set is called in tables.
+        faces: All its faces.
+        pairs: The pairs to verify, where it has some.
+        gallery: Positions of the enrolled faces, int64, where it has a fixed gallery.
+        probes: Positions of the faces to identify, by the name of the probe set. A probe whose
+            label is -1 is of nobody in the gallery.
     """
 
-    name: str  # in tables
-    faces: Faces  # all of them
+    name: str
+    faces: Faces
     pairs: Pairs | None = None
-    gallery: Tensor | None = None  # positions of the enrolled faces, int64
-    probes: Mapping[str, Tensor] = field(default_factory=dict)  # positions by probe set
+    gallery: Tensor | None = None
+    probes: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass

@@ -55,15 +55,21 @@ class PreparedFaces(AlignedCrops):
     """Aligned crops in a prepared folder, a `Faces`; also a map-style set of (crop, label) pairs.
 
     It holds no pixels: copies for other processes are small, and the page cache is shared.
+
+    Attributes:
+        folder: The prepared folder; its `index.csv` has the points of the photos.
+        places: Crops in its file, those of dropped photos included.
+        rows: Where each face is among them, int64 `[N]`.
+        hashes: Hash of each crop, uint8 `[N, 16]`.
     """
 
-    folder: Path  # whose `index.csv` has the points of the photos
-    places: int  # crops in its file, those of dropped photos included
-    rows: Tensor  # where each face is among them, int64 [N]
+    folder: Path
+    places: int
+    rows: Tensor
     names: tuple[str, ...]
     labels: Tensor | None
     identities: tuple[str, ...]
-    hashes: Bytes  # of each crop, uint8 [N, 16]
+    hashes: Bytes
     crop: str
     skipped: tuple[Fault, ...] = ()
 
@@ -104,13 +110,21 @@ class PreparedFaces(AlignedCrops):
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What came of a preparation."""
+    """What came of a preparation.
+
+    Attributes:
+        faces: The prepared faces.
+        dropped: How many photos were dropped, by reason; `dropped.csv` names them.
+        duplicates: How many crops equal one before them, pixel by pixel; they are kept.
+        matches: What was found in an evaluation set too, and removed.
+        unchecked: Photos of the evaluation set that could not be read: people who are only there
+            may still be among the faces.
+    """
 
     faces: PreparedFaces
-    dropped: Mapping[str, int]  # how many photos by reason; `dropped.csv` names them
-    duplicates: int  # crops that equal one before them, pixel by pixel; they are kept
-    matches: tuple[Match, ...]  # what was found in an evaluation set too, and removed
-    # photos of that set that could not be read: who is only there may be among the faces still
+    dropped: Mapping[str, int]
+    duplicates: int
+    matches: tuple[Match, ...]
     unchecked: tuple[Fault, ...]
 
 

@@ -106,13 +106,17 @@ def write_calibration(results: Results, folder: str | Path) -> list[Path]:
 class Odds:
     """How often a similarity is reached, as it was measured.
 
-    `about` tells what was measured: `data`, `protocol`, `probe` (`"both"` faces of that size, or
-    the `"second"`), and how many pairs, `strangers` and `mates`.
+    Attributes:
+        fmr: Share of pairs of strangers that reach it (false-match rate).
+        tmr: Share of pairs of one person that do.
+        size: Rows and columns of the probes that were measured.
+        about: What was measured: `data`, `protocol`, `probe` (`"both"` faces of that size, or the
+            `"second"`), and how many pairs, `strangers` and `mates`.
     """
 
-    fmr: float  # share of pairs of strangers that reach it (false-match rate)
-    tmr: float  # share of pairs of one person that do
-    size: tuple[int, int]  # rows and columns of the probes
+    fmr: float
+    tmr: float
+    size: tuple[int, int]
     about: Mapping[str, str]
 
     def __str__(self) -> str:

@@ -59,8 +59,10 @@ def compare(
         Comparisons in the first run's order.
 
     Raises:
+        FileNotFoundError: A result file is missing.
         ValueError: The runs share no cell, were made with other pairs, faces, draws or protocols,
             or do not hold the scores.
+        ModuleNotFoundError: scipy is missing.
     """
     first, second = (run if isinstance(run, Results) else Results.load(run) for run in (a, b))
     for key, what in (

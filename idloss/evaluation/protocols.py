@@ -23,17 +23,29 @@ from idloss.resample import Convention, Mode, Rounding
 
 @dataclass(frozen=True)
 class Protocol:
-    """Everything that a protocol fixes."""
+    """Everything that a protocol fixes.
+
+    Args:
+        name: Its name.
+        rule: How pairs are turned into an accuracy.
+        down_mode: How an HR crop becomes a probe, on 8-bit images.
+        up_mode: How SR reaches the FNet's crop size, on 8-bit images.
+        convention: The resampler's convention, down and up.
+        rounding: How SR becomes 8-bit.
+        keep_exact_size: SR that has the FNet's crop size already is used as it is, not rounded.
+        flip: How the embeddings of a crop and of its mirror image become one.
+        source: Where the protocol is from.
+    """
 
     name: str
-    rule: ThresholdRule  # how pairs are turned into an accuracy
-    down_mode: Mode  # how an HR crop becomes a probe, on 8-bit images
-    up_mode: Mode  # how SR reaches the FNet's crop size, on 8-bit images
-    convention: Convention  # the resampler's, down and up
-    rounding: Rounding  # how SR becomes 8-bit
-    keep_exact_size: bool  # SR of the FNet's crop size is used as it is, not rounded
-    flip: Literal["concat", "sum"]  # how embeddings of a crop and its mirror image become one
-    source: str  # where it is from
+    rule: ThresholdRule
+    down_mode: Mode
+    up_mode: Mode
+    convention: Convention
+    rounding: Rounding
+    keep_exact_size: bool
+    flip: Literal["concat", "sum"]
+    source: str
 
     def describe(self) -> dict[str, Any]:
         """The protocol as plain values, for a result file."""

@@ -62,11 +62,19 @@ def read_task(name: str) -> Task:
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One cell of the grid: what was measured, by the names of its networks and its probe size."""
+    """One cell of the grid: what was measured.
+
+    Attributes:
+        task: The task.
+        fnet: Name of the FNet.
+        srnet: Name of the SRNet or interpolation; `HR` where probes are not degraded.
+        height: Rows of the probes.
+        width: Columns of the probes.
+    """
 
     task: Task
     fnet: str
-    srnet: str  # or interpolation; `HR` where probes are not degraded
+    srnet: str
     height: int
     width: int
 

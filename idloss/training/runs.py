@@ -91,11 +91,12 @@ def train(
         The trained network, in eval mode.
 
     Raises:
-        ValueError: Something does not fit, or the network cannot be saved; told in one line before
-            training starts.
+        ValueError: Something does not fit, or the network cannot be saved; before training starts,
+            in one line that says what to change.
+        FileNotFoundError: There are no data where the recipe says.
         FileExistsError: The folder holds a run and `resume` is False.
         TrainingStoppedError: Training ended before its time.
-        OSError: The data are not there, the disk is full, or no checkpoint is whole.
+        OSError: The disk is full, or no checkpoint is whole.
     """
     given = {"srnet": srnet, "criterion": criterion, "degradation": degradation}
     network = unwrapped(srnet) if srnet is not None else None

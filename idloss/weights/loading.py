@@ -68,21 +68,35 @@ PROVENANCE |= {"tag", "license", "description", "origin_url"}
 
 @dataclass(frozen=True)
 class Weights:
-    """What is known of one set of weights."""
+    """What is known of one set of weights.
 
-    source: Source  # pinned
-    licence: str  # as its origin states it (an SPDX name if there is one), or that it states none
+    Args:
+        source: Where they come from, pinned.
+        licence: As its origin states it (an SPDX name where there is one), or that it states none.
+        training_data: What the network was trained on.
+        adapter: From the released state dict to ours; None where they are the same.
+        version: Of the adapter; whoever changes what it makes raises it, and files that the
+            old one made are made again.
+        description: One line for people: the loss it was trained with, its reported accuracy.
+        trained_by: Who trained it, where that is not the origin's owner.
+        cfg: What of timm's `PretrainedCfg` these weights have for themselves, such as `mean`.
+        channel_order: What the network of the adapted state dict takes, `"rgb"` or `"bgr"`; of BGR
+            the first convolution's input is reversed.
+        lfw: Per cent on LFW, its authors' own figure.
+        size: Bytes of the download.
+    """
+
+    source: Source
+    licence: str
     training_data: str
-    adapter: Adapter | None = None  # from the released state dict to ours, if they differ
-    # of the adapter: whoever changes what it makes raises it, and files are made again
+    adapter: Adapter | None = None
     version: int = 1
-    description: str = ""  # one line for people: the loss, the reported accuracy
-    trained_by: str = ""  # where that is not the origin's owner
-    cfg: Mapping[str, Any] = field(default_factory=dict)  # of timm's PretrainedCfg, such as `mean`
-    # what the adapted network takes; of BGR the first convolution's input is reversed
+    description: str = ""
+    trained_by: str = ""
+    cfg: Mapping[str, Any] = field(default_factory=dict)
     channel_order: ChannelOrder = "rgb"
-    lfw: float | None = None  # per cent, its authors' own figure
-    size: int | None = None  # bytes of the download
+    lfw: float | None = None
+    size: int | None = None
 
     def pretrained_cfg(self, **shared: Any) -> dict[str, Any]:
         """What timm's `PretrainedCfg` has a place for; `url` is for its lists, never followed."""

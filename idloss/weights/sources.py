@@ -206,12 +206,19 @@ def _by_hand(piece: Piece, name: str) -> str:
 
 @dataclass(frozen=True)
 class HubFile(Source):
-    """A file on the Hugging Face Hub, which its own client fetches and keeps."""
+    """A file on the Hugging Face Hub, which its own client fetches and keeps.
 
-    repo: str  # owner/name
-    filename: str  # path inside the repository
-    revision: str  # commit hash; a branch is no pin
-    sha256: str  # of the file, in hex
+    Args:
+        repo: `owner/name`.
+        filename: Path inside the repository.
+        revision: Commit hash; a branch is no pin.
+        sha256: Of the file, in hex.
+    """
+
+    repo: str
+    filename: str
+    revision: str
+    sha256: str
 
     def __post_init__(self) -> None:
         _check_hex("revision", self.revision, 40)
@@ -331,15 +338,20 @@ def hub_errors(what: str, repo: str) -> Iterator[None]:
 class GitHubBlob(Source):
     """A file in a GitHub repository, perhaps cut into parts, perhaps packed as 7z.
 
-    `parts` are `(path, git blob SHA-1)` of the file, or of its parts in the order in which their
-    bytes are joined; `git ls-tree COMMIT PATH` prints the SHA-1.
+    Args:
+        repo: `owner/name`.
+        commit: Commit hash.
+        parts: `(path, git blob SHA-1)` of the file, or of its parts in the order in which their
+            bytes are joined. `git ls-tree COMMIT PATH` prints the SHA-1.
+        member: If the joined file is a 7z archive: the name of the checkpoint in it.
+        sha256: Of the file in hex, where known and not cut into parts.
     """
 
-    repo: str  # owner/name
+    repo: str
     commit: str
     parts: tuple[tuple[str, str], ...]
-    member: str | None = None  # the checkpoint in the joined file, if that is a 7z archive
-    sha256: str | None = None  # of the file in hex, where known and not cut into parts
+    member: str | None = None
+    sha256: str | None = None
 
     def __post_init__(self) -> None:
         _check_hex("commit", self.commit, 40)
@@ -392,11 +404,17 @@ class GitHubBlob(Source):
 
 @dataclass(frozen=True)
 class WebFile(Source):
-    """A file at an address of its own, such as one of a GitHub release."""
+    """A file at an address of its own, such as one of a GitHub release.
+
+    Args:
+        url: Where it is.
+        sha256: Of the file, in hex.
+        page: What tells a person about it; None for `url`.
+    """
 
     url: str
-    sha256: str  # of the file, in hex
-    page: str | None = None  # what tells a person about it; None for `url`
+    sha256: str
+    page: str | None = None
 
     def __post_init__(self) -> None:
         _check_hex("sha256", self.sha256, 64)
@@ -471,13 +489,18 @@ class ZooFile(Source):
 class ManualFile(Source):
     """A file that a person has to bring: its host wants a login or a form, or is gone.
 
-    Without a hash, which could not be learnt, only keys and shapes of its tensors are checked.
+    Args:
+        filename: Its name.
+        url: Where a person finds it.
+        how: What to do there, in a sentence.
+        sha256: Of the file in hex; None where it could not be learnt, and then only the
+            keys and shapes of its tensors are checked.
     """
 
     filename: str
-    url: str  # where a person finds it
-    how: str  # what to do there, in a sentence
-    sha256: str | None = None  # of the file in hex
+    url: str
+    how: str
+    sha256: str | None = None
 
     def __post_init__(self) -> None:
         _check_hex("sha256", self.sha256, 64)
