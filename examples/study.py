@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from torch import nn
 
-from idloss import create_fnet, create_srnet
+from idloss import create_fnet
 from idloss.data import EvaluationSet, PreparedFaces, draw_pairs, open_prepared
 from idloss.degradation import get_degradation
 from idloss.evaluation import Results, compare, evaluate
@@ -59,11 +59,7 @@ def main(options: argparse.Namespace) -> None:
         first: Results | None = None
         for variant, fields in study["variants"].items():
             recipe: Recipe = load_recipe(study["recipe"], [*common, *fields, f"seed={seed}"])
-            folder = options.out / f"{variant}_{seed}"
-            if (folder / "model").is_dir():
-                network = create_srnet(f"local-dir:{folder}/model", pretrained=True)
-            else:
-                network = train(recipe, folder, resume=True)
+            network = train(recipe, options.out / f"{variant}_{seed}", resume=True)
             results = evaluate(test, fnets, {"sr": network}, sizes, device=options.device)
             first = first or results
             rows += rows_of(variant, seed, results, first, grids(network, test, sizes))
