@@ -412,11 +412,10 @@ def _tensors_in(path: Path) -> Iterator[tuple[str, Tensor]]:
         places: dict[str, tuple[Tensor, int | None]] = {}
         for key in held.offset_keys():
             part = held.get_slice(key)
-            dtype = _FLOATS.get(part.get_dtype())
-            if dtype is None or math.prod(shape := part.get_shape()) < _LARGE:
-                places[key] = tensor, _ = held.get_tensor(key), None
-            else:
-                places[key] = tensor, _ = torch.empty(shape, dtype=dtype), end
+            dtype, shape = _FLOATS.get(part.get_dtype()), part.get_shape()
+            is_large = dtype is not None and math.prod(shape) >= _LARGE
+            tensor = torch.empty(shape, dtype=dtype) if is_large else held.get_tensor(key)
+            places[key] = tensor, end if is_large else None
             end += tensor.nbytes
         for key, (tensor, start) in sorted(places.items()):
             if start is not None:
