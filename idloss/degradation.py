@@ -96,7 +96,15 @@ list_degradations = _degradations.names
 
 
 def get_degradation(name: str, **options: Any) -> Degradation:
-    """Make a degradation from its name and options; `ValueError` where one is unknown."""
+    """Make a degradation from its name.
+
+    Args:
+        name: One of `list_degradations()`.
+        **options: Its arguments.
+
+    Raises:
+        ValueError: The name or an option is unknown, or an option is out of range.
+    """
     kind = _degradations.find(name)
     arguments = inspect.signature(kind).parameters
     if all(argument.kind is not argument.VAR_KEYWORD for argument in arguments.values()):
@@ -148,6 +156,9 @@ class RealWorldDegradation:
         sinc_probability: Of a sinc filter at the end, for the ringing of sharpened images.
         sinc_cutoff: Its cut-off in radians a pixel. Real-ESRGAN's begins at pi / 3, where a small
             face is blurred rather than sharpened.
+
+    Raises:
+        ValueError: An option is out of range.
     """
 
     blur_sigma: Range = (0.2, 3.0)

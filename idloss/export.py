@@ -68,6 +68,9 @@ def export(
         faces: Images `[N, 3, H, W]` as it takes them, some 50 and more, by which int8 is set.
         opset: Of ONNX.
 
+    Returns:
+        What was written.
+
     Raises:
         ValueError: If an option is not valid, or the network cannot be exported.
         RuntimeError: If the file does not give what torch gives; it is not kept.

@@ -31,6 +31,9 @@ def mark(data: str | os.PathLike[str], out: Path, detector: Detector) -> tuple[i
 
     Returns:
         How many photos are in the table, and those that are not, and why.
+
+    Raises:
+        DataError: The data cannot be read.
     """
     files = open_files(data)
     names = [name for name in files.names() if is_picture(name)]

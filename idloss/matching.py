@@ -69,6 +69,10 @@ class FaceMatcher:
         crop: Pictures are not photos but crops of this template, of its size or smaller.
         tables: Files `calibration.csv` to look in before those of the zoo.
         device: `"auto"`, `"cpu"`, `"cuda"`, ...
+
+    Raises:
+        ValueError: If a name is unknown, the device cannot be used, or a file is no table.
+        WeightsError: If weights cannot be had.
     """
 
     def __init__(

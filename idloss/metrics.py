@@ -14,7 +14,7 @@ from idloss.losses import IdentityPreservedLoss
 from idloss.resample import check_images
 
 FNET = "mobilefacenet"
-"""Who judges where nothing is said: small, MIT, and no SRNet here was trained with it."""
+"""Who judges where nothing is said: small and MIT; `edsr16_64_id` was trained with it."""
 BATCH = 16
 """Pictures embedded at once."""
 
@@ -78,7 +78,15 @@ class IdentitySimilarity(nn.Module):
         return values
 
     def update(self, restored: Tensor, reference: Tensor) -> None:
-        """Take in restored faces `[B, 3, h, w]`, and references of the same people, in order."""
+        """Take pictures in.
+
+        Args:
+            restored: Restored faces `[B, 3, h, w]` of any size, in `value_range`.
+            reference: Faces of the same people, `[B, 3, H, W]` of any size, in the same order.
+
+        Raises:
+            ValueError: If the batch is empty or the two do not go in pairs.
+        """
         self(restored, reference)
 
     @property
@@ -123,6 +131,9 @@ def identity_similarity(
 
     Returns:
         The cosine of each picture, `[N]`; `.mean()` is IDS.
+
+    Raises:
+        ValueError: If the two do not go in pairs.
     """
     if len(restored) != len(reference):
         raise ValueError(f"{len(restored)} restored pictures and {len(reference)} references")
@@ -137,18 +148,22 @@ def grid_ratio(images: Tensor, period: int = 4) -> float:
 
     The energy of the mean spectrum at the up-sampler's frequencies, in relation to that near by
     (the median, two and three bins away): 1 is no grid. EDSR x4 leaves one, and an identity loss
-    deepens it (Lai, He and Lam, ICIP 2019, section 4.2, see it and say that it hurts recognition).
+    deepens it (Lai, He and Lam, ICIP 2019, section 4.3, believe that recognition would gain
+    without it).
 
     Args:
-        images: Pictures `[B, 3, H, W]`, sides multiples of `period`, eight of them at least.
+        images: Pictures `[B, 3, H, W]`, sides of whole periods, four at least.
         period: Pixels of SR to one of LR.
 
     Returns:
         The ratio, the same whatever the range of the images.
+
+    Raises:
+        ValueError: The images are no RGB, too small, or do not hold whole periods.
     """
     check_images(images)
     rows, columns = images.shape[-2:]
-    if rows % period or columns % period or min(rows, columns) < 8 * period // 2:
+    if rows % period or columns % period or min(rows, columns) < 4 * period:
         raise ValueError(f"{rows}x{columns} images have no grid of {period} pixels to measure")
     grey = images.float().mean(dim=1)
     window = [torch.hann_window(side, device=grey.device) for side in (rows, columns)]

@@ -77,6 +77,10 @@ class FacePipeline:
         crop: Template that faces are aligned to; None for the SRNet's own, or sphereface.
         size: Rows and columns of the pictures; None for four times the template's.
         device: `"auto"`, `"cpu"`, `"cuda"`, ...
+
+    Raises:
+        ValueError: If a name is unknown or the device cannot be used.
+        WeightsError: If weights cannot be had.
     """
 
     def __init__(
@@ -124,6 +128,9 @@ class FacePipeline:
             photos: One or several: files, or RGB `[3, H, W]`, uint8 or floating point in [0, 1]; a
                 tensor `[B, 3, H, W]` is several.
             crop: They are crops of this template, of any size, in which no face is looked for.
+
+        Returns:
+            The faces of each photo.
 
         Raises:
             DataError: If a file cannot be read.

@@ -18,7 +18,7 @@ from it, torchvision.transforms.functional is the place today."""
 
 _loaded = False
 _Thing = TypeVar("_Thing")
-_Any = TypeVar("_Any")
+_Named = TypeVar("_Named")
 
 
 class Registry(dict[str, _Thing]):
@@ -33,10 +33,10 @@ class Registry(dict[str, _Thing]):
         if self.setdefault(name, thing) != thing:
             raise ValueError(f"there is another {self.kind} {name!r}: give this one its own name")
 
-    def named(self, name: str) -> Callable[[_Any], _Any]:
+    def named(self, name: str) -> Callable[[_Named], _Named]:
         """Decorate a thing of this kind, so that it is found by a name that no other has."""
 
-        def register(thing: _Any) -> _Any:
+        def register(thing: _Named) -> _Named:
             self.register(name, cast("_Thing", thing))
             return thing
 

@@ -79,7 +79,7 @@ def register_fnet(
             `"bgr"`, the first convolution's input is reversed, so that it takes RGB like all here.
 
     Returns:
-        The entry point, or a decorator when only `crop` is given.
+        The entry point, or a decorator when only options are given.
 
     Raises:
         ValueError: If no template is called `crop`, or another model has the name.
@@ -114,6 +114,9 @@ def register_srnet(
 
     Returns:
         The entry point, or a decorator when only `crop` is given.
+
+    Raises:
+        ValueError: If no template is called `crop`, or another model has the name.
     """
     template = checked_crop(crop)
 

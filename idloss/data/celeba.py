@@ -37,6 +37,9 @@ def celeba_faces(
         split: `"all"`, or `"train"`, `"valid"`, `"test"` after `list_eval_partition.txt`.
         skip_missing: Leave out photos that are missing or lack readable points.
 
+    Returns:
+        The faces, in the landmark table's order.
+
     Raises:
         FileNotFoundError: Neither edition is there; lists what was looked for.
         DataError: A table has faults; names file and line.

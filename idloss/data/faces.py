@@ -282,6 +282,9 @@ def align_all(
         threads: Decoding threads; None for one a core, eight at most.
         progress: Show a progress bar when it takes more than two seconds.
 
+    Returns:
+        The crops, in the order of the faces.
+
     Raises:
         DataError: Photos cannot be read or aligned; names each.
     """

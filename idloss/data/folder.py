@@ -26,6 +26,9 @@ def folder_faces(path: str | os.PathLike[str] | Files, *, skip_missing: bool = F
         path: A folder or a tar that holds the table at its top or one folder down.
         skip_missing: Leave out photos that are missing or have no readable points.
 
+    Returns:
+        The faces, in the table's order.
+
     Raises:
         FileNotFoundError: There is no such table.
         DataError: The table has faults; names file and line.

@@ -49,6 +49,9 @@ def open_faces(
             photos.
         skip_missing: Leave out photos that are missing or lack readable points.
 
+    Returns:
+        Prepared crops, or photos, which are to be aligned as they are read.
+
     Raises:
         FileNotFoundError: There is nothing, or no layout that is known; lists what was looked for.
         DataError: The tables have faults, or the preparation is not finished; says what and where.
@@ -83,6 +86,9 @@ def open_evaluation(
         **options: Of every kind: `skip_missing`; of those in folders: `landmarks`, a table of names
             and five points; of single ones: `pairs`, `people` and `download` (LFW), `distractors`
             (TinyFace), `subjects` (SCface). `help(EVALUATIONS[kind])` tells more.
+
+    Returns:
+        The set.
 
     Raises:
         FileNotFoundError: There is nothing, or no layout that is known; lists what was looked for.

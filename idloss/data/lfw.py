@@ -72,6 +72,9 @@ def lfw(
             missing, verified.
         skip_missing: Leave out pairs whose images are missing, and images without landmarks.
 
+    Returns:
+        The faces found and the pairs.
+
     Raises:
         FileNotFoundError: There is no LFW at `root`; lists what was looked for.
         DataError: Images or lists have faults; names file and line.

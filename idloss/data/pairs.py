@@ -164,6 +164,14 @@ def draw_pairs(faces: Faces, count: int, *, seed: int = 0) -> Pairs:
     """Draw pairs to verify from labelled faces, half of one person and half of two, in ten folds.
 
     Every pair there is can be drawn, none twice: for some thousand faces, not for a million.
+
+    Args:
+        faces: Labelled faces; those of nobody known are not drawn.
+        count: Pairs, of both kinds together.
+        seed: Of the draw.
+
+    Raises:
+        ValueError: The faces have no identities, or too few pairs of a kind.
     """
     if faces.labels is None:
         raise ValueError("pairs of one person and of two need faces with identities")
@@ -177,7 +185,7 @@ def draw_pairs(faces: Faces, count: int, *, seed: int = 0) -> Pairs:
             raise ValueError(f"{count} pairs need {count // 2} of each kind; one has {len(places)}")
         kinds.append(places[torch.randperm(len(places), generator=generator)[: count // 2]])
     drawn = torch.stack(kinds, dim=1).flatten()
-    return Pairs(first[drawn], second[drawn], alike[drawn], contiguous_folds(len(drawn)))
+    return Pairs(first[drawn], second[drawn], alike[drawn], balanced_folds(alike[drawn]))
 
 
 def contiguous_folds(count: int, folds: int = FOLDS, remainder: Remainder = "first") -> Tensor:

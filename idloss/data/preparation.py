@@ -82,6 +82,9 @@ def prepare(
         threads: Decoding threads; None for one a core, eight at most.
         progress: Show progress bars.
 
+    Returns:
+        The faces, and what was dropped.
+
     Raises:
         DataError: Photos or lists have faults, the folder holds something else, was prepared
             otherwise or from other photos, or cannot be written; says what and the way out.

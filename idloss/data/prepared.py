@@ -139,6 +139,9 @@ def open_prepared(path: str | os.PathLike[str]) -> PreparedFaces:
     Args:
         path: What `prepare` wrote.
 
+    Returns:
+        The faces.
+
     Raises:
         FileNotFoundError: Nothing was prepared there.
         DataError: The preparation is not finished, or files are missing or damaged; names them.

@@ -70,6 +70,9 @@ def draw_faces(
 
     Returns:
         The crops, labelled, and named by person and photo: `1/0`.
+
+    Raises:
+        ValueError: A number is out of range, or the template is unknown.
     """
     sizes = {"identities": identities, "per_identity": per_identity}
     sizes |= {"height": size[0], "width": size[1]}

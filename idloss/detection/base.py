@@ -68,6 +68,13 @@ def create_detector(
         detector: One of `list_detectors()`, or a detector, which is given back.
         device: Where one that is a module goes; None to leave it.
         **options: Its own, such as `min_face=12` of `mtcnn`.
+
+    Returns:
+        The detector: photos to a list of `Detections`.
+
+    Raises:
+        ValueError: If no detector has the name.
+        WeightsError: If its weights cannot be had.
     """
     made = DETECTORS.find(detector)(**options) if isinstance(detector, str) else detector
     if device is not None and isinstance(made, nn.Module):

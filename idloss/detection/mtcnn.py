@@ -150,6 +150,10 @@ class MTCNN(nn.Module):
         batch_pixels: Most pixels of photos that are judged together.
         pretrained: Load the weights; without them it is for tests.
         cache_dir: Where weights are kept; see `idloss.weights.fetch`.
+
+    Raises:
+        ValueError: If an option is out of its range.
+        WeightsError: If the weights cannot be had.
     """
 
     pnet: nn.Module

@@ -33,6 +33,10 @@ class YuNet:
         threshold: Least score.
         path: A copy of the network, which is verified; None to download it.
         cache_dir: Where it is kept then; see `idloss.weights.fetch`.
+
+    Raises:
+        ImportError: If OpenCV is not installed.
+        WeightsError: If the network cannot be had.
     """
 
     def __init__(

@@ -147,6 +147,9 @@ class Calibration:
 
     Args:
         paths: Files that a run of the bench wrote; the first that knows the networks answers.
+
+    Raises:
+        ValueError: If a file is no such table.
     """
 
     def __init__(self, paths: Iterable[str | Path]) -> None:

@@ -49,6 +49,9 @@ class MobileFaceNet(FNet):
             plain ReLU (foamliu/MobileFaceNet).
         embedding_bias: Bias in the linear layer before the last batch norm
             (foamliu/MobileFaceNet).
+
+    Raises:
+        ValueError: If `act` is unknown.
     """
 
     def __init__(

@@ -150,6 +150,13 @@ def train_fnet(
         faces: Faces to train on.
         fnet: The network.
         teacher: An FNet whose embeddings are to be learned.
+
+    Returns:
+        The trained network, in eval mode.
+
+    Raises:
+        ValueError: As for `train`, like the others: `FileNotFoundError`, `FileExistsError`,
+            `TrainingStoppedError` and `OSError`.
     """
     run = _Run(recipe, Path(folder), faces, {"fnet": fnet, "teacher": teacher}, resume=resume)
     network = create_fnet(

@@ -161,7 +161,16 @@ def _look_up(name: str, cache_dir: CacheDir) -> tuple[str, Weights, Cache]:
 def describe(name: str, *, cache_dir: CacheDir = None) -> dict[str, Any]:
     """What is known of weights, for people: source, hash, licence, training data, size.
 
-    Nothing is downloaded: `size` and `cached` are None for what is not here yet.
+    Args:
+        name: `arch.tag`, or `arch` for its default tag.
+        cache_dir: As in `fetch`.
+
+    Returns:
+        Readable values by readable key; `size` and `cached` are None for what is not here yet.
+        Nothing is downloaded.
+
+    Raises:
+        NotFoundError: If the name is not known.
     """
     name, weights, cache = _look_up(name, cache_dir)
     key = weights.key(cache, name)
@@ -256,9 +265,13 @@ def add(name: str, *paths: str | os.PathLike[str], cache_dir: CacheDir = None) -
             left out are downloaded.
         cache_dir: As in `fetch`.
 
+    Returns:
+        A safetensors file in the model's own layout, which `fetch` returns from now on.
+
     Raises:
         NotAsPromisedError: If a file is none of those that are pinned, or has another layout;
             nothing is kept then.
+        WeightsError: As in `fetch`.
     """
     name, weights, cache = _look_up(name, cache_dir)
     matched = []
