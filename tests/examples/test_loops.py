@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from idloss import IdentityPreservedLoss
+from idloss.metrics import identity_similarity
 
 
 @pytest.fixture
@@ -86,6 +87,49 @@ def test_lightning_trains_saves_and_moves_the_srnet_alone(loop, tmp_path):
     assert state
     assert all(key.startswith("srnet.") for key in state)
     assert not any(module.training for module in identity.encoders[0].fnet.modules())
+
+
+@pytest.fixture(params=["stand-in", "pyiqa"])
+def create_metric(request, monkeypatch):
+    """pyiqa's own, or one that builds from the same two tables and calls as it does."""
+    if request.param == "pyiqa":
+        return pytest.importorskip("pyiqa").create_metric
+    configs, known = {}, {}
+
+    def register():
+        return lambda arch: known.setdefault(arch.__name__, arch)
+
+    parts = {"": {}, ".utils": {}, ".default_model_configs": {"DEFAULT_CONFIGS": configs}}
+    parts[".utils.registry"] = {"ARCH_REGISTRY": SimpleNamespace(register=register)}
+    for name, held in parts.items():
+        monkeypatch.setitem(sys.modules, f"pyiqa{name}", SimpleNamespace(**held))
+
+    class Metric(nn.Module):
+        def __init__(self, name, as_loss=False, device=None, **options):
+            super().__init__()
+            options = {**configs[name]["metric_opts"], **options}
+            self.net = known[options.pop("type")](**options).to(device).eval()
+            self.lower_better, self.as_loss = configs[name]["lower_better"], as_loss
+
+        def forward(self, target, ref):
+            with torch.set_grad_enabled(self.as_loss):
+                values = self.net(target, ref)
+            return values.mean() if self.as_loss else values
+
+    return Metric
+
+
+def test_pyiqa_makes_the_metric_by_its_name(create_metric, example):
+    example("loops/pyiqa_identity")
+    fnet, sr, hr = tiny_fnet(), faces(2).requires_grad_(), faces(2, seed=1)
+    options = {"fnet": fnet, "crop": "sphereface", "device": "cpu"}
+    ids = create_metric("ids", **options)
+    expected = identity_similarity(sr.detach(), hr, fnet=fnet, crop="sphereface")
+    torch.testing.assert_close(ids(sr, hr), expected)
+    assert not ids.lower_better
+    assert not ids(sr, hr).requires_grad
+    create_metric("ids", as_loss=True, **options)(sr, hr).backward()
+    assert sr.grad.abs().sum() > 0
 
 
 class StandIn(nn.Module):
