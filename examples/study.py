@@ -2,12 +2,13 @@
 
     idloss prepare folder photos faces --exclude-overlap lfw.tar
     python examples/study.py faces zoo/studies/transfer.yaml --seed 0 1 2 --out study
+    python examples/study.py faces zoo/studies/transfer.yaml --seed 0 1 2 --out study --test lfw.tar
 
 Of the faces that `idloss prepare` wrote, the photos of some people are held out of training. Each
 variant of the study, a YAML file of recipe fields, is trained with each seed; each of its judges
-then verifies pairs of the people held out, the second face made small and restored. LFW is not
-looked at: it is for the end. What was trained already is not trained again, and what was stopped
-goes on.
+then verifies pairs of the people held out, the second face made small and restored. What was
+trained already is not trained again, and what was stopped goes on. LFW is for the end, when there
+is nothing left to choose: `--test` judges the same networks on it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ from rich.markdown import Markdown
 from torch import nn
 
 from idloss import create_fnet
-from idloss.data import EvaluationSet, PreparedFaces, draw_pairs, open_prepared
+from idloss.data import (
+    EvaluationSet,
+    Faces,
+    PreparedFaces,
+    draw_pairs,
+    open_evaluation,
+    open_prepared,
+)
 from idloss.degradation import get_degradation
 from idloss.evaluation import Results, compare, evaluate
 from idloss.evaluation.results import markdown_table
@@ -49,9 +57,10 @@ def hold_out(faces: PreparedFaces, people: int, pairs: int, seed: int) -> Evalua
 def main(options: argparse.Namespace) -> None:
     """Train what is missing, judge, and write a row for each variant, seed, judge and size."""
     study = yaml.safe_load(options.study.read_text(encoding="utf-8"))
-    test = hold_out(open_prepared(options.faces), options.people, options.pairs, seed=0)
+    held = hold_out(open_prepared(options.faces), options.people, options.pairs, seed=0)
+    test = held if options.test is None else open_evaluation(options.test)
     common = [*study["fields"], f"data={options.faces}", *options.fields]
-    common.append(f"exclude={list(test.faces.identities)}")
+    common.append(f"exclude={list(held.faces.identities)}")
     fnets = {label: create_fnet(name, pretrained=True) for label, name in study["judges"].items()}
     sizes = [parse_size(size) for size in study["sizes"]]
     rows: list[dict[str, Any]] = []
@@ -62,16 +71,14 @@ def main(options: argparse.Namespace) -> None:
             network = train(recipe, options.out / f"{variant}_{seed}", resume=True)
             results = evaluate(test, fnets, {"sr": network}, sizes, device=options.device)
             first = first or results
-            rows += rows_of(variant, seed, results, first, grids(network, test, sizes))
-            write(rows, options.out / "study.csv")
+            rows += rows_of(variant, seed, results, first, grids(network, held.faces, sizes))
+            write(rows, options.out / ("study.csv" if test is held else "test.csv"))
             console.print(Markdown(table(rows)))
 
 
-def grids(
-    network: nn.Module, test: EvaluationSet, sizes: list[tuple[int, int]]
-) -> dict[str, float]:
+def grids(network: nn.Module, faces: Faces, sizes: list[tuple[int, int]]) -> dict[str, float]:
     """The grid that a network leaves at each size, on some of the faces."""
-    crops = test.faces.crops_at(torch.arange(0, len(test.faces), max(1, len(test.faces) // 128)))
+    crops = faces.crops_at(torch.arange(0, len(faces), max(1, len(faces) // 128)))
     device = next(network.parameters()).device
     found = {}
     for rows, columns in sizes:
@@ -128,6 +135,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--people", type=int, default=150, help="held out of training")
     parser.add_argument("--pairs", type=int, default=4000)
+    parser.add_argument("--test", type=Path, help="judge on this set, such as lfw.tar, instead")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     return parser.parse_args()

@@ -1,6 +1,7 @@
 """The study on a few real photos: two variants, two seeds, a real judge; and once more."""
 
 import csv
+import itertools
 from types import SimpleNamespace
 
 import torch
@@ -40,7 +41,7 @@ def test_each_variant_is_trained_judged_and_taken_up_again(example, photos, shar
     options = SimpleNamespace(
         faces=tmp_path / "faces", study=tmp_path / "study.yaml", fields=[], seed=[0, 1], people=2
     )
-    options.pairs, options.device, options.out = 20, "cpu", tmp_path
+    options.pairs, options.device, options.out, options.test = 20, "cpu", tmp_path, None
     script = example("study")
     script.main(options)
     first = (tmp_path / "study.csv").read_text()
@@ -56,3 +57,12 @@ def test_each_variant_is_trained_judged_and_taken_up_again(example, photos, shar
         assert recipe["seed"] == int(run[-1])
     script.main(options)  # finds the networks and judges them alike
     assert (tmp_path / "study.csv").read_text() == first
+    named = [line.partition(",")[0] for line in lines[1:21]]
+    pairs = [f"{a},{b},{place % 2}" for place, (a, b) in enumerate(itertools.pairwise(named))]
+    (folder / "pairs.csv").write_text("\n".join(["first,second,same", *pairs]))
+    options.test, options.seed = folder / "pairs.csv", [1]
+    script.main(options)
+    tested = list(csv.DictReader((tmp_path / "test.csv").read_text().splitlines()))
+    # the same networks, other pairs
+    assert [row["grid"] for row in tested] == [row["grid"] for row in rows[2:]]
+    assert [row["auc"] for row in tested] != [row["auc"] for row in rows[2:]]
