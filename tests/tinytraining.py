@@ -3,6 +3,7 @@
 python tests/tinytraining.py FOLDER '{"die_writing": STEP, "die_at": STEP, "resume": true, ...}'
 """
 
+import atexit
 import csv
 import json
 import os
@@ -149,8 +150,17 @@ def die_at(step):
     HallucinationTask.batch = dying
 
 
+def _tell_threads():
+    for name in Path("/proc/self/task").glob("*/comm"):
+        print("thread left:", name.read_text().strip())
+
+
 def fail_on_main(step):
-    """Find the disk full on the main process alone, when the parts of a checkpoint are there."""
+    """Find the disk full on the main process alone, when the parts of a checkpoint are there.
+
+    At the end, say which threads are left: gloo's abort a process that ends before them.
+    """
+    atexit.register(_tell_threads)
     sync = idloss.training.saving.sync
 
     def failing(path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import csv
 import ctypes
+import gc
 import math
 import os
 import re
@@ -98,7 +99,9 @@ def create_accelerator(options: RunOptions, folder: Path) -> Accelerator:
             "start one, or set device=cpu"
         )
     if started > 1 and accelerator.device.type == "cpu":
-        # else gloo's threads may outlive what they use, and abort a run that is done
+        # else gloo's threads may outlive what they use, and abort a run that is done: the last run
+        # first, so the group goes, and then what an error that was dealt with still holds of it
+        atexit.register(gc.collect)
         atexit.register(accelerator.state.destroy_process_group)
     if accelerator.distributed_type in _SHARDED:
         raise ValueError(
