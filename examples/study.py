@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def hold_out(faces: PreparedFaces, people: int, pairs: int, seed: int) -> Evalua
 def main(options: argparse.Namespace) -> None:
     """Train what is missing, judge, and write a row for each variant, seed, judge and size."""
     study = yaml.safe_load(options.study.read_text(encoding="utf-8"))
+    losses = importlib.import_module(study["module"]).LOSSES if "module" in study else {}
     held = hold_out(open_prepared(options.faces), options.people, options.pairs, seed=0)
     test = held if options.test is None else open_evaluation(options.test)
     common = [*study["fields"], f"data={options.faces}", *options.fields]
@@ -68,7 +70,9 @@ def main(options: argparse.Namespace) -> None:
         first: Results | None = None
         for variant, fields in study["variants"].items():
             recipe: Recipe = load_recipe(study["recipe"], [*common, *fields, f"seed={seed}"])
-            network = train(recipe, options.out / f"{variant}_{seed}", resume=True)
+            criterion = losses[variant](recipe) if variant in losses else None
+            folder = options.out / f"{variant}_{seed}"
+            network = train(recipe, folder, resume=True, criterion=criterion)
             results = evaluate(test, fnets, {"sr": network}, sizes, device=options.device)
             first = first or results
             rows += rows_of(variant, seed, results, first, grids(network, held.faces, sizes))
@@ -138,7 +142,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--test", type=Path, help="judge on this set, such as lfw.tar, instead")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 if __name__ == "__main__":

@@ -293,8 +293,22 @@ def markdown() -> str:
         lines = [[*HEADS[:1], *HEADS[2:]]]
         lines += [[_linked(row[0]), *row[2:]] for row in (f.row() for f in own if f.kind == kind)]
         parts += [f"## {kind}s", markdown_table(lines, left=(0, 4, 5, 6)).rstrip()]
-    tables = result_tables(zoo_results())
-    return "\n\n".join([*parts, *(["## Results", *tables] if tables else [])]) + "\n"
+    if tables := result_tables(zoo_results()):
+        parts += ["## Results", *tables]
+    if studies := sorted((zoo_folder() / "studies").glob("*.yaml")):
+        parts += [
+            "## Studies",
+            "What decides the result, and [what came out](studies/README.md); on faces that "
+            "`idloss prepare folder photos faces --exclude-overlap lfw.tar` wrote.",
+            *map(_study, studies),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _study(path: Path) -> str:
+    """What a study asks and the command that makes it again: its file's first two lines."""
+    asked, command = path.read_text(encoding="utf-8").replace("# ", "").splitlines()[:2]
+    return f"{asked}\n\n```bash\n{command}\n```"
 
 
 def _linked(name: str) -> str:

@@ -1,0 +1,163 @@
+"""What else might let other recognisers gain from an identity loss: losses and networks to try.
+
+    python examples/study.py faces zoo/studies/hypotheses.yaml --out study
+
+The study's variants ask for the distances and SRNets by the names that they are registered with
+here; those that are named in `LOSSES` are trained with what it makes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from idloss import (
+    HallucinationLoss,
+    IdentityPreservedLoss,
+    create_fnet,
+    create_srnet,
+    register_distance,
+    register_srnet,
+)
+from idloss.resample import resize
+
+
+def info_nce(a: Tensor, b: Tensor, temperature: float = 0.1) -> Tensor:
+    """Each face nearer to its own original than to the others of the batch (InfoNCE), `[B]`."""
+    cosines = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
+    if len(a) == 1:
+        return 1 - cosines[:, 0]
+    own = torch.arange(len(a), device=a.device)
+    loss: Tensor = temperature * F.cross_entropy(cosines / temperature, own, reduction="none")
+    return loss
+
+
+def norm_weighted(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine distance, where faces weigh as the norm of their original's embedding, `[B]`."""
+    weights: Tensor = b.norm(dim=1) / b.norm(dim=1).mean()
+    return (1 - F.cosine_similarity(a, b)) * weights
+
+
+register_distance("info_nce", info_nce)
+register_distance("norm_weighted", norm_weighted)
+
+
+@register_srnet
+def edsr16_64_icnr(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """EDSR whose up-samplers begin as nearest neighbour (Aitken et al., arXiv:1707.02937)."""
+    network = create_srnet("edsr16_64_id", **kwargs)
+    for convolution in network.upsample:  # type: ignore[union-attr]
+        for values in convolution.parameters():
+            values.data = values.data[::4].repeat_interleave(4, dim=0)
+    return network
+
+
+class Enlarged(nn.Module):
+    """EDSR on faces that are first enlarged to a quarter of HR, so that SR is as large as HR."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.network = create_srnet("edsr16_64_id", **kwargs)
+        self.num_classes, self.num_features = 0, 64
+
+    def forward(self, x: Tensor) -> Tensor:
+        """RGB `[B, 3, H, W]` in [0, 1] to `[B, 3, 112, 96]`."""
+        sr: Tensor = self.network(resize(x, (28, 24)))
+        return sr
+
+
+@register_srnet
+def edsr16_64_enlarged(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """EDSR on faces of 28x24, whatever size they come in."""
+    return Enlarged(**kwargs)
+
+
+class OfFNet(nn.Module):
+    """Something around an FNet, which takes the same crops."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.fnet: Any = create_fnet(name, pretrained=True).eval()
+        self.pretrained_cfg, self.crop = self.fnet.pretrained_cfg, self.fnet.crop
+        self.num_features = self.fnet.num_features
+
+
+class Moved(OfFNet):
+    """SR faces shifted, turned and scaled by up to 6 %, each by its own draw."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised RGB to embeddings; HR, which has no gradient, stays where it is."""
+        if x.requires_grad:
+            dx, dy, turn, zoom = 0.06 * (2 * torch.rand(4, len(x), device=x.device) - 1)
+            lines = [torch.stack([1 + zoom, -turn, dx], 1), torch.stack([turn, 1 + zoom, dy], 1)]
+            grid = F.affine_grid(torch.stack(lines, 1), list(x.shape), align_corners=False)
+            x = F.grid_sample(x, grid.to(x.dtype), padding_mode="border", align_corners=False)
+        embeddings: Tensor = self.fnet(x)
+        return embeddings
+
+
+class Layers(OfFNet):
+    """The embedding and the maps of the last two stages of a backbone of timm, alike in weight."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        size: tuple[int, ...] = self.fnet.pretrained_cfg["input_size"]
+        with torch.no_grad():
+            self.num_features = self(torch.zeros(1, *size)).shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised RGB to embedding and maps, each of norm 1, side by side."""
+        found: list[Tensor] = []
+        stages: Any = next(m for n, m in self.fnet.named_modules() if n.endswith("stages"))
+        hooks = [
+            stage.register_forward_hook(lambda *a: found.append(a[2])) for stage in stages[-2:]
+        ]
+        found.append(self.fnet(x))
+        for hook in hooks:
+            hook.remove()
+        return torch.cat([F.normalize(one.flatten(1), dim=1) for one in found], dim=1)
+
+
+class Drawn(IdentityPreservedLoss):
+    """One of several FNets for each batch, at the cost of one."""
+
+    def forward(self, sr: Tensor, hr: Tensor | None = None, **given: Any) -> Tensor:
+        """Its distance between `sr` and `hr`, or the `target_features` of them all."""
+        targets = given.get("target_features")
+        if targets is None:
+            assert hr is not None
+            targets = self.embed(hr)
+        place = int(torch.randint(len(self.encoders), ()))
+        widths = [int(encoder.num_features) for encoder in self.encoders]  # type: ignore[arg-type]
+        features = self.encoders[place](sr).float()
+        return self.distance(features, targets.split(widths, dim=1)[place]).mean()
+
+
+class WarmedUp(HallucinationLoss):
+    """Lambda that rises from zero in so many steps, and once more where a run goes on."""
+
+    def __init__(self, *arguments: Any, steps: int, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.full, self.done, self.steps = self.weight, 0, steps
+
+    def forward(self, *arguments: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `HallucinationLoss`."""
+        self.done += 1
+        self.weight = self.full * min(1.0, self.done / self.steps)
+        return super().forward(*arguments, **options)
+
+
+LOSSES: dict[str, Callable[[Any], HallucinationLoss]] = {
+    "moved": lambda recipe: HallucinationLoss(Moved(recipe.fnet), crop=recipe.crop),
+    "layers": lambda recipe: HallucinationLoss(Layers(recipe.fnet), crop=recipe.crop),
+    "drawn": lambda recipe: HallucinationLoss(Drawn(recipe.fnet, crop=recipe.crop)),
+    "warmed_up": lambda recipe: WarmedUp(
+        recipe.fnet, crop=recipe.crop, steps=math.ceil(recipe.iterations / 2)
+    ),
+}
+"""What a variant of that name is trained with, from its recipe."""

@@ -1,0 +1,125 @@
+"""Each hypothesis does what it says, and the study that asks for them can be read."""
+
+import importlib
+import math
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from pytorch_metric_learning.losses import NTXentLoss
+from torch.nn import functional as F
+
+from idloss import IdentityPreservedLoss, create_fnet, create_srnet
+from idloss.losses import DISTANCES
+from idloss.training import load_recipe
+
+STUDY = ROOT / "zoo" / "studies" / "hypotheses.yaml"
+
+
+@pytest.fixture(scope="module")
+def hypotheses():
+    """The module, imported once, as study.py does: what it registers has its name for good."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "examples")
+        return importlib.import_module("hypotheses")
+
+
+def edgeface(shared):
+    return f"local-dir:{shared('weights/edgeface_xxs')}"
+
+
+def test_every_variant_is_a_recipe_and_every_loss_a_variant(hypotheses):
+    study = yaml.safe_load(STUDY.read_text())
+    for variant, fields in study["variants"].items():
+        recipe = load_recipe(study["recipe"], [*study["fields"], *fields])
+        assert recipe.iterations * recipe.batch_size == 24_000, variant
+    assert study["module"] == "hypotheses"
+    assert hypotheses.LOSSES.keys() < study["variants"].keys()
+
+
+def test_info_nce_is_that_of_pytorch_metric_learning(hypotheses):
+    a, b = torch.randn(2, 6, 32)
+    places = torch.arange(6)
+    # each SR face an anchor, its own HR the one positive, the others' the negatives
+    negatives = (~torch.eye(6, dtype=torch.bool)).nonzero().unbind(1)
+    theirs = NTXentLoss(temperature=0.1)(
+        a, indices_tuple=(places, places, *negatives), ref_emb=b, ref_labels=None
+    )
+    torch.testing.assert_close(DISTANCES.find("info_nce")(a, b).mean(), 0.1 * theirs)
+
+
+def test_a_face_of_twice_the_norm_weighs_twice(hypotheses):
+    a, b = torch.randn(2, 2, 32)
+    b = F.normalize(b, dim=1) * torch.tensor([[2.0], [1.0]])
+    plain = DISTANCES.find("cosine")(a, b)
+    weighted = DISTANCES.find("norm_weighted")(a, b)
+    torch.testing.assert_close(weighted, plain * torch.tensor([4 / 3, 2 / 3]))
+
+
+def test_icnr_begins_as_nearest_neighbour(hypotheses):
+    network = create_srnet("edsr16_64_icnr", depth=1, width=8)
+    up = F.pixel_shuffle(network.upsample[0](torch.rand(1, 8, 5, 4)), 2)
+    assert torch.equal(up, F.interpolate(up[..., ::2, ::2], scale_factor=2, mode="nearest"))
+    plain = create_srnet("edsr16_64", depth=1, width=8)
+    up = F.pixel_shuffle(plain.upsample[0](torch.rand(1, 8, 5, 4)), 2)
+    assert not torch.equal(up, F.interpolate(up[..., ::2, ::2], scale_factor=2, mode="nearest"))
+
+
+@pytest.mark.parametrize("size", [(7, 6), (14, 12), (28, 24)])
+def test_enlarged_faces_come_out_as_large_as_hr(hypotheses, size):
+    network = create_srnet("edsr16_64_enlarged", depth=1, width=8)
+    assert network(torch.rand(2, 3, *size)).shape == (2, 3, 112, 96)
+
+
+def test_only_sr_is_moved(hypotheses, shared):
+    moved = hypotheses.Moved(edgeface(shared))
+    x = torch.rand(2, 3, 112, 112)
+    assert torch.equal(moved(x), moved.fnet(x))
+    assert not torch.allclose(moved(x.requires_grad_()), moved.fnet(x), atol=1e-3)
+
+
+def test_layers_weigh_alike(hypotheses, shared):
+    layers = hypotheses.Layers(edgeface(shared))
+    features = layers(torch.rand(2, 3, 112, 112))
+    assert features.shape == (2, layers.num_features)
+    torch.testing.assert_close(features.square().sum(1), torch.tensor([3.0, 3.0]))
+
+
+def test_one_fnet_is_drawn(hypotheses):
+    fnets = [create_fnet("mobilefacenet"), create_fnet("edgeface_xxs")]
+    loss = hypotheses.Drawn(fnets, crop="arcface")
+    sr, hr = torch.rand(2, 2, 3, 112, 112)
+    single = [IdentityPreservedLoss(fnet, crop="arcface").eval()(sr, hr) for fnet in fnets]
+    seen = {min(range(2), key=lambda i: abs(found - single[i])) for found in twelve(loss, sr, hr)}
+    assert seen == {0, 1}
+    targets = loss.embed(hr)
+    for found in twelve(loss, sr, None, target_features=targets):
+        assert min(abs(found - one) for one in single) < 1e-6
+
+
+def twelve(loss, sr, *hr, **given):
+    return [loss(sr.requires_grad_(), *hr, **given).detach() for _ in range(12)]
+
+
+def test_lambda_rises(hypotheses):
+    loss = hypotheses.WarmedUp(create_fnet("mobilefacenet"), crop="arcface", steps=4)
+    sr, hr = torch.rand(2, 2, 3, 112, 112)
+    sr.requires_grad_()
+    totals, parts = zip(*(loss(sr, hr) for _ in range(6)), strict=True)
+    lambdas = [
+        float((total.detach() - part["image"]) / part["identity"])
+        for total, part in zip(totals, parts, strict=True)
+    ]
+    assert lambdas == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["moved", "layers", "warmed_up"])
+def test_losses_are_made_of_a_recipe(hypotheses, shared, name):
+    recipe = load_recipe("paper_edsr16_64_id", [f"fnet={edgeface(shared)}", "iterations=3"])
+    loss = hypotheses.LOSSES[name](recipe)
+    sr, hr = torch.rand(2, 2, 3, 112, 96)
+    total, parts = loss(sr.requires_grad_(), hr)
+    total.backward()
+    assert math.isfinite(parts["identity"])
+    assert sr.grad.abs().sum() > 0
