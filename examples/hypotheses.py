@@ -25,6 +25,7 @@ from idloss import (
     register_srnet,
 )
 from idloss.resample import resize
+from idloss.training import Recipe
 
 
 def info_nce(a: Tensor, b: Tensor, temperature: float = 0.1) -> Tensor:
@@ -152,9 +153,22 @@ class WarmedUp(HallucinationLoss):
         return super().forward(*arguments, **options)
 
 
-LOSSES: dict[str, Callable[[Any], HallucinationLoss]] = {
-    "moved": lambda recipe: HallucinationLoss(Moved(recipe.fnet), crop=recipe.crop),
-    "layers": lambda recipe: HallucinationLoss(Layers(recipe.fnet), crop=recipe.crop),
+def moved(recipe: Recipe) -> HallucinationLoss:
+    """A loss whose FNets see each face a little elsewhere."""
+    fnets = recipe.fnet if isinstance(recipe.fnet, dict) else {recipe.fnet: 1.0}
+    return HallucinationLoss(
+        {Moved(name): weight for name, weight in fnets.items()},
+        weight=recipe.identity_weight,
+        crop=recipe.crop,
+        distance=recipe.distance,
+    )
+
+
+LOSSES: dict[str, Callable[[Recipe], HallucinationLoss]] = {
+    "moved": moved,
+    "both_moved": moved,
+    "both_moved_contrastive": moved,
+    "layers": lambda recipe: HallucinationLoss(Layers(str(recipe.fnet)), crop=recipe.crop),
     "drawn": lambda recipe: HallucinationLoss(Drawn(recipe.fnet, crop=recipe.crop)),
     "warmed_up": lambda recipe: WarmedUp(
         recipe.fnet, crop=recipe.crop, steps=math.ceil(recipe.iterations / 2)
