@@ -127,16 +127,17 @@ class Layers(OfFNet):
 class Drawn(IdentityPreservedLoss):
     """One of several FNets for each batch, at the cost of one."""
 
-    def forward(self, sr: Tensor, hr: Tensor | None = None, **given: Any) -> Tensor:
-        """Its distance between `sr` and `hr`, or the `target_features` of them all."""
-        targets = given.get("target_features")
-        if targets is None:
+    def forward(  # type: ignore[override]  # a weight for each face is refused, not passed over
+        self, sr: Tensor, hr: Tensor | None = None, *, target_features: Tensor | None = None
+    ) -> Tensor:
+        """Its mean distance between `sr` and `hr`, or the `target_features` of them all."""
+        if target_features is None:
             assert hr is not None
-            targets = self.embed(hr)
+            target_features = self.embed(hr)
         place = int(torch.randint(len(self.encoders), ()))
         widths = [int(encoder.num_features) for encoder in self.encoders]  # type: ignore[arg-type]
         features = self.encoders[place](sr).float()
-        return self.distance(features, targets.split(widths, dim=1)[place]).mean()
+        return self.distance(features, target_features.split(widths, dim=1)[place]).mean()
 
 
 class WarmedUp(HallucinationLoss):
@@ -153,25 +154,33 @@ class WarmedUp(HallucinationLoss):
         return super().forward(*arguments, **options)
 
 
+def losses(
+    recipe: Recipe,
+    fnet: Any,
+    identity: type[IdentityPreservedLoss] = IdentityPreservedLoss,
+    kind: Callable[..., HallucinationLoss] = HallucinationLoss,
+    **options: Any,
+) -> HallucinationLoss:
+    """What a recipe asks for, but for what is given."""
+    asked = identity(fnet, crop=recipe.crop, distance=recipe.distance)
+    weight, image_loss = recipe.identity_weight, recipe.image_loss
+    return kind(asked, weight=weight, image_loss=image_loss, **options)
+
+
 def moved(recipe: Recipe) -> HallucinationLoss:
-    """A loss whose FNets see each face a little elsewhere."""
+    """Losses whose FNets see each face a little elsewhere."""
     fnets = recipe.fnet if isinstance(recipe.fnet, dict) else {recipe.fnet: 1.0}
-    return HallucinationLoss(
-        {Moved(name): weight for name, weight in fnets.items()},
-        weight=recipe.identity_weight,
-        crop=recipe.crop,
-        distance=recipe.distance,
-    )
+    return losses(recipe, {Moved(name): weight for name, weight in fnets.items()})
 
 
 LOSSES: dict[str, Callable[[Recipe], HallucinationLoss]] = {
     "moved": moved,
     "both_moved": moved,
     "both_moved_contrastive": moved,
-    "layers": lambda recipe: HallucinationLoss(Layers(str(recipe.fnet)), crop=recipe.crop),
-    "drawn": lambda recipe: HallucinationLoss(Drawn(recipe.fnet, crop=recipe.crop)),
-    "warmed_up": lambda recipe: WarmedUp(
-        recipe.fnet, crop=recipe.crop, steps=math.ceil(recipe.iterations / 2)
+    "layers": lambda recipe: losses(recipe, Layers(str(recipe.fnet))),
+    "drawn": lambda recipe: losses(recipe, recipe.fnet, Drawn),
+    "warmed_up": lambda recipe: losses(
+        recipe, recipe.fnet, kind=WarmedUp, steps=math.ceil(recipe.iterations / 2)
     ),
 }
 """What a variant of that name is trained with, from its recipe."""

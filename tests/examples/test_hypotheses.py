@@ -96,6 +96,8 @@ def test_one_fnet_is_drawn(hypotheses):
     targets = loss.embed(hr)
     for found in twelve(loss, sr, None, target_features=targets):
         assert min(abs(found - one) for one in single) < 1e-6
+    with pytest.raises(TypeError, match="weight"):
+        loss(sr, hr, weight=torch.ones(2))
 
 
 def twelve(loss, sr, *hr, **given):
@@ -116,8 +118,11 @@ def test_lambda_rises(hypotheses):
 
 @pytest.mark.parametrize("name", ["moved", "layers", "warmed_up"])
 def test_losses_are_made_of_a_recipe(hypotheses, shared, name):
-    recipe = load_recipe("paper_edsr16_64_id", [f"fnet={edgeface(shared)}", "iterations=3"])
+    asked = ["iterations=3", "identity_weight=0.25", "distance=angular", "image_loss=mse"]
+    recipe = load_recipe("paper_edsr16_64_id", [f"fnet={edgeface(shared)}", *asked])
     loss = hypotheses.LOSSES[name](recipe)
+    assert (loss.weight, loss.image_loss) == (0.25, F.mse_loss)
+    assert loss.identity.distance is DISTANCES.find("angular")
     sr, hr = torch.rand(2, 2, 3, 112, 96)
     total, parts = loss(sr.requires_grad_(), hr)
     total.backward()
