@@ -72,3 +72,16 @@ def test_works_without_an_install(tmp_path):
         check=True,
     )
     assert done.stdout.strip() == "EDSR"
+
+
+def test_what_comes_with_the_package_needs_no_network(monkeypatch):
+    """Weights and all, and README's loss of three lines as well."""
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: pytest.fail("the network was asked"))
+    srnet = torch.hub.load(str(ROOT), "edsr16_64_id", source="local")
+    hr = torch.rand(2, 3, 112, 96)
+    sr = srnet(torch.rand(2, 3, 28, 24))
+    code = (ROOT / "README.md").read_text("utf-8").split("```python\n")[1].partition("```")[0]
+    exec(code, names := {"l1": torch.nn.L1Loss(), "sr": sr, "hr": hr})
+    names["loss"].backward()
+    assert all(parameter.grad.isfinite().all() for parameter in srnet.parameters())
+    assert 0 < names["identity_loss"](hr, hr.flip(0)) < 2

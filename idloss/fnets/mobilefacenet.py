@@ -15,7 +15,8 @@ from idloss.errors import did_you_mean
 from idloss.fnets.base import ARCFACE_CFG, FNet, downsampled, released_names
 from idloss.registry import register_fnet
 from idloss.weights import GitHubBlob, Weights, build_model, register_weights
-from idloss.weights.loading import StateDict, rename_keys
+from idloss.weights.loading import OURS, StateDict, rename_keys
+from idloss.weights.sources import ZooFile
 
 BOTTLENECKS = (
     (128, 64, 5, 2),
@@ -225,6 +226,17 @@ default_cfgs = register_weights(
             description="ArcFace; its authors report 98.78 % on LFW.",
             lfw=98.78,
             size=4_155_613,
+        ),
+        "mobilefacenet.celeba_aaf": Weights(
+            ZooFile(
+                "mobilefacenet.celeba_aaf",
+                "0414d53e9cb1616115a265774c299fec48ba61f8c864306c7abeb457303e3e4c",
+            ),
+            training_data="CASIA-WebFace, then 14,523 faces of 4,989 people of CelebA and "
+            "All-Age-Faces, none of them in LFW",
+            description="mobilefacenet.casia_webface (MIT), taught by itself to see small faces.",
+            lfw=98.52,
+            **OURS,
         ),
         "mobilefacenet_relu6.ms1m": Weights(
             source=GitHubBlob(

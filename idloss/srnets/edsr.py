@@ -18,6 +18,7 @@ from idloss.registry import register_srnet
 from idloss.resample import ImageWatch
 from idloss.weights import GitHubBlob, HubFile, ManualFile, Weights, build_model, register_weights
 from idloss.weights.loading import (
+    OURS,
     StateDict,
     count_indices,
     layer_keys,
@@ -173,13 +174,8 @@ def edsr_official(state_dict: StateDict) -> dict[str, Tensor]:
 
 
 def _ours(folder: str, sha256: str, training_data: str = _FACES) -> Weights:
-    """A network of our own, from the zoo that comes with the package."""
-    return Weights(
-        source=ZooFile(folder, sha256),
-        licence="research use only, as CelebA is",
-        training_data=training_data,
-        trained_by="idloss, a short run on a CPU: see the card in zoo/.",
-    )
+    """A network of our own."""
+    return Weights(ZooFile(folder, sha256), training_data=training_data, **OURS)
 
 
 def _released(stem: str, first: str, second: str) -> Weights:

@@ -62,6 +62,12 @@ PROVENANCE = {"url", "file", "state_dict", "source", "hf_hub_id", "hf_hub_filena
 PROVENANCE |= {"tag", "license", "description", "origin_url"}
 """What a PretrainedCfg tells of one set of weights, which is false of any other."""
 
+OURS: dict[str, Any] = {
+    "licence": "research use only, as CelebA is",
+    "trained_by": "idloss, a short run on a CPU: see the card in zoo/.",
+}
+"""What `Weights` says of every network in `zoo/`."""
+
 
 # --- which weights there are ---------------------------------------------------------------------
 

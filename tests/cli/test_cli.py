@@ -17,18 +17,23 @@ from idloss.weights.sources import zoo_folder
     [
         (
             "edsr16_64",
-            {"srnet": "edsr16_64.celeba295", "identity_weight": 0, "batch_size": 32},
+            {"srnet": "edsr16_64.celeba295", "identity_weight": 0, "iterations": 1500},
             ["edsr16_64", "edsr16_64_id"],
         ),
         (
             "edsr16_64_id",
-            {"srnet": "edsr16_64.celeba295", "identity_weight": 0.5, "batch_size": 32},
+            {"srnet": "edsr16_64.celeba295", "identity_weight": 0.5, "iterations": 1500},
             ["edsr16_64", "edsr16_64_id"],
         ),
         (
             "edsr16_64.celeba295",
-            {"srnet": "edsr16_64", "identity_weight": 0, "batch_size": 16},
+            {"srnet": "edsr16_64", "identity_weight": 0, "batch_size": 16, "iterations": 1500},
             ["bilinear", "bicubic", "edsr16_64.celeba295"],
+        ),
+        (
+            "mobilefacenet.celeba_aaf",
+            {"fnet": "mobilefacenet", "teacher": "mobilefacenet", "iterations": 1000},
+            ["bilinear"],
         ),
     ],
 )
@@ -40,13 +45,13 @@ def test_cards_of_the_zoo_say_licence_and_commands_that_run(
     project = (ROOT / "pyproject.toml").read_text().lower()
     assert f"and licenseref-{licence}" in project
     called = []
-    monkeypatch.setattr("idloss.training.train", lambda *args, **_: called.append(args))
+    for trains in ("train", "train_fnet"):
+        monkeypatch.setattr(f"idloss.training.{trains}", lambda *args, **_: called.append(args))
     commands = card.partition("```bash\n")[2].partition("```")[0].replace("\\\n", " ")
     train, evaluate = (shlex.split(line)[1:] for line in commands.splitlines())
     assert not command(*train)
     ((recipe, _),) = called
     assert {field: getattr(recipe, field) for field in said} == said
-    assert recipe.iterations == 1500
     options = get_command(app).commands[evaluate[0]].make_context("", evaluate[1:]).params
     assert options["srnet"] == srnets
 
