@@ -223,10 +223,10 @@ def _super_image(source: Source) -> Weights:
 default_cfgs = register_weights(
     {
         "edsr16_64.celeba_aaf": _ours(
-            "edsr16_64", "c860e80a94c3b1344374df2b5d55a23064568a845345b2fe39d8dd373060e38c"
+            "edsr16_64", "822e88e114d2888172dd2d6ba3f0f16367376ad8f70f0feac8abc059eae04c9d"
         ),
         "edsr16_64_id.celeba_aaf": _ours(
-            "edsr16_64_id", "461dd6ad636a45a39c7539a01cde8a0b84776c60eac4d9bcc87b3312d7ccdcef"
+            "edsr16_64_id", "9625527386fdbb92b7765b999250a42e8c5157a4ac90c1cd3879a4aab8e029d4"
         ),
         "edsr16_64.celeba295": _ours(
             "edsr16_64.celeba295",

@@ -17,12 +17,12 @@ from idloss.weights.sources import zoo_folder
     [
         (
             "edsr16_64",
-            {"srnet": "edsr16_64.celeba295", "identity_weight": 0, "iterations": 1500},
+            {"srnet": "edsr16_64.celeba295", "identity_weight": 0, "iterations": 9250},
             ["edsr16_64", "edsr16_64_id"],
         ),
         (
             "edsr16_64_id",
-            {"srnet": "edsr16_64.celeba295", "identity_weight": 0.5, "iterations": 1500},
+            {"srnet": "edsr16_64.celeba295", "identity_weight": 0.5, "iterations": 9250},
             ["edsr16_64", "edsr16_64_id"],
         ),
         (
