@@ -233,7 +233,7 @@ default_cfgs = register_weights(
                 "0414d53e9cb1616115a265774c299fec48ba61f8c864306c7abeb457303e3e4c",
             ),
             training_data="CASIA-WebFace, then 14,523 faces of 4,989 people of CelebA and "
-            "All-Age-Faces, none of them in LFW",
+            "All-Age-Faces, none of these in LFW",
             description="mobilefacenet.casia_webface (MIT), taught by itself to see small faces.",
             lfw=98.52,
             **OURS,
