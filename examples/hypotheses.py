@@ -1,20 +1,23 @@
-"""What else might let other recognisers gain from an identity loss: losses and networks to try.
+"""What studies of the identity loss try: losses and networks of their own, and usual mistakes.
 
     python examples/study.py faces zoo/studies/hypotheses.yaml --out study
+    python examples/study.py faces zoo/studies/factors.yaml --out study
 
-The study's variants ask for the distances and SRNets by the names that they are registered with
-here; those that are named in `LOSSES` are trained with what it makes.
+A study's variants ask for distances, degradations and SRNets by the names that they are registered
+with here; those that are named in `LOSSES` are trained with what it makes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from idloss import (
     HallucinationLoss,
@@ -24,7 +27,8 @@ from idloss import (
     register_distance,
     register_srnet,
 )
-from idloss.resample import resize
+from idloss.degradation import register_degradation
+from idloss.resample import resize, to_float
 from idloss.training import Recipe
 
 
@@ -46,6 +50,16 @@ def norm_weighted(a: Tensor, b: Tensor) -> Tensor:
 
 register_distance("info_nce", info_nce)
 register_distance("norm_weighted", norm_weighted)
+
+
+@register_degradation("antialiased")
+class AntialiasedDegradation:
+    """Bicubic down-sampling as Pillow and Matlab do it, where every pixel of HR has its say."""
+
+    def __call__(self, hr: Tensor, size: tuple[int, int], *, seeds: Sequence[int]) -> Tensor:
+        """Make faces small, as `idloss.degradation.Degradation` says."""
+        lr: Tensor = to_float(resize(hr, size, convention="antialias"))
+        return lr
 
 
 @register_srnet
@@ -124,6 +138,29 @@ class Layers(OfFNet):
         return torch.cat([F.normalize(one.flatten(1), dim=1) for one in found], dim=1)
 
 
+class BatchStatistics(_BatchNorm):
+    """Batch norm by the mean and variance of the batch, as in a network left in train mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `[B, C, ...]`."""
+        return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+
+
+class TrainMode(OfFNet):
+    """An FNet whose user forgot `eval()`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        for module in self.fnet.modules():
+            if isinstance(module, _BatchNorm):
+                module.__class__ = BatchStatistics
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised RGB to embeddings, each dependent on the other faces of its batch."""
+        embeddings: Tensor = self.fnet(x)
+        return embeddings
+
+
 class Drawn(IdentityPreservedLoss):
     """One of several FNets for each batch, at the cost of one."""
 
@@ -159,12 +196,11 @@ def losses(
     fnet: Any,
     identity: type[IdentityPreservedLoss] = IdentityPreservedLoss,
     kind: Callable[..., HallucinationLoss] = HallucinationLoss,
-    **options: Any,
+    **encoder_options: Any,
 ) -> HallucinationLoss:
     """What a recipe asks for, but for what is given."""
-    asked = identity(fnet, crop=recipe.crop, distance=recipe.distance)
-    weight, image_loss = recipe.identity_weight, recipe.image_loss
-    return kind(asked, weight=weight, image_loss=image_loss, **options)
+    asked = identity(fnet, crop=recipe.crop, distance=recipe.distance, **encoder_options)
+    return kind(asked, weight=recipe.identity_weight, image_loss=recipe.image_loss)
 
 
 def moved(recipe: Recipe) -> HallucinationLoss:
@@ -180,7 +216,10 @@ LOSSES: dict[str, Callable[[Recipe], HallucinationLoss]] = {
     "layers": lambda recipe: losses(recipe, Layers(str(recipe.fnet))),
     "drawn": lambda recipe: losses(recipe, recipe.fnet, Drawn),
     "warmed_up": lambda recipe: losses(
-        recipe, recipe.fnet, kind=WarmedUp, steps=math.ceil(recipe.iterations / 2)
+        recipe, recipe.fnet, kind=partial(WarmedUp, steps=math.ceil(recipe.iterations / 2))
     ),
+    "train_mode": lambda recipe: losses(recipe, TrainMode(str(recipe.fnet))),
+    "bgr": lambda recipe: losses(recipe, recipe.fnet, channel_order="bgr"),
+    "bicubic": lambda recipe: losses(recipe, recipe.fnet, interpolation="bicubic"),
 }
 """What a variant of that name is trained with, from its recipe."""

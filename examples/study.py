@@ -55,21 +55,31 @@ def hold_out(faces: PreparedFaces, people: int, pairs: int, seed: int) -> Evalua
     return EvaluationSet("people held out", held, draw_pairs(held, pairs, seed=seed))
 
 
+def others(faces: PreparedFaces, held: Faces, share: float) -> list[str]:
+    """Whom to leave out of training: people held out, and all but a share of the rest."""
+    rest = sorted(set(faces.identities) - set(held.identities))
+    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(0)).tolist()
+    return [*held.identities, *(rest[i] for i in order[round(share * len(rest)) :])]
+
+
 def main(options: argparse.Namespace) -> None:
     """Train what is missing, judge, and write a row for each variant, seed, judge and size."""
     study = yaml.safe_load(options.study.read_text(encoding="utf-8"))
     losses = importlib.import_module(study["module"]).LOSSES if "module" in study else {}
-    held = hold_out(open_prepared(options.faces), options.people, options.pairs, seed=0)
+    faces = open_prepared(options.faces)
+    held = hold_out(faces, options.people, options.pairs, seed=0)
     test = held if options.test is None else open_evaluation(options.test)
     common = [*study["fields"], f"data={options.faces}", *options.fields]
-    common.append(f"exclude={list(held.faces.identities)}")
+    shares = study.get("people", {})
     fnets = {label: create_fnet(name, pretrained=True) for label, name in study["judges"].items()}
     sizes = [parse_size(size) for size in study["sizes"]]
     rows: list[dict[str, Any]] = []
     for seed in options.seed:
         first: Results | None = None
         for variant, fields in study["variants"].items():
-            recipe: Recipe = load_recipe(study["recipe"], [*common, *fields, f"seed={seed}"])
+            left_out = f"exclude={others(faces, held.faces, shares.get(variant, 1))}"
+            fields = [*common, left_out, *fields, f"seed={seed}"]
+            recipe: Recipe = load_recipe(study["recipe"], fields)
             criterion = losses[variant](recipe) if variant in losses else None
             folder = options.out / f"{variant}_{seed}"
             network = train(recipe, folder, resume=True, criterion=criterion)

@@ -2,19 +2,23 @@
 
 import importlib
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import ROOT
+from PIL import Image
 from pytorch_metric_learning.losses import NTXentLoss
 from torch.nn import functional as F
 
 from idloss import IdentityPreservedLoss, create_fnet, create_srnet
+from idloss.degradation import get_degradation
 from idloss.losses import DISTANCES
 from idloss.training import load_recipe
 
-STUDY = ROOT / "zoo" / "studies" / "hypotheses.yaml"
+STUDIES = {name: ROOT / "zoo" / "studies" / f"{name}.yaml" for name in ("hypotheses", "factors")}
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +34,16 @@ def edgeface(shared):
 
 
 def test_every_variant_is_a_recipe_and_every_loss_a_variant(hypotheses):
-    study = yaml.safe_load(STUDY.read_text())
-    for variant, fields in study["variants"].items():
-        recipe = load_recipe(study["recipe"], [*study["fields"], *fields])
-        assert recipe.iterations * recipe.batch_size == 24_000, variant
-    assert study["module"] == "hypotheses"
-    assert hypotheses.LOSSES.keys() < study["variants"].keys()
+    asked = set()
+    for study in map(yaml.safe_load, map(Path.read_text, STUDIES.values())):
+        for variant, fields in study["variants"].items():
+            recipe = load_recipe(study["recipe"], [*study["fields"], *fields])
+            length = {"half_as_long": 12_000, "twice_as_long": 48_000}.get(variant, 24_000)
+            assert recipe.iterations * recipe.batch_size == length, variant
+        assert study["module"] == "hypotheses"
+        assert study.get("people", {}).keys() <= study["variants"].keys()
+        asked |= study["variants"].keys()
+    assert hypotheses.LOSSES.keys() < asked
 
 
 def test_info_nce_is_that_of_pytorch_metric_learning(hypotheses):
@@ -55,6 +63,29 @@ def test_a_face_of_twice_the_norm_weighs_twice(hypotheses):
     plain = DISTANCES.find("cosine")(a, b)
     weighted = DISTANCES.find("norm_weighted")(a, b)
     torch.testing.assert_close(weighted, plain * torch.tensor([4 / 3, 2 / 3]))
+
+
+@pytest.mark.parametrize("size", [(7, 6), (14, 12), (28, 24)])
+def test_antialiased_faces_are_pillows(hypotheses, size):
+    face = torch.randint(256, (1, 3, 112, 96), dtype=torch.uint8)
+    picture = Image.fromarray(face[0].permute(1, 2, 0).numpy())
+    theirs = np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC))
+    ours = get_degradation("antialiased")(face, size, seeds=[0])[0].permute(1, 2, 0)
+    np.testing.assert_allclose(255 * ours.numpy(), theirs, atol=1.01)
+    theirs = get_degradation("bicubic")(face, size, seeds=[0])[0].permute(1, 2, 0)
+    assert float((ours - theirs).abs().max()) > 0.1
+
+
+def test_train_mode_is_that_of_torch(hypotheses):
+    forgotten = hypotheses.TrainMode("mobilefacenet.celeba_aaf")
+    x = torch.randn(6, 3, 112, 112)
+    fnet = create_fnet("mobilefacenet.celeba_aaf", pretrained=True)
+    in_eval, in_train = fnet.eval()(x), fnet.train()(x)
+    loss = IdentityPreservedLoss(forgotten, crop="arcface", value_range=(-1, 1))
+    found = loss(x.clamp(-1, 1).requires_grad_(), x.clamp(-1, 1))  # quickens what can be
+    assert found < 1e-5
+    torch.testing.assert_close(loss.encoders[0].fnet(x), in_train, rtol=1e-4, atol=1e-4)
+    assert F.cosine_similarity(in_train, in_eval).max() < 0.9
 
 
 def test_icnr_begins_as_nearest_neighbour(hypotheses):
@@ -116,7 +147,7 @@ def test_lambda_rises(hypotheses):
     assert lambdas == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["moved", "layers", "warmed_up"])
+@pytest.mark.parametrize("name", ["moved", "layers", "warmed_up", "train_mode", "bgr", "bicubic"])
 def test_losses_are_made_of_a_recipe(hypotheses, shared, name):
     asked = ["iterations=3", "identity_weight=0.25", "distance=angular", "image_loss=mse"]
     recipe = load_recipe("paper_edsr16_64_id", [f"fnet={edgeface(shared)}", *asked])

@@ -20,6 +20,16 @@ def test_people_held_out_are_those_with_five_photos(example):
     assert len(test.pairs) == 40
 
 
+def test_a_share_of_the_people_is_trained_on(example):
+    faces, script = draw_faces(12, 6), example("study")
+    held = script.hold_out(faces, 2, 20, seed=0).faces
+    everybody = set(faces.identities)
+    assert set(script.others(faces, held, 1)) == set(held.identities)
+    few, more = (everybody - set(script.others(faces, held, share)) for share in (0.2, 0.5))
+    assert (len(few), len(more)) == (2, 5)
+    assert few < more < everybody - set(held.identities)
+
+
 def test_each_variant_is_trained_judged_and_taken_up_again(example, photos, shared, tmp_path):
     folder = photos(48)
     lines = (folder / "landmarks.csv").read_text().splitlines()
