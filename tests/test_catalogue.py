@@ -70,6 +70,13 @@ def test_the_page_of_the_zoo_is_not_stale():
     assert written == catalogue.markdown(), "run: idloss list --markdown > zoo/README.md"
 
 
+def test_the_papers_tables_stand_beside_ours():
+    page = catalogue.markdown()
+    assert "lambda 0.5 | **84.03** | **94.73** (**95.10**) | **98.85** |" in page
+    assert "lambda 0.5 | **14.91** | 63.34     | 63.78     | **71.96** |" in page
+    assert "± nan" not in page, "a spread that nobody told"
+
+
 def test_figures_of_the_readme_and_the_cards_are_those_that_are_kept():
     kept = {
         (cell.fnet, cell.srnet, cell.height): 100 * results.value(cell, "accuracy")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -130,7 +131,7 @@ def paper_table(
         if cell not in chosen:
             return "-"
         text = shown[cell]
-        if deviation and chosen[cell].repeats > 1:
+        if deviation and chosen[cell].repeats > 1 and math.isfinite(chosen[cell].std):
             text += f" ± {100 * chosen[cell].std:.2f}"
         return f"**{text}**" if cell.srnet != HR and shown[cell] == best[cell.size] else text
 
