@@ -13,6 +13,7 @@ from timm.models import is_model
 
 from idloss.create import create_srnet
 from idloss.degradation import get_degradation, sizes_of
+from idloss.encoder import Interpolation
 from idloss.errors import did_you_mean
 from idloss.geometry import Template, get_template
 from idloss.losses import get_distance, get_image_loss
@@ -189,6 +190,9 @@ class Recipe(RunOptions):
     """Lambda of the identity loss; 0 leaves the image loss alone."""
     distance: str = "cosine"
     """Between embeddings."""
+    interpolation: Interpolation = "bilinear"
+    """How SR is enlarged for the FNets: `bilinear`, as in the paper, `bicubic`, as protocols do at
+    the test, or `nearest`."""
     image_loss: str = "l1"
     """Between SR and MR, both in [-1, 1]: `l1`, `mse`, `huber`, or what a plug-in registered."""
     store_hr_features: bool = True

@@ -53,7 +53,7 @@ from idloss.training.tasks import (
 RECIPE, MODEL = "recipe.yaml", "model"
 REPLACED = {
     "srnet": {"srnet", "srnet_options", "pretrained"},
-    "criterion": {"fnet", "identity_weight", "distance", "image_loss"},
+    "criterion": {"fnet", "identity_weight", "distance", "interpolation", "image_loss"},
     "degradation": {"degradation", "degradation_options"},
     "fnet": {"fnet", "fnet_options", "pretrained"},
     "teacher": {"teacher"},
@@ -112,6 +112,7 @@ def train(
             image_loss=recipe.image_loss,
             crop=recipe.crop,
             distance=recipe.distance,
+            interpolation=recipe.interpolation,
         )
     module = Hallucination(network, criterion)
     _check_fit(recipe, module)

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tinytraining import FIELDS, assert_same, losses, tiny_edsr, tiny_run, weights
+from tinytraining import (
+    FIELDS,
+    assert_same,
+    losses,
+    tiny_edsr,
+    tiny_faces,
+    tiny_run,
+    weights,
+)
 from torch import nn
 
 from idloss import HallucinationLoss, create_srnet
@@ -138,6 +146,18 @@ def rates(options, steps):
         schedule.step_update(step)
         found.append(optimizer.param_groups[0]["lr"])
     return found
+
+
+def test_fnets_are_fed_as_the_recipe_says(tmp_path):
+    name = "mobilefacenet.celeba_aaf"
+    for way in ("bilinear", "bicubic"):
+        recipe = Recipe(**FIELDS | {"iterations": 1}, fnet=name, interpolation=way)
+        given = HallucinationLoss(name, crop="sphereface", interpolation=way)
+        for folder, criterion in ((way, None), (f"{way} given", given)):
+            faces, srnet = tiny_faces(), tiny_edsr()
+            train(recipe, tmp_path / folder, faces=faces, srnet=srnet, criterion=criterion)
+        assert_same(tmp_path / way, tmp_path / f"{way} given")
+    assert losses(tmp_path / "bicubic")[1] != losses(tmp_path / "bilinear")[1]
 
 
 def test_rate_is_that_of_the_released_schedule():
