@@ -228,6 +228,10 @@ default_cfgs = register_weights(
         "edsr16_64_id.celeba_aaf": _ours(
             "edsr16_64_id", "9625527386fdbb92b7765b999250a42e8c5157a4ac90c1cd3879a4aab8e029d4"
         ),
+        "edsr16_64_id.celeba_aaf_mobilefacenet": _ours(
+            "edsr16_64_id.celeba_aaf_mobilefacenet",
+            "3879e093ed9fbccd81c88bc64d14ba83a4f6a92aa3c0818bb8c0721b84c75150",
+        ),
         "edsr16_64.celeba295": _ours(
             "edsr16_64.celeba295",
             "47ff4f2a69fe563ec120fd7ad4835a91fdecd17e71785c2ec26a52c4512a1cb6",

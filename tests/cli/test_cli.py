@@ -26,6 +26,11 @@ from idloss.weights.sources import zoo_folder
             ["edsr16_64", "edsr16_64_id"],
         ),
         (
+            "edsr16_64_id.celeba_aaf_mobilefacenet",
+            {"fnet": "mobilefacenet", "identity_weight": 0.5, "iterations": 9250},
+            ["edsr16_64", "edsr16_64_id.celeba_aaf_mobilefacenet"],
+        ),
+        (
             "edsr16_64.celeba295",
             {"srnet": "edsr16_64", "identity_weight": 0, "batch_size": 16, "iterations": 1500},
             ["bilinear", "bicubic", "edsr16_64.celeba295"],
