@@ -220,6 +220,5 @@ LOSSES: dict[str, Callable[[Recipe], HallucinationLoss]] = {
     ),
     "train_mode": lambda recipe: losses(recipe, TrainMode(str(recipe.fnet))),
     "bgr": lambda recipe: losses(recipe, recipe.fnet, channel_order="bgr"),
-    "bicubic": lambda recipe: losses(recipe, recipe.fnet, interpolation="bicubic"),
 }
 """What a variant of that name is trained with, from its recipe."""

@@ -147,7 +147,7 @@ def test_lambda_rises(hypotheses):
     assert lambdas == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["moved", "layers", "warmed_up", "train_mode", "bgr", "bicubic"])
+@pytest.mark.parametrize("name", ["moved", "layers", "warmed_up", "train_mode", "bgr"])
 def test_losses_are_made_of_a_recipe(hypotheses, shared, name):
     asked = ["iterations=3", "identity_weight=0.25", "distance=angular", "image_loss=mse"]
     recipe = load_recipe("paper_edsr16_64_id", [f"fnet={edgeface(shared)}", *asked])
