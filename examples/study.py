@@ -77,9 +77,9 @@ def main(options: argparse.Namespace) -> None:
     for seed in options.seed:
         first: Results | None = None
         for variant, fields in study["variants"].items():
-            left_out = f"exclude={others(faces, held.faces, shares.get(variant, 1))}"
-            fields = [*common, left_out, *fields, f"seed={seed}"]
-            recipe: Recipe = load_recipe(study["recipe"], fields)
+            exclude = f"exclude={others(faces, held.faces, shares.get(variant, 1))}"
+            asked = [*common, exclude, *fields, f"seed={seed}"]
+            recipe: Recipe = load_recipe(study["recipe"], asked)
             criterion = losses[variant](recipe) if variant in losses else None
             folder = options.out / f"{variant}_{seed}"
             network = train(recipe, folder, resume=True, criterion=criterion)

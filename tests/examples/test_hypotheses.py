@@ -18,7 +18,7 @@ from idloss.degradation import get_degradation
 from idloss.losses import DISTANCES
 from idloss.training import load_recipe
 
-STUDIES = {name: ROOT / "zoo" / "studies" / f"{name}.yaml" for name in ("hypotheses", "factors")}
+STUDIES = [ROOT / "zoo" / "studies" / name for name in ("hypotheses.yaml", "factors.yaml")]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def edgeface(shared):
 
 def test_every_variant_is_a_recipe_and_every_loss_a_variant(hypotheses):
     asked = set()
-    for study in map(yaml.safe_load, map(Path.read_text, STUDIES.values())):
+    for study in map(yaml.safe_load, map(Path.read_text, STUDIES)):
         for variant, fields in study["variants"].items():
             recipe = load_recipe(study["recipe"], [*study["fields"], *fields])
             length = {"half_as_long": 12_000, "twice_as_long": 48_000}.get(variant, 24_000)

@@ -6,15 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tinytraining import (
-    FIELDS,
-    assert_same,
-    losses,
-    tiny_edsr,
-    tiny_faces,
-    tiny_run,
-    weights,
-)
+from tinytraining import FIELDS, assert_same, losses, tiny_edsr, tiny_faces, tiny_run, weights
 from torch import nn
 
 from idloss import HallucinationLoss, create_srnet
