@@ -337,9 +337,9 @@ def _title(figure: Figure, text: str) -> str:
 
 
 def _wrapped(text: str, width: float) -> str:
-    """A text broken behind a slash, an underscore, a dot, a dash or a blank."""
+    """A text broken behind a slash, an underscore, a dot, a dash or a blank, not within 0.5."""
     lines = [""]
-    for part in re.split(r"(?<=[/_. -])", text):
+    for part in re.split(r"(?<=[/_. -])(?!(?<=\d\.)\d)", text):
         if lines[-1] and len(lines[-1]) + len(part.rstrip()) > width:
             lines.append("")
         lines[-1] += part

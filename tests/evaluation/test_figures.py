@@ -236,6 +236,11 @@ def test_picture_sheet_marks_the_best_of_each_row():
             picture_sheet(columns)
 
 
+def test_headings_are_not_broken_within_a_number():
+    columns = {"EDSR lambda 0.5": torch.rand(1, 3, 4, 4), HR: torch.rand(1, 3, 4, 4)}
+    assert picture_sheet(columns).axes[0].get_title() == "EDSR lambda \n0.5"
+
+
 def test_matplotlib_is_imported_only_when_a_figure_is_drawn(monkeypatch, scores):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
