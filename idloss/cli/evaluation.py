@@ -31,7 +31,9 @@ def evaluate(
         typer.Option(help="Probe size, such as 7x6, or hr for HR alone. [default: the paper's]"),
     ] = None,
     task: Annotated[list[str], typer.Option(help="Or identification, or open-set.")] = _TASKS,
-    protocol: Annotated[str, typer.Option(help="paper, sphereface or standard.")] = "paper",
+    protocol: Annotated[
+        str, typer.Option(help="paper, sphereface, standard or real_world.")
+    ] = "paper",
     probe: Annotated[str, typer.Option(help="LR faces: the second of a pair, or both.")] = "second",
     data_set: Annotated[str | None, typer.Option(help="Kind. [default: by its layout]")] = None,
     pairs: Annotated[Path | None, typer.Option(help="LFW's pairs.txt.")] = None,

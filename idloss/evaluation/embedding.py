@@ -30,6 +30,7 @@ from idloss import __version__
 from idloss.create import create_fnet
 from idloss.data import DataError, Faces, Fault
 from idloss.data.files import skip_or_raise
+from idloss.degradation import get_degradation
 from idloss.encoder import COVERAGE, FaceEncoder
 from idloss.evaluation.cache import (
     ONCE,
@@ -67,14 +68,17 @@ Canvases = dict[Template, Tensor]
 _Rows = tuple[str, list[bytes], Embeddings]  # key, digests of N faces, `[N, D]`
 
 
-def prepare_probe(crops: Tensor, size: Sequence[int], protocol: Protocol) -> Tensor:
-    """Degrade HR crops to LR probes, uint8 `[B, 3, H, W]` to uint8 `[B, 3, *size]`."""
-    if crops.dtype != torch.uint8:
-        raise TypeError(
-            f"crops must be uint8, got {crops.dtype}: protocols resample 8-bit images, turn float "
-            "ones into them with idloss.resample.to_uint8"
-        )
-    return resize(crops, size, mode=protocol.down_mode, convention=protocol.convention)
+def prepare_probe(
+    crops: Tensor, size: Size, protocol: Protocol, faces: Sequence[bytes] | None = None
+) -> Tensor:
+    """Degrade HR crops to LR probes, uint8 `[B, 3, H, W]` to uint8 `[B, 3, *size]`.
+
+    Chance, if a protocol leaves anything to it, goes by the faces' digests; None for their places.
+    """
+    seeds = (
+        range(len(crops)) if faces is None else [int.from_bytes(one[:8], "big") for one in faces]
+    )
+    return to_uint8(get_degradation(protocol.degradation)(crops, size, seeds=seeds))
 
 
 def show_probe(
@@ -288,12 +292,20 @@ def cell_keys(networks: Networks, cells: Iterable[Cell]) -> dict[Cell, str]:
             )
         return found or f"{ONCE}{uuid.uuid4().hex}"
 
+    @functools.cache
+    def made_small(size: Size) -> str:
+        noise = torch.randint(
+            256, (8, 3, *SR_CROP.size), generator=torch.Generator().manual_seed(0)
+        )
+        return digest(prepare_probe(noise.byte(), size, networks.protocol).numpy().tobytes())
+
     keys = {}
     for cell in cells:
         parts = [identity(cell.fnet)]
         if cell.srnet != HR:
             crop = repr(networks.crops[cell.srnet])
-            parts += [identity(cell.srnet, (cell.height, cell.width)), cell.size, crop]
+            size = cell.height, cell.width
+            parts += [identity(cell.srnet, size), made_small(size), cell.size, crop]
         once = ONCE if any(part.startswith(ONCE) for part in parts) else ""
         keys[cell] = once + digest(*shared, *parts)
     return keys
@@ -435,7 +447,8 @@ class EmbeddedGrid:
             rows = torch.stack([self._missing[cell][places] for cell in cells]).any(0)
             if rows.any() and not self._stopped:
                 own_hr = hr[networks.crops[srnet]][rows.to(device)]
-                lr = prepare_probe(own_hr, size, networks.protocol)
+                digests = [self._digests[place] for place in places[rows].tolist()]
+                lr = prepare_probe(own_hr, size, networks.protocol, digests)
                 shown = networks.show(srnet, lr)
                 for cell in cells:
                     yield self._rows(cell, places[rows], networks.embed_sr(cell.fnet, srnet, shown))

@@ -9,6 +9,8 @@
 * `standard`: what the field does now: SR is an 8-bit picture, rounded, whatever its size; the two
   views' embeddings are added; pairs are judged as insightface does (deepinsight/insightface,
   recognition/arcface_torch/eval/verification.py).
+* `real_world`: as `paper`, of probes that were blurred, made small, noisy and compressed as photos
+  are (`idloss.degradation.RealWorldDegradation`); what happens to a face depends on its file alone.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ class Protocol:
     Args:
         name: Its name.
         rule: How pairs are turned into an accuracy.
-        down_mode: How an HR crop becomes a probe, on 8-bit images.
+        degradation: What makes a probe of an HR crop, by its name (`idloss.degradation`).
         up_mode: How SR reaches the FNet's crop size, on 8-bit images.
-        convention: The resampler's convention, down and up.
+        convention: The resampler's convention.
         rounding: How SR becomes 8-bit.
         keep_exact_size: SR that has the FNet's crop size already is used as it is, not rounded.
         flip: How the embeddings of a crop and of its mirror image become one.
@@ -39,7 +41,7 @@ class Protocol:
 
     name: str
     rule: ThresholdRule
-    down_mode: Mode
+    degradation: str
     up_mode: Mode
     convention: Convention
     rounding: Rounding
@@ -55,15 +57,15 @@ class Protocol:
         return plain
 
     def treatment(self) -> list[tuple[str, Any]]:
-        """What it does to pictures: protocols that only judge otherwise share embeddings."""
-        judging = ("name", "rule", "source")
-        return sorted((name, how) for name, how in vars(self).items() if name not in judging)
+        """What it does to HR and SR: protocols that only judge otherwise share embeddings."""
+        others = ("name", "rule", "degradation", "source")
+        return sorted((name, how) for name, how in vars(self).items() if name not in others)
 
 
 _PAPER = Protocol(
     name="paper",
     rule=PAPER_RULE,
-    down_mode="bicubic",
+    degradation="bicubic",
     up_mode="bicubic",
     convention="cv2",
     rounding="floor",
@@ -86,8 +88,17 @@ _STANDARD = replace(
     flip="sum",
     source="github.com/deepinsight/insightface at 166d74309f060d23d002dc60308bbf870d0ab753",
 )
+_REAL_WORLD = replace(
+    _PAPER, name="real_world", degradation="real_world", source="the paper's, and arXiv 2107.10833"
+)
 
-PROTOCOLS = Registry("protocol", paper=_PAPER, sphereface=_SPHEREFACE, standard=_STANDARD)
+PROTOCOLS = Registry(
+    "protocol",
+    paper=_PAPER,
+    sphereface=_SPHEREFACE,
+    standard=_STANDARD,
+    real_world=_REAL_WORLD,
+)
 """All protocols by name; `register_protocol` adds to them."""
 
 
@@ -111,8 +122,8 @@ def get_protocol(name: str | Protocol) -> Protocol:
     """Look a protocol up by name.
 
     Args:
-        name: `"paper"`, `"sphereface"`, `"standard"`, one that was registered, or a protocol, which
-            is given back.
+        name: `"paper"`, `"sphereface"`, `"standard"`, `"real_world"`, one that was registered, or a
+            protocol, which is given back.
 
     Returns:
         The protocol.

@@ -279,11 +279,12 @@ def write_sheets(
         if not good:
             return []
         names = [Path(data.faces.names[i]).stem.replace("_", "\n") for i in places[good].tolist()]
+        digests = [data.faces.digest(i) for i in places[good].tolist()]
         canvases = {crop: one[good].to(place) for crop, one in read.items()}
         reference = networks.embed_hr(name, cut_out(canvases, own), own)
         for size in bar:
             probes = {
-                crop: prepare_probe(cut_out(canvases, crop), fit_size(size, crop), fixed)
+                crop: prepare_probe(cut_out(canvases, crop), fit_size(size, crop), fixed, digests)
                 for crop in networks.crops.values()
             }
             columns, cosines = networks.restore(name, probes, reference)

@@ -17,6 +17,7 @@ from torch import nn
 from idloss.evaluation import HR, Cell, cache, get_protocol
 from idloss.evaluation.cache import ONCE, EmbeddingCache, digest_network, digest_weights
 from idloss.evaluation.embedding import cell_keys, ready
+from idloss.plugins import Registry
 from idloss.srnets.edsr import EDSR
 
 FULL = ("f", HR, (112, 96))
@@ -223,7 +224,7 @@ def keys_of(fnet, protocol="paper", crop="sphereface", size=(7, 6), **cfg):
 def test_key_holds_whatever_changes_an_embedding():
     plain = keys_of(tiny_fnet())
     assert keys_of(tiny_fnet(), "sphereface") == plain  # judged otherwise, that is all
-    own = replace(get_protocol("sphereface"), name="mine", down_mode="bilinear")
+    own = replace(get_protocol("sphereface"), name="mine", up_mode="bilinear")
     for other in (
         keys_of(tiny_fnet(), "standard"),
         keys_of(tiny_fnet(), own),
@@ -232,6 +233,20 @@ def test_key_holds_whatever_changes_an_embedding():
         keys_of(tiny_fnet(), std=(0.1, 0.5, 0.6)),
     ):
         assert not set(plain) & set(other)
-    hr, lr = keys_of(tiny_fnet(), size=(14, 12))
-    assert hr == plain[0]
-    assert lr != plain[1]
+    for options in ({"size": (14, 12)}, {"protocol": "real_world"}):
+        hr, lr = keys_of(tiny_fnet(), **options)
+        assert hr == plain[0]
+        assert lr != plain[1]
+
+
+def test_key_knows_a_degradation_that_changed_under_its_name(monkeypatch):
+    keys = []
+    for scale in (1.0, 0.9, 1.0):
+
+        def small(hr, size, *, seeds, scale=scale):
+            return hr[..., ::16, ::16] / 255 * scale
+
+        named = Registry("degradation", mine=lambda small=small: small)
+        monkeypatch.setattr("idloss.degradation._degradations", named)
+        keys.append(keys_of(tiny_fnet(), replace(get_protocol("paper"), degradation="mine")))
+    assert keys[0] == keys[2] != keys[1]

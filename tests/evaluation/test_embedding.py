@@ -12,7 +12,8 @@ from tinybench import assert_same_scores, run
 from torch import nn
 
 from idloss import create_srnet
-from idloss.data import lfw
+from idloss.data import draw_faces, lfw
+from idloss.degradation import RealWorldDegradation
 from idloss.evaluation import get_protocol
 from idloss.evaluation.embedding import (
     cut_out,
@@ -36,7 +37,7 @@ def rgb(bgr_hwc):
     return torch.from_numpy(np.ascontiguousarray(bgr_hwc[..., ::-1])).permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("protocol", sorted(PROTOCOLS))
+@pytest.mark.parametrize("protocol", ["paper", "sphereface", "standard"])
 @pytest.mark.parametrize("size", ["7x6", "14x12", "16x14", "16x16", "18x16", "28x24"])
 def test_probes_equal_released_code(golden, protocol, size):
     probes = prepare_probe(rgb(golden["aligned_bgr"]), parse_size(size), get_protocol(protocol))
@@ -96,8 +97,19 @@ def test_values_are_clamped_and_views_concatenated_or_added(protocol, seeded):
     assert torch.equal(fuse_views(torch.cat((a, b)), protocol), expected)
 
 
+def test_probes_of_the_real_world_are_drawn_by_the_face():
+    crops, real = draw_faces(2, 2, seed=0).crops, get_protocol("real_world")
+    digests = [bytes([0] * 7 + [place]) + b"the rest" for place in range(len(crops))]
+    probes = prepare_probe(crops, (14, 12), real, digests)
+    seeds = range(len(crops))
+    expected = RealWorldDegradation()(crops, (14, 12), seeds=seeds)
+    assert torch.equal(to_float(probes), expected)
+    assert torch.equal(prepare_probe(crops[-1:], (14, 12), real, digests[-1:]), probes[-1:])
+    assert not torch.equal(probes, prepare_probe(crops, (14, 12), PAPER, digests))
+
+
 def test_probes_are_8_bit():
-    with pytest.raises(TypeError, match=r"crops must be uint8, got torch.float32.*to_uint8"):
+    with pytest.raises(TypeError, match=r"faces must be uint8, got torch.float32.*to_uint8"):
         prepare_probe(torch.zeros(1, 3, 8, 8), (4, 4), PAPER)
     for srnet in (create_srnet("bicubic"), TinySRNet()):
         with pytest.raises(TypeError, match="takes uint8 images, got torch"):

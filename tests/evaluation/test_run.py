@@ -13,7 +13,7 @@ from tinybench import SIZES, assert_same_scores, drawn_pairs, run, scores
 from torch import nn
 
 from idloss import create_srnet
-from idloss.data import DataError, EvaluationSet, Fault, draw_faces, open_evaluation
+from idloss.data import DataError, EvaluationSet, Fault, Pairs, draw_faces, open_evaluation
 from idloss.encoder import FaceEncoder
 from idloss.evaluation import (
     HR,
@@ -28,7 +28,7 @@ from idloss.evaluation import (
     write_sheets,
 )
 from idloss.evaluation.cache import EmbeddingCache
-from idloss.evaluation.embedding import SR_CROP, ready
+from idloss.evaluation.embedding import SR_CROP, Networks, ready
 from idloss.resample import to_float
 
 
@@ -109,6 +109,38 @@ def test_grid_equals_the_slow_way(crop, width, data, srnets):
             probes = {b: slow.probe(crops[b], method, size, srnet) for b in {b for _, b in pairs}}
             expected = [cosine(gallery[a], probes[b]) for a, b in pairs]
             np.testing.assert_allclose(scores(found, "f", method, size), expected, atol=1e-5)
+
+
+def test_faces_of_the_real_world_are_the_same_in_any_batch_and_on_the_sheets(
+    data, fnet, srnets, tmp_path, monkeypatch
+):
+    options = {"protocol": "real_world", "cache": False, "batch_size": 3}
+    found = run(data, {"f": fnet}, srnets, **options)
+    assert_same_scores(run(data, {"f": fnet}, srnets, **options | {"batch_size": 8}), found)
+    plain = run(data, {"f": fnet}, srnets, cache=False)
+    key = ("f", "bicubic", SIZES[0])
+    assert not np.allclose(scores(found, *key), scores(plain, *key), atol=1e-3)
+    np.testing.assert_array_equal(*(scores(one, "f", HR, (112, 96)) for one in (found, plain)))
+    with pytest.raises(ValueError, match="the protocol"):
+        compare(plain, found)
+    drawn = []
+    real = Networks.restore
+
+    def watched(networks, name, probes, reference):
+        drawn.append(real(networks, name, probes, reference)[1])
+        return real(networks, name, probes, reference)
+
+    monkeypatch.setattr(Networks, "restore", watched)
+    everyone = replace(data, pairs=None)
+    places = torch.arange(len(data.faces))
+    write_sheets(
+        tmp_path, everyone, {"f": fnet}, srnets, SIZES[:1], count=len(places), protocol="real_world"
+    )
+    # a probe's cosine to its own HR on the sheet, and in a bench that pairs faces with themselves
+    second = torch.cat((places, places.roll(1)))
+    own = Pairs(places.repeat(2), second, places.repeat(2) == second, places.repeat(2) % 2)
+    alone = scores(run(replace(data, pairs=own), {"f": fnet}, srnets, **options), *key)
+    np.testing.assert_allclose(alone[: len(places)], drawn[0]["bicubic"].numpy(), atol=2e-6)
 
 
 def test_an_srnet_and_an_fnet_of_112x112_meet_without_a_cut(tmp_path):
