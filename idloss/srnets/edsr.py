@@ -232,6 +232,10 @@ default_cfgs = register_weights(
             "edsr16_64_id.celeba_aaf_mobilefacenet",
             "3879e093ed9fbccd81c88bc64d14ba83a4f6a92aa3c0818bb8c0721b84c75150",
         ),
+        "edsr16_64_id.celeba_aaf_real_world": _ours(
+            "edsr16_64_id.celeba_aaf_real_world",
+            "ee655bb4c2d7873d021d89c4d16e1ff041ec4ff329f5f0b130eeb33151adda60",
+        ),
         "edsr16_64.celeba295": _ours(
             "edsr16_64.celeba295",
             "47ff4f2a69fe563ec120fd7ad4835a91fdecd17e71785c2ec26a52c4512a1cb6",

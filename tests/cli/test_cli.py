@@ -31,6 +31,11 @@ from idloss.weights.sources import zoo_folder
             ["edsr16_64", "edsr16_64_id.celeba_aaf_mobilefacenet"],
         ),
         (
+            "edsr16_64_id.celeba_aaf_real_world",
+            {"srnet": "edsr16_64_id", "degradation": "real_world", "iterations": 1500},
+            ["bilinear", "edsr16_64_id", "edsr16_64_id.celeba_aaf_real_world"],
+        ),
+        (
             "edsr16_64.celeba295",
             {"srnet": "edsr16_64", "identity_weight": 0, "batch_size": 16, "iterations": 1500},
             ["bilinear", "bicubic", "edsr16_64.celeba295"],
