@@ -116,8 +116,8 @@ def test_figures_of_the_readme_and_the_cards_are_those_that_are_kept():
                     if (fnet, srnet, height) in kept:
                         seen.add((fnet, srnet, height))
                         assert float(told) == pytest.approx(kept[fnet, srnet, height], abs=0.005)
-    # three SRNets alone, three with three FNets, interpolation with the FNet of small faces
-    assert len(seen) == 3 * (3 + 3 * 3 + 1)
+    # four methods with three FNets, two more with one, interpolation with the FNet of small faces
+    assert len(seen) == 3 * (4 * 3 + 2 + 1)
 
 
 def test_each_model_is_counted_without_its_weights():

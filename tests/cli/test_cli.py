@@ -23,7 +23,7 @@ from idloss.weights.sources import zoo_folder
         (
             "edsr16_64_id",
             {"srnet": "edsr16_64.celeba295", "identity_weight": 0.5, "iterations": 9250},
-            ["edsr16_64", "edsr16_64_id.celeba_aaf_mobilefacenet", "edsr16_64_id"],
+            ["bilinear", "edsr16_64", "edsr16_64_id.celeba_aaf_mobilefacenet", "edsr16_64_id"],
         ),
         (
             "edsr16_64_id.celeba_aaf_mobilefacenet",
