@@ -14,7 +14,7 @@ from pytorch_metric_learning.losses import NTXentLoss
 from torch.nn import functional as F
 
 from idloss import IdentityPreservedLoss, create_fnet, create_srnet
-from idloss.degradation import get_degradation
+from idloss.degradation import _degradations, get_degradation
 from idloss.losses import DISTANCES
 from idloss.training import load_recipe
 
@@ -23,10 +23,13 @@ STUDIES = [ROOT / "zoo" / "studies" / name for name in ("hypotheses.yaml", "fact
 
 @pytest.fixture(scope="module")
 def hypotheses():
-    """The module, imported once, as study.py does: what it registers has its name for good."""
+    """The module, as study.py imports it; its degradation is in no other test's list."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "examples")
-        return importlib.import_module("hypotheses")
+        module = importlib.import_module("hypotheses")  # which registers once in a process
+        _degradations.pop("antialiased", None)
+        patch.setitem(_degradations, "antialiased", module.AntialiasedDegradation)
+        yield module
 
 
 def edgeface(shared):
