@@ -87,37 +87,32 @@ def rates(protocol):
     }
 
 
-def test_figures_of_the_real_world_are_those_that_are_kept():
-    kept = rates("real_world")
-    card = (ROOT / "zoo" / "edsr16_64_id.celeba_aaf_real_world" / "README.md").read_text("utf-8")
-    rows = re.findall(r"^\| `(\S+)` \| [*]*([\d.]+)[*]* \| [*]*([\d.]+)", card, re.MULTILINE)
-    assert len(rows) == 3
-    for srnet, *told in rows:
-        for height, rate in zip((14, 28), told, strict=True):
-            assert float(rate) == pytest.approx(
-                kept["mobilefacenet_relu6", srnet, height], abs=0.005
-            )
-
-
 def test_figures_of_the_readme_and_the_cards_are_those_that_are_kept():
-    kept = rates("paper")
+    rows = {"7x6": 7, "14x12": 14, "28x24": 28}
+    kept = {protocol: rates(protocol) for protocol in ("paper", "real_world")}
     seen = set()
     for text in (ROOT / "README.md", *(ROOT / "zoo").glob("*/README.md")):
-        fnet = "mobilefacenet"
+        protocol = "real_world" if text.parent.name.endswith("real_world") else "paper"
+        fnet, head = "mobilefacenet", []
         for line in text.read_text("utf-8").splitlines():
             cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
-            if len(cells) == 6:  # the FNet stands in the first column, once for its rows
+            if rows.keys() & {*cells}:
+                head = cells
+            elif len(cells) != len(head) or "`" not in line:
+                continue
+            elif head[0] == "FNet":  # which stands there once for its rows
                 fnet = (re.findall("`(.*?)`", cells[0]) or [fnet])[0]
                 fnet = {"edgeface_xxs": "edgeface_xxs_q"}.get(fnet, fnet)
-                cells = cells[1:]
-            if len(cells) == 5 and cells[0].startswith("`"):  # 7x6, 14x12, 28x24, HR
-                srnet = cells[0].split("`")[1]
-                for height, told in zip((7, 14, 28), cells[1:], strict=False):
-                    if (fnet, srnet, height) in kept:
-                        seen.add((fnet, srnet, height))
-                        assert float(told) == pytest.approx(kept[fnet, srnet, height], abs=0.005)
-    # four methods with three FNets, two more with one, interpolation with the FNet of small faces
-    assert len(seen) == 3 * (4 * 3 + 2 + 1)
+            named = dict(zip(head, cells, strict=False))
+            srnet = named.get("SRNet", cells[0]).strip("`").partition("`")[0]
+            for size in rows.keys() & named.keys():
+                told = kept[protocol].get((fnet, srnet, rows[size]))
+                if told is not None:
+                    seen.add((protocol, fnet, srnet, size))
+                    assert float(named[size]) == pytest.approx(told, abs=0.005)
+    # four methods with three FNets, two more with one, interpolation with the FNet of small faces;
+    # three methods at two sizes of the real world
+    assert len(seen) == 3 * (4 * 3 + 2 + 1) + 3 * 2
 
 
 def test_each_model_is_counted_without_its_weights():
